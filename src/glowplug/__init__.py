@@ -1,0 +1,44 @@
+"""glowplug: cold-starts torch.compile in seconds. Each distinct piece of a model compiles once, whatever its depth."""
+
+from glowplug.api import compile, report
+from glowplug.errors import (
+    CaptureError,
+    GlowplugError,
+    LayerLookupError,
+    LayerOrderError,
+    NotServableError,
+    UnsupportedTorchError,
+    UsageError,
+)
+from glowplug.layers import ForwardContext, LayerHandle, LayerRegistry, current_context, forward_context, register_layers
+from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
+from glowplug.options import Options
+from glowplug.report import Fallback, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Fallback",
+    "ForwardContext",
+    "GlowplugError",
+    "LayerHandle",
+    "LayerLookupError",
+    "LayerOrderError",
+    "LayerRegistry",
+    "NotServableError",
+    "Options",
+    "Report",
+    "UnsupportedTorchError",
+    "UsageError",
+    "attention",
+    "compile",
+    "current_context",
+    "forward_context",
+    "kv_cache_update",
+    "layer_op",
+    "moe_forward",
+    "moe_forward_shared",
+    "register_layers",
+    "report",
+]

@@ -1,0 +1,96 @@
+"""`glowplug.compile` and `glowplug.report`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from glowplug.compilers import PieceCompiler
+from glowplug.errors import UsageError
+from glowplug.options import Options
+from glowplug.report import Report
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def compile(
+    model: M,
+    *,
+    identity: str = "auto",
+    experts: str = "auto",
+    compiler: str | PieceCompiler = "inductor",
+    fast_moe_cold_start: bool | None = None,
+    strict: bool = False,
+    verify: str = "once",
+    compile_experts: bool = False,
+) -> M:
+    """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
+
+    A transformers causal language model keeps its whole interface: `model(...)`, `model.generate(...)`, any cache.
+    Any other `nn.Module` whose forward takes and returns tensors works as well. What the compiled program can't serve
+    runs eager, with the reason in `glowplug.report(model)`.
+
+    Args:
+        model: the model, in eval mode. The same object is returned. Compiling it again starts afresh.
+        identity: `"auto"`, `"hoisted"`, `"ordered"` or `"baked"`; see `Options`.
+        experts: `"auto"`, `"inline"` or `"opaque"`; see `Options`.
+        compiler: `"inductor"`, `"eager"` or a `PieceCompiler`.
+        fast_moe_cold_start: None, True or False; see `Options`.
+        strict: raise instead of running eager.
+        verify: `"once"` or `"off"`; see `Options`.
+        compile_experts: with opaque experts, compile the op's inside; see `Options`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UsageError: a wrong option, or `model` is not an `nn.Module`.
+        LayerOrderError: (at a call) `identity="ordered"` can't serve this model safely.
+        NotServableError: (at a call) with `strict=True`.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("models/tiny-gpt-oss")
+        >>> glowplug.compile(model).generate(**tokenizer("The with statement", return_tensors="pt"))
+    """
+    options = Options(
+        identity=identity,  # type: ignore[arg-type]
+        experts=experts,  # type: ignore[arg-type]
+        compiler=compiler,
+        fast_moe_cold_start=fast_moe_cold_start,
+        strict=strict,
+        verify=verify,  # type: ignore[arg-type]
+        compile_experts=compile_experts,
+    )
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
+    if _is_causal_lm(model):
+        from glowplug.hf.engine import attach
+
+        attach(model, options)
+    else:
+        from glowplug.module import attach_module
+
+        attach_module(model, options)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What glowplug did to a compiled model so far.
+
+    Raises:
+        UsageError: the model was not compiled by `glowplug.compile`.
+    """
+    found: Any = getattr(model.__dict__.get("forward"), "report", None)
+    if not isinstance(found, Report):
+        raise UsageError("this model was not compiled by glowplug; call glowplug.compile(model) first")
+    return found
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether transformers can generate text with the model, without importing transformers for models of others."""
+    if not any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__):
+        return False
+    from transformers import GenerationMixin, PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)

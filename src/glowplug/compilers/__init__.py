@@ -1,0 +1,27 @@
+"""Piece compilers: a piece and its fake inputs in, a callable out."""
+
+from __future__ import annotations
+
+from glowplug.compilers.base import PieceCompiler
+from glowplug.compilers.eager import EagerCompiler
+from glowplug.compilers.inductor import InductorCompiler
+from glowplug.errors import UsageError
+
+__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler"]
+
+
+def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
+    """The compiler of that name (`"inductor"` or `"eager"`), or `choice` itself if it is one.
+
+    Raises:
+        UsageError: no such compiler.
+    """
+    if not isinstance(choice, str):
+        if callable(getattr(choice, "compile", None)) and isinstance(getattr(choice, "name", None), str):
+            return choice
+        raise UsageError(f"a piece compiler has a `name` and a method `compile(piece, inputs)`; {choice!r} does not")
+    if choice == "inductor":
+        return InductorCompiler()
+    if choice == "eager":
+        return EagerCompiler()
+    raise UsageError(f"unknown compiler {choice!r}; choose 'inductor' or 'eager', or pass a PieceCompiler")

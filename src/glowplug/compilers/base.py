@@ -1,0 +1,31 @@
+"""The protocol that a piece compiler fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import fx
+
+
+@runtime_checkable
+class PieceCompiler(Protocol):
+    """Turns one piece into a callable."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        """Compile one piece, inside the tracing context of its capture.
+
+        Args:
+            piece: the piece's graph; it returns a tuple of tensors.
+            inputs: one fake tensor, symbolic size or handle a placeholder, in order.
+
+        Returns:
+            A callable of the same inputs, real ones, that returns a tuple or list of tensors. It must serve every
+            size that the symbols stand for, not only those of the trace, and be safe to call from several threads.
+        """
+        ...

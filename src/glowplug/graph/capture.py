@@ -1,0 +1,171 @@
+"""Capture a callable as one FX graph with Dynamo, every input described by where it comes from.
+
+The one place that touches Dynamo's graph metadata and the symbolic shape environment (private; checked on torch 2.11
+and 2.13).
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import fx
+
+from glowplug.errors import CaptureError, UnsupportedTorchError
+from glowplug.layers.handle import LayerHandle
+
+try:
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental import _config as symbolic_config
+except ImportError as exc:  # pragma: no cover - depends on the torch installed
+    raise UnsupportedTorchError(
+        f"glowplug can't find a part of torch's tracer that it needs ({exc}). It was checked on torch 2.11 and 2.13."
+    ) from exc
+
+InputKind = Literal["tensor", "symint", "handle"]
+T = TypeVar("T")
+
+tracing_lock = threading.RLock()
+"""Dynamo and the switches of a model's config are process-wide: one capture at a time."""
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a captured graph.
+
+    Attributes:
+        node: the placeholder's name in the graph.
+        source: where its value comes from, such as `L['model']._modules['lm_head']._parameters['weight']`.
+        kind: `"tensor"`, `"symint"` (a size that is symbolic) or `"handle"` (a `LayerHandle`).
+        value: the object seen at capture: the very parameter, tensor or handle; None for a size.
+    """
+
+    node: str
+    source: str
+    kind: InputKind
+    value: Any
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured graph. `gm`'s nodes carry `meta["example_value"]`, fake tensors with symbolic shapes."""
+
+    gm: fx.GraphModule
+    inputs: tuple[GraphInput, ...]
+
+    @property
+    def fake_mode(self) -> Any:
+        """The fake tensor mode, and so the shape environment, that the graph was traced under."""
+        return TracingContext.get().fake_mode
+
+
+def describe(gm: fx.GraphModule) -> Captured:
+    """Read off a graph that Dynamo just handed to a backend where each input comes from."""
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        arg = node.meta.get("grapharg")
+        if arg is None:
+            raise CaptureError(f"graph input {node.name!r} has no source; this torch's Dynamo is not one glowplug knows")
+        fake = node.meta.get("example_value")
+        value = arg.example
+        kind: InputKind = "tensor"
+        if isinstance(fake, (torch.SymInt, int)):
+            kind, value = "symint", None  # asking a SymInt for its value would fix it
+        elif isinstance(value, LayerHandle):
+            kind = "handle"
+        elif not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"graph input {arg.source.name!r} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
+                "handles. Keep other objects in the layer, where a layer op can read them."
+            )
+        inputs.append(GraphInput(node.name, arg.source.name, kind, value))
+    return Captured(gm, tuple(inputs))
+
+
+class _Captured(BaseException):
+    """Thrown by the captured function's first run: the graph is all that was wanted. Not an `Exception`, so that no
+    `except Exception` in a model's code swallows it."""
+
+
+class _Capture(Generic[T]):
+    def __init__(self, consume: Callable[[Captured], T]) -> None:
+        self.consume = consume
+        self.result: list[T] = []
+        self.error: BaseException | None = None
+
+    def backend(self, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            self.result.append(self.consume(describe(gm)))
+        except BaseException as exc:
+            self.error = exc
+
+        def stop(*_: Any) -> Any:
+            raise _Captured
+
+        return stop
+
+
+def capture(fn: types.FunctionType, args: Sequence[Any], consume: Callable[[Captured], T]) -> T:
+    """Trace `fn(*args)` in one graph and hand it to `consume` while Dynamo's tracing context is alive.
+
+    Nothing runs: the captured function is never executed. Guards are dropped: the caller must know that what the
+    trace assumed holds (see `glowplug.graph.shapes` for sizes, `glowplug.layers.watch` for the modules).
+
+    Args:
+        fn: takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` become symbolic.
+        args: example arguments; sizes of dynamic dims must be at least 2 and differ where they may differ.
+        consume: called once with the graph.
+
+    Returns:
+        What `consume` returned.
+
+    Raises:
+        CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
+    """
+    job = _Capture(consume)
+    # Dynamo caches by code object, and without guards a cached entry would answer for every model: a fresh one each.
+    fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    compiled = torch.compile(
+        fresh,
+        backend=job.backend,
+        fullgraph=True,
+        dynamic=False,
+        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+    )
+    with (
+        tracing_lock,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        # Sizes 0 and 1 get no special treatment: what the trace assumes of a size is then always written down.
+        symbolic_config.patch(backed_size_oblivious=True),
+        torch._dynamo.config.patch(error_on_recompile=False),
+    ):
+        try:
+            compiled(*args)
+        except _Captured:
+            pass
+        except Exception as exc:
+            if job.error is None:
+                raise CaptureError(_first_lines(exc)) from exc
+    if job.error is not None:
+        raise job.error
+    if not job.result:
+        raise CaptureError("the function has no tensor computation to capture")
+    return job.result[0]
+
+
+def _first_lines(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " | ".join(lines[:3])[:500] or type(exc).__name__
+
+
+def is_fake(value: Any) -> bool:
+    """Whether `value` is one of the tracer's stand-ins for a tensor."""
+    return isinstance(value, FakeTensor)

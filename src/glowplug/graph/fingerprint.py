@@ -1,0 +1,151 @@
+"""A piece's fingerprint: its canonical form, hashed. Equal fingerprints mean: one compiled piece serves both.
+
+Names are gone (nodes and symbols are numbered in order of appearance); ops, constants, shapes, dtypes, strides,
+devices and symbolic relations are kept.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from glowplug.errors import CaptureError
+from glowplug.layers.handle import LayerHandle
+
+_SYMBOL = re.compile(r"\b[a-z]{1,3}\d+\b")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A piece's canonical form.
+
+    Attributes:
+        digest: SHA-256 of the lines, in hex.
+        lines: one line a node; what `glowplug explain` compares.
+    """
+
+    digest: str
+    lines: tuple[str, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def fingerprint(gm: fx.GraphModule) -> Fingerprint:
+    """Fingerprint one piece.
+
+    Raises:
+        CaptureError: the piece holds a constant that has no canonical form.
+    """
+    return _Canonical(gm).fingerprint()
+
+
+class _Canonical:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.nodes: dict[fx.Node, str] = {}
+        self.symbols: dict[str, str] = {}
+
+    def fingerprint(self) -> Fingerprint:
+        lines = []
+        for node in self.gm.graph.nodes:
+            name = self.nodes[node] = f"%{len(self.nodes)}"
+            args = [self.text(arg) for arg in node.args]
+            kwargs = [f"{key}={self.text(value)}" for key, value in sorted(node.kwargs.items())]
+            if node.op == "placeholder":
+                lines.append(f"{name} = input {self.meta(node)}")
+            elif node.op == "output":
+                lines.append(f"return {', '.join(args)}")
+            else:
+                lines.append(f"{name} = {self.target(node)}({', '.join(args + kwargs)}) : {self.meta(node)}")
+        return Fingerprint(hashlib.sha256("\n".join(lines).encode()).hexdigest(), tuple(lines))
+
+    def target(self, node: fx.Node) -> str:
+        if node.op == "call_function":
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload):
+                return str(target)
+            module = getattr(target, "__module__", "") or ""
+            return f"{module}.{getattr(target, '__qualname__', None) or getattr(target, '__name__', repr(target))}"
+        if node.op == "get_attr":
+            return f"get_attr {self.attribute(str(node.target))}"
+        return f"{node.op} {node.target}"
+
+    def attribute(self, path: str) -> str:
+        value: Any = self.gm
+        for part in path.split("."):
+            value = getattr(value, part)
+        if isinstance(value, fx.GraphModule):
+            return f"graph {fingerprint(value).digest}"
+        if isinstance(value, torch.Tensor):
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return f"constant {self.tensor(value)} {hashlib.sha256(data).hexdigest()}"
+        raise CaptureError(f"a piece holds a {type(value).__name__} ({path}), which has no canonical form")
+
+    def meta(self, node: fx.Node) -> str:
+        return self.value(node.meta.get("example_value"))
+
+    def value(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"size {self.symbolic(value)}"
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(self.value(item) for item in value)})"
+        if value is None or isinstance(value, (int, float, bool, str)):
+            return repr(value)
+        real = getattr(value, "real_obj", value)
+        if isinstance(real, LayerHandle):
+            return "handle"
+        return type(real).__name__
+
+    def tensor(self, tensor: torch.Tensor) -> str:
+        shape = ", ".join(self.symbolic(size) for size in tensor.shape)
+        parts = [f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]", str(tensor.device)]
+        if tensor.layout is torch.strided:
+            parts.append(f"stride({', '.join(self.symbolic(size) for size in tensor.stride())})")
+        else:
+            parts.append(str(tensor.layout))
+        for flag, present in (
+            ("conj", tensor.is_conj()),
+            ("neg", tensor.is_neg()),
+            ("inference", tensor.is_inference()),
+        ):
+            if present:
+                parts.append(flag)
+        return " ".join(parts)
+
+    def symbolic(self, size: Any) -> str:
+        if isinstance(size, (int, float, bool)):
+            return repr(size)
+        return _SYMBOL.sub(lambda match: self.symbols.setdefault(match[0], f"n{len(self.symbols)}"), str(size.node.expr))
+
+    def text(self, arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return self.nodes[arg]
+        if isinstance(arg, tuple):
+            return f"({', '.join(self.text(item) for item in arg)})"
+        if isinstance(arg, list):
+            return f"[{', '.join(self.text(item) for item in arg)}]"
+        if isinstance(arg, dict):
+            return f"{{{', '.join(f'{self.text(key)}: {self.text(value)}' for key, value in arg.items())}}}"
+        if isinstance(arg, slice):
+            return f"slice({self.text(arg.start)}, {self.text(arg.stop)}, {self.text(arg.step)})"
+        if isinstance(arg, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.symbolic(arg)
+        if arg is None or arg is Ellipsis or isinstance(arg, (bool, int, float, complex, str, enum.Enum)):
+            return repr(arg)
+        if isinstance(arg, (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)):
+            return repr(arg)
+        if callable(arg):
+            return f"{getattr(arg, '__module__', '')}.{getattr(arg, '__qualname__', type(arg).__name__)}"
+        raise CaptureError(f"a piece holds a constant of type {type(arg).__name__}, which has no canonical form")

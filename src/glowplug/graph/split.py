@@ -1,0 +1,260 @@
+"""Cut a captured graph at its splitting ops into pieces and op steps, in the order in which they run."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from glowplug.errors import CaptureError
+from glowplug.graph.capture import Captured
+from glowplug.ops.layer_op import LayerOp, find_layer_op
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What lies between two cuts, as a graph of its own.
+
+    Attributes:
+        gm: the piece; its inputs are in the order of `inputs`, its output is a flat tuple in the order of `outputs`.
+        inputs: names of the values that it reads: first what changes from call to call, then weights and handles,
+            each in the order of first use, so that equal pieces have equal signatures.
+        outputs: names of the values that later steps read.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OpStep:
+    """One call of a splitting op.
+
+    Attributes:
+        op: the layer op.
+        overload: the traced overload, which says how the call names its layer.
+        args: the call's arguments; values of the graph are `fx.Node`s.
+        outputs: the name of each output that later steps read; None for one that nobody reads.
+        single: whether the op returns one tensor and not a tuple.
+    """
+
+    op: LayerOp
+    overload: Any
+    args: tuple[Any, ...]
+    outputs: tuple[str | None, ...]
+    single: bool
+
+
+Step = Piece | OpStep
+
+
+@dataclass
+class _Segment:
+    """Nodes that will become one piece, or a splitting op with the nodes that unpack its result."""
+
+    op: LayerOp | None = None
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def split(captured: Captured) -> tuple[list[Step], tuple[str, ...]]:
+    """Cut the graph.
+
+    Returns:
+        The steps in the order in which they run, and the names of the graph's outputs.
+
+    Raises:
+        CaptureError: a piece would have to hand something other than a tensor to a later one.
+    """
+    gm = captured.gm
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    bound = {entry.node for entry in captured.inputs if _is_bound(entry.source, entry.kind)}
+    segments = _segments(gm)
+    home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
+    wanted = _wanted_later(segments, home, output)
+    steps: list[Step] = []
+    for index, segment in enumerate(segments):
+        if segment.op is not None:
+            steps.append(_op_step(segment, wanted[index]))
+        elif wanted[index]:
+            steps.append(_piece(gm, segment.nodes, wanted[index], bound))
+    return steps, _names(output.args[0])
+
+
+def _names(outputs: Any) -> tuple[str, ...]:
+    if not all(isinstance(node, fx.Node) for node in outputs):
+        raise CaptureError("the model returns something that is neither computed by the graph nor an input of it")
+    return tuple(node.name for node in outputs)
+
+
+def _is_bound(source: str, kind: str) -> bool:
+    return kind == "handle" or "._parameters[" in source or "._buffers[" in source
+
+
+def _segments(gm: fx.GraphModule) -> list[_Segment]:
+    segments = [_Segment()]
+    unpacked: dict[fx.Node, _Segment] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        op = find_layer_op(node.target) if node.op == "call_function" else None
+        if op is not None and op.splitting:
+            segment = _Segment(op, [node])
+            _close_gap(segments)
+            segments += [segment, _Segment()]
+            unpacked[node] = segment
+        elif node.target is operator.getitem and node.args[0] in unpacked:
+            unpacked[node.args[0]].nodes.append(node)
+        else:
+            segments[-1].nodes.append(node)
+    return segments
+
+
+def _close_gap(segments: list[_Segment]) -> None:
+    """When nothing between two splitting ops depends on the first, move it all in front of it: two ops that follow
+    each other (a cache update and its attention) then have no piece between them."""
+    if len(segments) < 3:
+        return
+    *_, before, op, gap = segments
+    if before.op is None and not any(
+        node.is_impure() or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
+    ):
+        before.nodes += gap.nodes
+        gap.nodes = []
+
+
+def _wanted_later(
+    segments: Sequence[_Segment], home: dict[fx.Node, int], output: fx.Node
+) -> list[list[fx.Node]]:
+    """For each segment, the values that other segments or the graph's output read. Sizes are recomputed where they
+    are read, so they never cross."""
+    wanted: list[list[fx.Node]] = []
+    for index, segment in enumerate(segments):
+        crossing = []
+        for node in segment.nodes:
+            readers = [user for user in node.users if user is output or home.get(user) != index]
+            if readers and not is_size(node):
+                crossing.append(node)
+        wanted.append(crossing)
+    # A size that another segment recomputes needs its own tensor inputs there.
+    for index, segment in enumerate(segments):
+        for node in segment.nodes:
+            for parent in node.all_input_nodes:
+                for needed in _tensor_roots(parent):
+                    source = home.get(needed)
+                    if source is not None and source != index and needed not in wanted[source]:
+                        wanted[source].append(needed)
+    return wanted
+
+
+def _tensor_roots(node: fx.Node) -> list[fx.Node]:
+    if not is_size(node) or node.op == "placeholder":
+        return []
+    roots: list[fx.Node] = []
+    for parent in node.all_input_nodes:
+        roots += _tensor_roots(parent) if is_size(parent) else [parent]
+    return roots
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node's value is a symbolic size, or arithmetic on sizes."""
+    value = node.meta.get("example_value")
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, torch.Size))
+
+
+def _expression(node: fx.Node) -> str:
+    """What identifies a size: its symbolic expression. For any other node, its name."""
+    value = node.meta.get("example_value")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return str(value.node.expr)
+    return f"%{node.name}"
+
+
+def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
+    call, *unpack = segment.nodes
+    assert segment.op is not None
+    if call.kwargs:
+        raise CaptureError(f"{segment.op.name} was called with keyword arguments in a trace; pass them by position")
+    value = call.meta.get("example_value")
+    single = isinstance(value, torch.Tensor)
+    if single:
+        return OpStep(segment.op, call.target, call.args, (call.name if call in wanted else None,), True)
+    if call in wanted:
+        raise CaptureError(f"the outputs of {segment.op.name} are used as a tuple; unpack them where the op is called")
+    outputs: list[str | None] = [None] * len(value)
+    for node in unpack:
+        if node in wanted:
+            index = node.args[1]
+            if outputs[index] is not None:  # unpacked twice: keep one name
+                node.replace_all_uses_with(next(n for n in unpack if n.name == outputs[index]))
+                continue
+            outputs[index] = node.name
+    return OpStep(segment.op, call.target, call.args, tuple(outputs), False)
+
+
+def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], bound: set[str]) -> Piece:
+    """Copy `nodes` into a graph of their own."""
+    body, reads = _closure(nodes, wanted)
+    varying = [node for node in reads if node.name not in bound]
+    fixed = [node for node in reads if node.name in bound]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    sizes: dict[str, fx.Node] = {}
+    for position, node in enumerate([*varying, *fixed]):
+        copies[node] = graph.placeholder(f"a{position}")
+        copies[node].meta = {"example_value": node.meta["example_value"]}
+        sizes.setdefault(_expression(node), copies[node])
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        return copies[node] if node in copies else sizes[_expression(node)]
+
+    for node in body:
+        known = sizes.get(_expression(node)) if is_size(node) else None
+        copies[node] = known or graph.node_copy(node, copy_of)
+        sizes.setdefault(_expression(node), copies[node])
+    graph.output(tuple(copies[node] for node in wanted))
+    return Piece(
+        fx.GraphModule(gm, graph, class_name="Piece"),
+        tuple(node.name for node in [*varying, *fixed]),
+        tuple(node.name for node in wanted),
+    )
+
+
+def _closure(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that the wanted values need, sizes from other segments recomputed; and the values read from outside,
+    in the order of first use."""
+    inside = set(nodes)
+    needed: set[fx.Node] = set()
+    stack = [node for node in nodes if node in set(wanted) or node.is_impure()]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += [parent for parent in node.all_input_nodes if parent in inside]
+    body: list[fx.Node] = []
+    placed: set[fx.Node] = set()
+    reads: dict[fx.Node, None] = {}
+    first_of: dict[str, fx.Node] = {}
+
+    def visit(node: fx.Node) -> None:
+        """Place a node, each size that it reads right in front of its first reader: where the trace computed a size
+        says nothing about the piece."""
+        for parent in node.all_input_nodes:
+            if parent in placed or parent in reads:
+                continue
+            if is_size(parent) and parent.op != "placeholder":
+                visit(parent)
+            elif parent not in needed:
+                reads[first_of.setdefault(_expression(parent), parent) if is_size(parent) else parent] = None
+        placed.add(node)
+        body.append(node)
+
+    for node in nodes:
+        if node in needed and not is_size(node):
+            visit(node)
+    return body, list(reads)
+

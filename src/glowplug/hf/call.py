@@ -1,0 +1,175 @@
+"""One call of a causal language model's forward: what of it the program can serve, and what it needs computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from glowplug.hf.interfaces import forward_parameters
+from glowplug.hf.masks import Masks, make_masks
+
+_SERVED = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "cache_position",
+}
+_MUST_BE_OFF = {"output_hidden_states", "output_attentions", "output_router_logits"}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one program is made for; calls that differ in it need another capture.
+
+    Attributes:
+        embeds: whether the input is `inputs_embeds`.
+        dtype: dtype of the input.
+        position_lead: sizes of `position_ids` in front of `[batch, tokens]`: `()`, or `(3,)` for multi-axis rope.
+        masks: keys of the masks; None for a single one.
+        keeps: whether the forward takes `logits_to_keep`.
+        device: where the inputs are.
+    """
+
+    embeds: bool
+    dtype: torch.dtype
+    position_lead: tuple[int, ...]
+    masks: tuple[str, ...] | None
+    keeps: bool
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Call:
+    """A call made ready for the program.
+
+    Attributes:
+        signature: selects the program.
+        inputs: `[batch, tokens]` token ids or `[batch, tokens, hidden]` embeddings.
+        position_ids: `[..., batch, tokens]`.
+        masks: one mask, or one a layer type.
+        keep: positions whose logits are wanted, `[kept]`; None when the forward can't choose.
+        cache: the cache to write to; None for a call without one.
+        return_tuple: whether the caller wants a tuple.
+    """
+
+    signature: Signature
+    inputs: Tensor
+    position_ids: Tensor
+    masks: Masks
+    keep: Tensor | None
+    cache: Cache | None
+    return_tuple: bool
+
+
+def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
+    """Make a call ready, or say why the program can't serve it."""
+    names = forward_parameters(type(model))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name, value in given.items():
+        if name in _SERVED or value is None:
+            continue
+        if name in _MUST_BE_OFF:
+            if value:
+                return f"{name}=True asks for values that the compiled program does not keep"
+        elif name == "labels":
+            return "labels were given, and the compiled program computes no loss"
+        else:
+            return f"the argument {name!r} is not one that the compiled program takes"
+    for name in _MUST_BE_OFF:
+        if given.get(name) is None and getattr(model.config.get_text_config(), name, False):
+            return f"the config sets {name}=True, which asks for values that the compiled program does not keep"
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return "exactly one of input_ids and inputs_embeds must be given"
+    inputs = ids if embeds is None else embeds
+    if not isinstance(inputs, Tensor) or inputs.dim() != (2 if embeds is None else 3) or inputs.shape[1] == 0:
+        return "the input is not a batch of one or more tokens"
+    batch, tokens = inputs.shape[:2]
+    cache = _cache(model, given)
+    if isinstance(cache, str):
+        return cache
+    position_ids = _positions(model, given, inputs, cache)
+    if isinstance(position_ids, str):
+        return position_ids
+    keep = _keep(names, given, tokens, inputs.device)
+    if isinstance(keep, str):
+        return keep
+    masks = make_masks(
+        model,
+        batch=batch,
+        tokens=tokens,
+        dtype=model.dtype if embeds is None else embeds.dtype,
+        device=inputs.device,
+        attention_mask=given.get("attention_mask"),
+        cache=cache,
+    )
+    if not _masks_usable(masks):
+        return f"masks of type {type(masks).__name__} can't be handed to the compiled program"
+    signature = Signature(
+        embeds=embeds is not None,
+        dtype=inputs.dtype,
+        position_lead=tuple(position_ids.shape[:-2]),
+        masks=tuple(masks) if isinstance(masks, dict) else None,
+        keeps=keep is not None,
+        device=inputs.device,
+    )
+    return Call(signature, inputs, position_ids, masks, keep, cache, given.get("return_dict") is False)
+
+
+def _masks_usable(masks: Any) -> bool:
+    values = masks.values() if isinstance(masks, dict) else [masks]
+    return all(mask is None or (isinstance(mask, Tensor) and mask.dim() == 4) for mask in values)
+
+
+def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | None | str:
+    cache = given.get("past_key_values")
+    if cache is not None:
+        return cache if isinstance(cache, Cache) else f"a cache of type {type(cache).__name__} is not a transformers Cache"
+    use_cache = given.get("use_cache")
+    config = model.config.get_text_config()
+    if use_cache is None:
+        use_cache = getattr(config, "use_cache", False)
+    return DynamicCache(config=config) if use_cache else None
+
+
+def _positions(model: PreTrainedModel, given: dict[str, Any], inputs: Tensor, cache: Cache | None) -> Tensor | str:
+    position_ids = given.get("position_ids")
+    batch, tokens = inputs.shape[:2]
+    if position_ids is None:
+        prepare = "_prepare_position_ids_for_generation"
+        if getattr(type(model), prepare, None) is not getattr(GenerationMixin, prepare, None):
+            return "this model works out position_ids of its own; pass position_ids, or call generate()"
+        seen = cache.get_seq_length() if cache is not None else 0
+        position_ids = torch.arange(tokens, device=inputs.device).unsqueeze(0) + seen
+    elif cache is None and given.get("attention_mask") is None and not _consecutive(position_ids):
+        return "packed position_ids without a cache or an attention mask"
+    if position_ids.shape[-2] != batch:
+        position_ids = position_ids.expand(*position_ids.shape[:-2], batch, tokens)
+    return position_ids
+
+
+def _consecutive(position_ids: Tensor) -> bool:
+    return bool((position_ids.diff(dim=-1) == 1).all())
+
+
+def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | None | str:
+    if "logits_to_keep" not in names:
+        return None
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        return keep if keep.dim() == 1 else "logits_to_keep must be an integer or a tensor of one dimension"
+    keep = int(keep or 0)
+    if keep < 0:
+        return "a negative logits_to_keep"
+    first = 0 if keep == 0 else max(tokens - keep, 0)
+    return torch.arange(first, tokens, device=device)

@@ -1,0 +1,58 @@
+"""What happens to a model's experts in a capture: left in the graph, or hidden behind a layer op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from glowplug.hf import interfaces
+
+if TYPE_CHECKING:
+    from glowplug.hf.engine import Engine
+
+_TRACEABLE = ("grouped_mm", "batched_mm")
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How one model's experts are captured.
+
+    Attributes:
+        kind: `"inline"`, `"opaque"`, or `"none"` when the model has none that glowplug recognises.
+        implementation: the experts implementation for the capture; None leaves the model's own.
+        blocks: blocks that run whole, behind `glowplug::moe_forward_shared`.
+        layers: every layer that an op of this capture may ask for, by name.
+        orders: op -> names of its layers in the order of creation.
+    """
+
+    kind: str
+    implementation: str | None
+    blocks: dict[str, nn.Module]
+    layers: dict[str, nn.Module]
+    orders: dict[str, list[str]]
+
+
+def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
+    """Decide, from the option and from what the model is."""
+    attention = interfaces.attention_layers(model)
+    experts = interfaces.experts_layers(model)
+    orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
+    if not experts:
+        return ExpertsPlan("none", None, {}, attention, orders)
+    own = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    if choice == "inline" or (choice == "auto" and own in _TRACEABLE):
+        return ExpertsPlan("inline", own if own in _TRACEABLE else _TRACEABLE[0], {}, attention, orders)
+    blocks = interfaces.shared_blocks(model, model.config.get_text_config().hidden_size)
+    covered = {id(module) for block in blocks.values() for module in block.modules()}
+    routed = {name: module for name, module in experts.items() if id(module) not in covered}
+    orders["glowplug::moe_forward"] = list(routed)
+    orders["glowplug::moe_forward_shared"] = list(blocks)
+    layers = {name: m for name, m in model.named_modules() if name in attention or name in routed or name in blocks}
+    return ExpertsPlan("opaque", interfaces.NAME, blocks, layers, orders)
+
+
+def compile_inside(engine: Engine, found: ExpertsPlan) -> None:
+    """Compile what is inside the opaque ops, once for all layers of a kind."""

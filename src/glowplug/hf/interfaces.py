@@ -1,0 +1,185 @@
+"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force while
+a model is captured. Checked on transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from glowplug.errors import CaptureError
+from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
+from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
+
+NAME = "glowplug"
+
+
+def _attention_entry(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that traces see: hands everything to `glowplug::attention`."""
+    tensors: list[Tensor] = []
+    options: list[str] = []
+    for name, option in kwargs.items():
+        if isinstance(option, Tensor):
+            options.append(f"{name}=@{len(tensors)}")
+            tensors.append(option)
+        elif option is None or isinstance(option, (bool, int, float)):
+            options.append(f"{name}={option!r}")
+        else:
+            raise CaptureError(f"attention got {name} of a type that glowplug can't pass on")
+    return attention(module, query, key, value, attention_mask, tensors, ";".join(options)), None
+
+
+def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function that traces see when experts are opaque."""
+    return moe_forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+AttentionInterface.register(NAME, _attention_entry)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
+
+
+class CaptureCache(Cache):
+    """The cache that a trace sees: updates become `glowplug::kv_cache_update`; any other question can't be answered
+    without running the model, and makes the model fall back."""
+
+    def __init__(self, layers: dict[int, nn.Module]) -> None:
+        self.layers = []
+        self.attention_layers = layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Trace the update of one layer."""
+        return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Refused: the answer changes from step to step."""
+        raise CaptureError("the model asks the cache for its length inside its forward")
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
+        """Refused: the answer changes from step to step."""
+        raise CaptureError("the model asks the cache for mask sizes inside its forward")
+
+
+def attention_function(layer: nn.Module, implementation: str | None) -> Callable[..., Any] | None:
+    """The function that `layer` runs under an attention implementation; None when it can't be told."""
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    forward = inspect.unwrap(type(layer).forward)
+    return getattr(forward, "__globals__", {}).get("eager_attention_forward")
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's attention modules that own a layer of the cache, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+    }
+
+
+def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose forward goes through transformers' experts interface, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+
+
+def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
+    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name.
+
+    Each class is asked once, with two zero tokens.
+    """
+    verdicts: dict[type, bool] = {}
+    blocks = {}
+    experts = {id(module) for module in experts_layers(model).values()}
+    for name, module in model.named_modules():
+        if shared_experts_name(module) is None or id(module._modules.get("experts")) not in experts:
+            continue
+        cls = type(module)
+        if cls not in verdicts:
+            parameter = next(module.parameters())
+            probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
+            try:
+                with torch.no_grad():
+                    output = cls.forward(module, probe)
+                verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
+            except (TypeError, RuntimeError, ValueError):
+                verdicts[cls] = False
+        if verdicts[cls]:
+            blocks[name] = module
+    return blocks
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every distinct config object that the model's modules read."""
+    found: dict[int, Any] = {}
+    stack = [module.config for module in model.modules() if getattr(module, "config", None) is not None]
+    while stack:
+        config = stack.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config
+        stack += [getattr(config, key) for key in getattr(config, "sub_configs", {}) if getattr(config, key, None)]
+    return list(found.values())
+
+
+@contextmanager
+def in_force(
+    model: PreTrainedModel, *, experts: str | None, blocks: dict[str, nn.Module]
+) -> Iterator[None]:
+    """Route the model's attention, and its experts, through glowplug's ops while it is captured.
+
+    Args:
+        model: the model.
+        experts: the experts implementation for the capture; None leaves the model's own.
+        blocks: blocks to run whole, behind `glowplug::moe_forward_shared`.
+    """
+    saved = [
+        (config, config._attn_implementation_internal, getattr(config, "_experts_implementation_internal", None))
+        for config in configs(model)
+    ]
+    functions = {}
+    for name, layer in attention_layers(model).items():
+        config = getattr(layer, "config", model.config)
+        function = attention_function(layer, config._attn_implementation_internal)
+        if function is None:
+            raise CaptureError(f"{name} runs an attention function that glowplug can't find")
+        functions[name] = function
+        object.__setattr__(layer, ATTENTION_FN_ATTR, function)
+    try:
+        for config, *_ in saved:
+            config._attn_implementation_internal = NAME
+            if experts is not None:
+                config._experts_implementation_internal = experts
+        for block in blocks.values():
+            object.__setattr__(block, "forward", types.MethodType(_block_entry, block))
+        yield
+    finally:
+        for config, attn, moe in saved:
+            config._attn_implementation_internal = attn
+            config._experts_implementation_internal = moe
+        for block in blocks.values():
+            block.__dict__.pop("forward", None)
+
+
+def _block_entry(block: nn.Module, hidden_states: Tensor) -> Tensor:
+    return moe_forward_shared(block, hidden_states)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_parameters(cls: type) -> tuple[str, ...]:
+    """Names of the parameters of a model class's forward, in order, without self."""
+    names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    return tuple(name for name in names[1:] if name not in ("kwargs", "args"))

@@ -1,0 +1,65 @@
+"""Attention masks for a call, made by transformers' own functions, outside the program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+
+Masks = Tensor | None | dict[str, Tensor | None]
+
+
+def make_masks(
+    model: PreTrainedModel,
+    *,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_mask: Any,
+    cache: Cache | None,
+) -> Masks:
+    """The masks of one call.
+
+    Args:
+        model: the model, with its own attention implementation in force.
+        batch: sequences.
+        tokens: query length of this step.
+        dtype: dtype of the hidden states.
+        device: where they are.
+        attention_mask: what the caller gave: None, `[batch, kv_tokens]`, `[batch, 1, tokens, kv_tokens]`, or a dict.
+        cache: the cache before this step.
+
+    Returns:
+        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    return make(
+        config=model.config,
+        inputs_embeds=torch.empty((batch, tokens, 0), dtype=dtype, device=device),
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=None,
+    )
+
+
+def mask_sources(masks: Masks) -> dict[str, str | None]:
+    """Source in the captured graph -> key of the mask; a single mask has key None."""
+    if isinstance(masks, dict):
+        return {f"L['masks']['{key}']": key for key in masks}
+    return {"L['masks']": None}
+
+
+def stand_ins(masks: Masks, batch: int, tokens: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Masks for a capture: of the right structure, distinct objects, never computed with."""
+
+    def one() -> Tensor:
+        return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device)
+
+    return {key: one() for key in masks} if isinstance(masks, dict) else one()

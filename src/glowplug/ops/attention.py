@@ -1,0 +1,87 @@
+"""`glowplug::attention` and `glowplug::kv_cache_update`: the ops at which a decoder's graph is cut."""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.layers.context import current_context
+from glowplug.ops.layer_op import layer_op
+
+ATTENTION_FN_ATTR = "_glowplug_attention_fn"
+"""Where a layer keeps the attention function that `glowplug::attention` runs for it."""
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, heads, tokens, _head_dim = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[-1])
+
+
+@layer_op("glowplug::attention", fake=_fake_attention, splitting=True)
+def attention(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tensors: list[Tensor],
+    options: str,
+) -> Tensor:
+    """Attention of one layer, by whatever function the layer keeps (sdpa, flash, a model's own).
+
+    Args:
+        layer: the attention module.
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, kv_tokens, head_dim]`, as `kv_cache_update` returned it.
+        value: `[batch, kv_heads, kv_tokens, value_dim]`.
+        mask: boolean or additive, `[batch, 1, tokens, kv_tokens]`, or None for what the function does without one.
+        tensors: further tensor arguments of the attention function, such as attention sinks.
+        options: its keyword arguments, `"name=literal"` or `"name=@i"` for the i-th of `tensors`, joined by `;`.
+
+    Returns:
+        `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
+    """
+    constants, named = _parse(options)
+    kwargs = dict(constants)
+    for name, position in named:
+        kwargs[name] = tensors[position]
+    output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
+    return output if output.is_contiguous() else output.contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, int], ...]]:
+    """The constant keyword arguments, and the positions of those that are tensors."""
+    pairs = [option.partition("=") for option in options.split(";") if option]
+    constants = tuple((name, ast.literal_eval(text)) for name, _, text in pairs if not text.startswith("@"))
+    return constants, tuple((name, int(text[1:])) for name, _, text in pairs if text.startswith("@"))
+
+
+def _fake_update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(key), torch.empty_like(value)
+
+
+@layer_op("glowplug::kv_cache_update", fake=_fake_update, splitting=True)
+def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Write one step's keys and values into the layer's cache; give back all that attention is to see.
+
+    The cache is the `ForwardContext`'s: any object with `update(key, value, layer_idx)`. Without one, keys and values
+    pass through. In a trace the result has the step's own length, so only `attention` may read it: glowplug refuses a
+    model that does anything else with it.
+
+    Args:
+        layer: the attention module; its `layer_idx` says which layer of the cache is meant.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, value_dim]`.
+
+    Returns:
+        Keys and values of all cached tokens, `[batch, kv_heads, kv_tokens, ...]`.
+    """
+    context = current_context()
+    if context is None or context.cache is None:
+        return key, value
+    return context.cache.update(key, value, layer.layer_idx)

@@ -1,0 +1,204 @@
+"""`@layer_op`: a custom op that is given its layer object, while its graphs hold no layer's identity.
+
+Registration goes through `torch.library.Library`, whose dispatch costs about a third of `torch.library.custom_op`'s
+(see benchmarks/dispatch.py): there is no autograd wrapper to pass, as glowplug serves inference.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from glowplug.errors import LayerLookupError, UsageError
+from glowplug.layers.context import current_context
+from glowplug.layers.handle import HANDLE_TYPE_NAME, LayerHandle
+from glowplug.layers.registry import HANDLE_ATTR, IDENTITY_ATTR, KIND_ATTR, NAME_ATTR, LayerRegistry, find_baked
+
+_libraries: dict[str, torch.library.Library] = {}
+_by_overload: dict[Any, LayerOp] = {}
+_by_name: dict[str, LayerOp] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOp:
+    """A registered layer op. Made by `layer_op`.
+
+    Attributes:
+        name: qualified name, `"namespace::op"`.
+        fn: the author's function, `fn(layer, *tensors)`.
+        splitting: whether the graph is cut at this op.
+        layer_type: the class of the layers, from the annotation of `fn`'s first parameter; None when unannotated.
+        overloads: identity -> the torch overload that traced calls use.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    splitting: bool
+    layer_type: type[nn.Module] | None
+    overloads: dict[str, Any] = field(default_factory=dict)
+
+    def resolve(self, overload: Any, args: Sequence[Any]) -> tuple[Callable[[], nn.Module], Sequence[Any]]:
+        """How to find the layer of a traced call, and the arguments left for `fn`."""
+        if overload is self.overloads["hoisted"]:
+            return args[0].resolve, args[1:]
+        if overload is self.overloads["baked"]:
+            return (lambda: find_baked(args[0])), args[1:]
+        return (lambda: _next_in_order(self.name, args[0])), args[1:]
+
+
+def layer_op(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    mutates: Sequence[str] = (),
+    splitting: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function of a layer object and tensors into a custom op whose graphs hold no layer's identity.
+
+    The function's first parameter is the layer object; annotate it with the layer's class. The others, and the
+    result, carry the types that `torch.library.infer_schema` knows (`Tensor`, `Tensor | None`, `list[Tensor]`, `int`,
+    `float`, `str`, ...). Outside a trace the call is a plain Python call. In a trace it becomes one opaque node.
+
+    Args:
+        name: `"namespace::op"`.
+        fake: `fake(*tensors)` (no layer): outputs of the right shape, dtype and device, computing nothing.
+        mutates: names of the tensor parameters that the function writes to.
+        splitting: cut the graph at this op: it then runs between two compiled pieces, called directly.
+
+    Returns:
+        A decorator. The decorated function is called as `fn(layer, *tensors)`, in eager and in traced code.
+
+    Raises:
+        UsageError: `name` is not of the form `namespace::op` or is taken, or the schema can't be inferred.
+        LayerLookupError: at a traced call, when the layer was never registered.
+
+    Example:
+        >>> class Experts(torch.nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(4, 4))
+        ...
+        ...     def forward(self, x):
+        ...         return apply_experts(self, x)
+        >>> @layer_op("docs::apply_experts", fake=lambda x: torch.empty_like(x))
+        ... def apply_experts(layer: Experts, x: torch.Tensor) -> torch.Tensor:
+        ...     return x @ layer.weight  # any Python, any kernel: it is never traced
+    """
+    namespace, separator, op = name.partition("::")
+    if not (separator and namespace.isidentifier() and op.isidentifier()):
+        raise UsageError(f"an op's name has the form 'namespace::op', not {name!r}")
+    if name in _by_name:
+        raise UsageError(f"the op {name!r} is already registered; choose another name")
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        signature, layer_type = _without_layer(fn, name)
+        schema = _schema(signature, name, tuple(mutates))
+        library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+        record = LayerOp(name, fn, splitting, layer_type)
+
+        def hoisted(handle: LayerHandle, *args: Any) -> Any:
+            return fn(handle.resolve(), *args)
+
+        def baked(baked_name: str, *args: Any) -> Any:
+            return fn(find_baked(baked_name), *args)
+
+        def ordered(kind: str, *args: Any) -> Any:
+            return fn(_next_in_order(name, kind), *args)
+
+        def fake_of_any_identity(_identity: Any, *args: Any) -> Any:
+            return fake(*args)
+
+        first = {"hoisted": f"{HANDLE_TYPE_NAME} layer", "baked": "str layer", "ordered": "str kind"}
+        for identity, implementation in (("hoisted", hoisted), ("baked", baked), ("ordered", ordered)):
+            head = first[identity] + (", " if not schema.startswith("()") else "")
+            library.define(f"{op}.{identity}({head}{schema[1:]}")
+            library.impl(f"{op}.{identity}", implementation, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{name}.{identity}", fake_of_any_identity, lib=library)
+            overload = getattr(getattr(getattr(torch.ops, namespace), op), identity)
+            record.overloads[identity] = overload
+            _by_overload[overload] = record
+        _by_name[name] = record
+        traced_hoisted, traced_baked, traced_ordered = (record.overloads[i] for i in ("hoisted", "baked", "ordered"))
+
+        def call(layer: nn.Module, *args: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return fn(layer, *args)
+            handle = getattr(layer, HANDLE_ATTR, None)
+            if handle is None:
+                raise LayerLookupError(
+                    f"{name} was traced for a layer that is not registered. Call glowplug.register_layers(model) "
+                    "before torch.compile, or use glowplug.compile(model)."
+                )
+            identity = getattr(layer, IDENTITY_ATTR)
+            if identity == "hoisted":
+                return traced_hoisted(handle, *args)
+            if identity == "baked":
+                return traced_baked(getattr(layer, NAME_ATTR), *args)
+            return traced_ordered(getattr(layer, KIND_ATTR), *args)
+
+        call.__name__, call.__doc__, call.__module__ = fn.__name__, fn.__doc__, fn.__module__
+        call.layer_op = record  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def find_layer_op(target: Any) -> LayerOp | None:
+    """The layer op that an FX node's target belongs to, or None."""
+    try:
+        return _by_overload.get(target)
+    except TypeError:  # an unhashable target
+        return None
+
+
+def known_layer_ops() -> tuple[LayerOp, ...]:
+    """Every registered layer op."""
+    return tuple(_by_name.values())
+
+
+def order_layers(registry: LayerRegistry) -> None:
+    """Fill in the creation order of every op whose author annotated the layer's class."""
+    for op in known_layer_ops():
+        layer_type = op.layer_type
+        if layer_type is not None:
+            names = [name for name in registry if isinstance(registry[name], layer_type)]
+            if names:
+                registry.set_order(op.name, names)
+
+
+def _next_in_order(op: str, kind: str) -> nn.Module:
+    context = current_context()
+    if context is None:
+        raise LayerLookupError(
+            f'{op} with identity="ordered" ran outside a ForwardContext. Run the model through glowplug.compile(model), '
+            "or inside glowplug.forward_context(ForwardContext(registry))."
+        )
+    return context.next_layer(op, kind)
+
+
+def _without_layer(fn: Callable[..., Any], name: str) -> tuple[inspect.Signature, type[nn.Module] | None]:
+    signature = inspect.signature(fn, eval_str=True)
+    parameters = list(signature.parameters.values())
+    if not parameters:
+        raise UsageError(f"{name}: the function's first parameter must be the layer object")
+    annotation = parameters[0].annotation
+    is_layer_class = isinstance(annotation, type) and issubclass(annotation, nn.Module) and annotation is not nn.Module
+    return signature.replace(parameters=parameters[1:]), annotation if is_layer_class else None
+
+
+def _schema(signature: inspect.Signature, name: str, mutates: tuple[str, ...]) -> str:
+    """The op's schema without its layer: `"(Tensor x) -> Tensor"`."""
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+    prototype.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    try:
+        return torch.library.infer_schema(prototype, mutates_args=mutates)
+    except ValueError as exc:
+        raise UsageError(f"{name}: no schema can be inferred from the function's annotations: {exc}") from exc

@@ -1,0 +1,70 @@
+"""The options of `glowplug.compile`: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from glowplug.compilers import PieceCompiler, get_compiler
+from glowplug.errors import UsageError
+from glowplug.layers.registry import Identity
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "identity": ("auto", "hoisted", "ordered", "baked"),
+    "experts": ("auto", "inline", "opaque"),
+    "fast_moe_cold_start": (None, True, False),
+    "strict": (True, False),
+    "verify": ("once", "off"),
+    "compile_experts": (True, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is compiled.
+
+    Attributes:
+        identity: how layer ops say which layer they are. `"hoisted"`: by a graph input. `"ordered"`: by the order of
+            creation, as vLLM's pull request 32805 did. `"baked"`: by a name in the graph, as before it. `"auto"`:
+            what `fast_moe_cold_start` says.
+        experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: inline
+            where the model's experts implementation can be traced.
+        compile_experts: with opaque experts, compile the op's inside, once for all layers of a kind.
+        compiler: `"inductor"`, `"eager"` (runs pieces uncompiled: tests, debugging), or a `PieceCompiler`.
+        fast_moe_cold_start: vLLM's switch. True: ordered. False: baked. None: the best safe way, hoisted.
+        strict: raise `NotServableError` where eager would run instead.
+        verify: `"once"`: before a program serves, compare it once with eager on a small seeded input. `"off"`: don't.
+
+    Raises:
+        UsageError: a value is not allowed, or `identity` contradicts `fast_moe_cold_start`.
+    """
+
+    identity: Literal["auto", "hoisted", "ordered", "baked"] = "auto"
+    experts: Literal["auto", "inline", "opaque"] = "auto"
+    compile_experts: bool = False
+    compiler: str | PieceCompiler = "inductor"
+    fast_moe_cold_start: bool | None = None
+    strict: bool = False
+    verify: Literal["once", "off"] = "once"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+                raise UsageError(f"{name} must be one of {', '.join(map(repr, allowed))}; not {value!r}")
+        get_compiler(self.compiler)
+        wanted = {True: "ordered", False: "baked"}.get(self.fast_moe_cold_start)  # type: ignore[arg-type]
+        if wanted is not None and self.identity not in ("auto", wanted):
+            raise UsageError(
+                f"fast_moe_cold_start={self.fast_moe_cold_start} means identity={wanted!r}, but identity is "
+                f"{self.identity!r}; give one of the two"
+            )
+
+    @property
+    def resolved_identity(self) -> Identity:
+        """The identity that `"auto"` and `fast_moe_cold_start` come to."""
+        if self.identity != "auto":
+            return self.identity
+        if self.fast_moe_cold_start is None:
+            return "hoisted"
+        return "ordered" if self.fast_moe_cold_start else "baked"

@@ -1,0 +1,96 @@
+"""What glowplug did to a model: strategy, pieces, seconds of each phase, and every step down to eager."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger("glowplug")
+
+PHASES = ("trace", "split", "fingerprint", "compile", "bind", "verify")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One reason for which eager ran instead of the compiled program.
+
+    Attributes:
+        reason: what could not be served, and why.
+        layers: qualified names of the layers that caused it; empty when it is the whole call.
+    """
+
+    reason: str
+    layers: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What happened to one model. `glowplug.report(model)` returns it; it grows as the model is used.
+
+    Attributes:
+        strategy: `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` when nothing could be compiled.
+        experts: `"inline"`, `"opaque"` or `"none"` (the model has no experts that glowplug recognises).
+        compiler: the piece compiler's name.
+        pieces: pieces of all programs together.
+        distinct_pieces: how many of them are distinct, and were compiled.
+        phases: seconds spent, by phase: trace, split, fingerprint, compile, bind, verify.
+        fallbacks: each reason for which eager ran, once.
+        programs: how many programs were built (one for each signature of inputs, normally one).
+    """
+
+    strategy: str = "eager"
+    experts: str = "none"
+    compiler: str = "inductor"
+    pieces: int = 0
+    distinct_pieces: int = 0
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    fallbacks: list[Fallback] = field(default_factory=list)
+    programs: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def fall_back(self, reason: str, layers: tuple[str, ...] = ()) -> None:
+        """Record, once, why eager ran, and log it once."""
+        fallback = Fallback(reason, layers)
+        with self._lock:
+            if fallback in self.fallbacks:
+                return
+            self.fallbacks.append(fallback)
+        where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
+        logger.warning("glowplug runs this call eager: %s%s", reason, where)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return {
+            "strategy": self.strategy,
+            "experts": self.experts,
+            "compiler": self.compiler,
+            "pieces": self.pieces,
+            "distinct_pieces": self.distinct_pieces,
+            "programs": self.programs,
+            "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
+            "fallbacks": [{"reason": f.reason, "layers": list(f.layers)} for f in self.fallbacks],
+        }
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items())
+        lines = [
+            f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}",
+            f"{self.pieces} pieces, {self.distinct_pieces} distinct",
+            phases,
+        ]
+        lines += [f"eager: {fallback.reason}" for fallback in self.fallbacks]
+        return "\n".join(lines)
