@@ -3,6 +3,7 @@
 from glowplug.api import compile, report
 from glowplug.errors import (
     CaptureError,
+    CompileError,
     GlowplugError,
     LayerLookupError,
     LayerOrderError,
@@ -10,7 +11,14 @@ from glowplug.errors import (
     UnsupportedTorchError,
     UsageError,
 )
-from glowplug.layers import ForwardContext, LayerHandle, LayerRegistry, current_context, forward_context, register_layers
+from glowplug.layers import (
+    ForwardContext,
+    LayerHandle,
+    LayerRegistry,
+    current_context,
+    forward_context,
+    register_layers,
+)
 from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
 from glowplug.options import Options
 from glowplug.report import Fallback, Report
@@ -19,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CompileError",
     "Fallback",
     "ForwardContext",
     "GlowplugError",

@@ -1,1 +1,81 @@
-"""`torch.compile(model, backend="glowplug")`: the pieces of each graph that Dynamo hands over, each compiled once."""
+"""`torch.compile(model, backend="glowplug")`: cuts each graph that Dynamo hands over, compiles each distinct piece once.
+
+Found by torch through the `torch_dynamo_backends` entry point. Dynamo keeps its guards, so this door is safe for any
+module; it traces every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from glowplug.compilers import PieceCompiler, get_compiler
+from glowplug.errors import CaptureError, UsageError
+from glowplug.graph.capture import describe
+from glowplug.ops import find_layer_op
+from glowplug.program import PieceCache, build_program
+from glowplug.report import Report
+
+_OPTIONS = ("compiler", "report")
+
+
+def glowplug_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend.
+
+    Args:
+        gm: the graph, with sources on its placeholders, as Dynamo hands it to a backend.
+        example_inputs: ignored; the placeholders carry fake tensors.
+        options: `torch.compile(options=...)`: `"compiler"`, a piece compiler or its name (default `"inductor"`), and
+            `"report"`, a `glowplug.Report` to fill in.
+        mode: not supported.
+
+    Returns:
+        A callable of the graph's inputs. In grad mode, with inputs that need gradients, the graph itself: eager.
+
+    Raises:
+        UsageError: an unknown option, or a mode.
+    """
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(_OPTIONS))
+    if unknown or mode is not None:
+        wrong = f"unknown options {', '.join(unknown)}" if unknown else f"mode={mode!r} is not supported"
+        raise UsageError(f'backend="glowplug": {wrong}; options are {", ".join(_OPTIONS)}')
+    compiler: PieceCompiler = get_compiler(given.get("compiler", "inductor"))
+    report: Report = given.get("report") or Report()
+    report.compiler = compiler.name
+    needs_grad = any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
+    if torch.is_grad_enabled() and needs_grad:
+        report.fall_back("grad mode is on and inputs or weights need gradients; run under torch.no_grad()")
+        return _differentiable(gm).forward
+    try:
+        captured = describe(gm)
+        arguments = {entry.node: entry.source for entry in captured.inputs}
+        handles = {entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"}
+        program = build_program(
+            captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
+        )
+    except CaptureError as exc:
+        report.fall_back(str(exc))
+        return _differentiable(gm).forward
+    if report.strategy == "eager":
+        report.strategy = "hoisted"
+    return program.run
+
+
+def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with its layer ops called as plain Python, so that gradients flow through their bodies."""
+    for node in gm.graph.nodes:
+        op = find_layer_op(node.target) if node.op == "call_function" else None
+        if op is not None:
+            node.target = op.direct(node.target)
+    gm.recompile()
+    return gm

@@ -25,5 +25,9 @@ class CaptureError(GlowplugError, RuntimeError):
     """The model could not be captured as one graph; the message carries the compiler's reason."""
 
 
+class CompileError(GlowplugError, RuntimeError):
+    """The piece compiler failed on a piece; the message carries its reason."""
+
+
 class NotServableError(GlowplugError, RuntimeError):
     """With `strict=True`: a call (or the model) can't be served by the compiled program. Without it, eager runs."""

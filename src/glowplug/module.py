@@ -1,4 +1,112 @@
-"""Plain modules."""
+"""The engine of a plain `nn.Module`: registers its layers and compiles its forward through the glowplug backend."""
+
 from __future__ import annotations
+
+import functools
+import types
 from typing import Any
-def attach_module(model: Any, options: Any) -> None: ...
+
+import torch
+from torch import nn
+
+from glowplug.backend import glowplug_backend
+from glowplug.errors import GlowplugError, NotServableError
+from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.registry import register_layers
+from glowplug.ops import order_layers
+from glowplug.options import Options
+from glowplug.report import Report
+
+try:
+    from torch._dynamo.utils import counters as _dynamo_counters
+except ImportError:  # pragma: no cover - private; checked on torch 2.11 and 2.13. Without it, breaks go unreported.
+    _dynamo_counters = {}
+
+
+class ModuleEngine:
+    """Stands in for a module's forward. Made by `glowplug.compile` for modules that transformers can't generate with.
+
+    Dynamo's guards stay in force: a module that changed is traced again.
+
+    Args:
+        model: any module whose forward takes and returns tensors.
+        options: how to compile it; `experts` has no meaning here.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        functools.update_wrapper(self, type(model).forward, updated=())
+        self.model = model
+        self.options = options
+        self.report = Report()
+        self.check_order = True
+        self.registry = register_layers(model, identity=options.resolved_identity)
+        order_layers(self.registry)
+        self._compiled = torch.compile(
+            _entry(model),
+            backend=glowplug_backend,
+            options={"compiler": options.compiler, "report": self.report},
+            fullgraph=options.strict,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleEngine:
+        model = memo.get(id(self.model))
+        if model is None:
+            raise NotServableError("a compiled forward can't be copied without its model; copy the model")
+        return ModuleEngine(model, self.options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModuleEngine, (self.model, self.options)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, compiled."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            return self._eager(
+                "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
+            )
+        breaks = set(_dynamo_counters.get("graph_break", ()))
+        programs = self.report.programs
+        with forward_context(ForwardContext(self.registry, None, self.check_order)):
+            try:
+                output = self._compiled(*args, **kwargs)
+            except Exception as exc:
+                cause = _glowplug_cause(exc)
+                if cause is not None:
+                    raise cause from exc
+                raise
+        if self.report.programs != programs:
+            self.report.strategy = self.options.resolved_identity
+        for reason in set(_dynamo_counters.get("graph_break", ())) - breaks:
+            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart: {reason.splitlines()[0]}")
+        return output
+
+    def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.options.strict:
+            raise NotServableError(f"{reason} (strict=True: nothing runs eager)")
+        self.report.fall_back(reason)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def _entry(model: nn.Module) -> types.FunctionType:
+    """A function that runs the module's own forward, with a code object of its own: Dynamo counts recompilations by
+    code object, and other instances of the class must not use up this one's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return type(model).forward(model, *args, **kwargs)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+
+
+def _glowplug_cause(exc: BaseException | None) -> GlowplugError | None:
+    """An error of glowplug's own that Dynamo wrapped."""
+    while exc is not None:
+        if isinstance(exc, GlowplugError):
+            return exc
+        exc = getattr(exc, "inner_exception", None) or exc.__cause__
+    return None
+
+
+def attach_module(model: nn.Module, options: Options) -> None:
+    """Put an engine in the place of the module's forward."""
+    model.__dict__.pop("forward", None)
+    object.__setattr__(model, "forward", ModuleEngine(model, options))

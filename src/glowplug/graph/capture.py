@@ -72,7 +72,9 @@ def describe(gm: fx.GraphModule) -> Captured:
             continue
         arg = node.meta.get("grapharg")
         if arg is None:
-            raise CaptureError(f"graph input {node.name!r} has no source; this torch's Dynamo is not one glowplug knows")
+            raise CaptureError(
+                f"graph input {node.name!r} has no source; this torch's Dynamo is not one glowplug knows"
+            )
         fake = node.meta.get("example_value")
         value = arg.example
         kind: InputKind = "tensor"

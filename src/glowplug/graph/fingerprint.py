@@ -127,7 +127,9 @@ class _Canonical:
     def symbolic(self, size: Any) -> str:
         if isinstance(size, (int, float, bool)):
             return repr(size)
-        return _SYMBOL.sub(lambda match: self.symbols.setdefault(match[0], f"n{len(self.symbols)}"), str(size.node.expr))
+        return _SYMBOL.sub(
+            lambda match: self.symbols.setdefault(match[0], f"n{len(self.symbols)}"), str(size.node.expr)
+        )
 
     def text(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):

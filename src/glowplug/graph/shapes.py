@@ -79,6 +79,8 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
 
 
 def _dim(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol) else (
-        int(size) if isinstance(size, int) else size.node.expr
+    return (
+        size.node.expr
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+        else (int(size) if isinstance(size, int) else size.node.expr)
     )

@@ -127,9 +127,7 @@ def _close_gap(segments: list[_Segment]) -> None:
         gap.nodes = []
 
 
-def _wanted_later(
-    segments: Sequence[_Segment], home: dict[fx.Node, int], output: fx.Node
-) -> list[list[fx.Node]]:
+def _wanted_later(segments: Sequence[_Segment], home: dict[fx.Node, int], output: fx.Node) -> list[list[fx.Node]]:
     """For each segment, the values that other segments or the graph's output read. Sizes are recomputed where they
     are read, so they never cross."""
     wanted: list[list[fx.Node]] = []
@@ -257,4 +255,3 @@ def _closure(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> tuple[list[
         if node in needed and not is_size(node):
             visit(node)
     return body, list(reads)
-

@@ -123,6 +123,9 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         keeps=keep is not None,
         device=inputs.device,
     )
+    # Compiled pieces rely on the strides of the trace.
+    inputs, position_ids = inputs.contiguous(), position_ids.contiguous()
+    keep = keep.contiguous() if keep is not None else None
     return Call(signature, inputs, position_ids, masks, keep, cache, given.get("return_dict") is False)
 
 
@@ -134,7 +137,9 @@ def _masks_usable(masks: Any) -> bool:
 def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | None | str:
     cache = given.get("past_key_values")
     if cache is not None:
-        return cache if isinstance(cache, Cache) else f"a cache of type {type(cache).__name__} is not a transformers Cache"
+        return (
+            cache if isinstance(cache, Cache) else f"a cache of type {type(cache).__name__} is not a transformers Cache"
+        )
     use_cache = given.get("use_cache")
     config = model.config.get_text_config()
     if use_cache is None:

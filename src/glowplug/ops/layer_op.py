@@ -50,6 +50,15 @@ class LayerOp:
             return (lambda: find_baked(args[0])), args[1:]
         return (lambda: _next_in_order(self.name, args[0])), args[1:]
 
+    def direct(self, overload: Any) -> Callable[..., Any]:
+        """What a traced call does, as a plain Python function: no dispatcher, gradients flow."""
+
+        def call(*args: Any) -> Any:
+            find_layer, rest = self.resolve(overload, args)
+            return self.fn(find_layer(), *rest)
+
+        return call
+
 
 def layer_op(
     name: str,

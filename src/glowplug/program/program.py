@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.layers.handle import LayerHandle
 
@@ -19,11 +20,28 @@ class Program:
         run: `run(*arguments)` -> tuple of the graph's outputs. Arguments in the order of `arguments`.
         arguments: sources of what changes from call to call.
         source: the Python text that runs.
+        outline: its steps, for reports.
     """
 
     run: Callable[..., tuple[Any, ...]]
     arguments: tuple[str, ...]
     source: str
+    outline: tuple[StepOutline, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutline:
+    """One step of a program, for reports.
+
+    Attributes:
+        op: the splitting op's name; None for a piece.
+        fingerprint: the piece's; None for an op.
+        sources: paths of the weights and handles that the step reads.
+    """
+
+    op: str | None
+    fingerprint: Fingerprint | None
+    sources: tuple[str, ...]
 
 
 @dataclass
@@ -104,14 +122,13 @@ def _nodes(arg: Any) -> list[Any]:
 
 
 def _reference(emitter: _Emitter, value: str) -> str:
-    if value in emitter.bound:
-        return emitter.give("w", emitter.bound[value])
-    return emitter.names[value]
+    """A graph value in the program's text: a local, or a global that holds a bound object."""
+    return emitter.names.get(value) or emitter.give("w", emitter.bound[value])
 
 
 def _emit_piece(emitter: _Emitter, piece: Piece, name: str) -> None:
-    parts = [emitter.names[value] for value in piece.inputs if value not in emitter.bound]
-    fixed = tuple(emitter.bound[value] for value in piece.inputs if value in emitter.bound)
+    parts = [emitter.names[value] for value in piece.inputs if value in emitter.names]
+    fixed = tuple(emitter.bound[value] for value in piece.inputs if value not in emitter.names)
     if fixed:
         parts.append(f"*{emitter.give('weights_', fixed)}")
     targets = "".join(f"{emitter.local(value)}, " for value in piece.outputs)
