@@ -121,10 +121,22 @@ def _close_gap(segments: list[_Segment]) -> None:
         return
     *_, before, op, gap = segments
     if before.op is None and not any(
-        node.is_impure() or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
+        may_mutate(node) or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
     ):
         before.nodes += gap.nodes
         gap.nodes = []
+
+
+def may_mutate(node: fx.Node) -> bool:
+    """Whether the node may write to one of its inputs, or to anything else."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
+
+
+_IN_PLACE = {"setitem", "delitem"} | {
+    f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul concat".split()
+}
 
 
 def _wanted_later(segments: Sequence[_Segment], home: dict[fx.Node, int], output: fx.Node) -> list[list[fx.Node]]:
@@ -196,14 +208,19 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
 
 def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], bound: set[str]) -> Piece:
     """Copy `nodes` into a graph of their own."""
-    body, reads = _closure(nodes, wanted)
-    varying = [node for node in reads if node.name not in bound]
+    body, reads = _closure(nodes)
+    derived = _derivable(reads)
+    varying = [node for node in reads if node.name not in bound and node not in derived]
     fixed = [node for node in reads if node.name in bound]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     sizes: dict[str, fx.Node] = {}
     for position, node in enumerate([*varying, *fixed]):
         copies[node] = graph.placeholder(f"a{position}")
+        copies[node].meta = {"example_value": node.meta["example_value"]}
+        sizes.setdefault(_expression(node), copies[node])
+    for node, (tensor, dim) in derived.items():
+        copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
         copies[node].meta = {"example_value": node.meta["example_value"]}
         sizes.setdefault(_expression(node), copies[node])
 
@@ -222,17 +239,22 @@ def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Nod
     )
 
 
-def _closure(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes that the wanted values need, sizes from other segments recomputed; and the values read from outside,
-    in the order of first use."""
-    inside = set(nodes)
-    needed: set[fx.Node] = set()
-    stack = [node for node in nodes if node in set(wanted) or node.is_impure()]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack += [parent for parent in node.all_input_nodes if parent in inside]
+def _derivable(reads: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]]:
+    """The sizes among a piece's reads that are a dim of a tensor among them: the piece takes those from the tensor, so
+    that they are right for whatever tensor it is given (each layer's cache may have a length of its own)."""
+    dims: dict[str, tuple[fx.Node, int]] = {}
+    for node in reads:
+        value = node.meta.get("example_value")
+        for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                dims.setdefault(str(size.node.expr), (node, dim))
+    return {node: dims[_expression(node)] for node in reads if is_size(node) and _expression(node) in dims}
+
+
+def _closure(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """All nodes, sizes moved to their first reader (and those of other segments recomputed); and the values read from
+    outside, in the order of first use. Nothing is dropped: what looks dead may write in place."""
+    needed = {node for node in nodes if not is_size(node)}
     body: list[fx.Node] = []
     placed: set[fx.Node] = set()
     reads: dict[fx.Node, None] = {}
@@ -252,6 +274,6 @@ def _closure(nodes: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> tuple[list[
         body.append(node)
 
     for node in nodes:
-        if node in needed and not is_size(node):
+        if node in needed:
             visit(node)
     return body, list(reads)

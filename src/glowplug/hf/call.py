@@ -76,7 +76,7 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     names = forward_parameters(type(model))
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name, value in given.items():
-        if name in _SERVED or value is None:
+        if name in _SERVED or value is None or (isinstance(value, dict) and not value):
             continue
         if name in _MUST_BE_OFF:
             if value:

@@ -32,7 +32,7 @@ from glowplug.options import Options
 from glowplug.program import PieceCache, Program, build_program
 from glowplug.report import Report
 
-_BATCH, _TOKENS, _KEPT = 2, 8, 5
+_BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
 
 
@@ -216,7 +216,10 @@ class Engine:
         if keep is not None:
             torch._dynamo.mark_dynamic(keep, 0)
         by_index = {layer.layer_idx: layer for layer in interfaces.attention_layers(model).values()}
-        cache = interfaces.CaptureCache(by_index)  # type: ignore[arg-type]
+        extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST, device=device)
+        torch._dynamo.mark_dynamic(extent, 0)
+        torch._dynamo.mark_dynamic(past, 0)
+        cache = interfaces.CaptureCache(by_index, extent, past)  # type: ignore[arg-type]
 
         sources = {"L['inputs']", "L['position_ids']", "L['keep']"}
         mask_names = mask_sources(call.masks)
@@ -235,7 +238,7 @@ class Engine:
             )
             return program, read_assumptions(captured, sources)
 
-        with interfaces.in_force(model, experts=plan.implementation, blocks=plan.blocks):
+        with interfaces.in_force(model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed):
             clock = _Clock()
             args = (model, inputs, positions, masks, cache, keep)
             traced = _traced_embeds if signature.embeds else _traced_ids
@@ -329,10 +332,12 @@ _READERS: dict[str, Any] = {
 }
 
 
-_SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]")
+_SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
 
 
 def _read_other(source: str, call: Call) -> Any:
+    if source.startswith("L['cache']"):
+        return int(call.cache.get_seq_length()) if call.cache is not None else 0
     size = _SIZE.fullmatch(source)
     if size is not None:
         return getattr(call, size[1]).shape[int(size[2])]
@@ -349,29 +354,25 @@ def _sort_inputs(captured: Captured, varying: set[str], masks: set[str]) -> tupl
     for entry in captured.inputs:
         if entry.source in varying or entry.source in masks or _SIZE.fullmatch(entry.source):
             arguments[entry.node] = entry.source
-        elif entry.kind == "symint":
-            raise CaptureError(f"the graph depends on a size that the call does not give: {entry.source}")
-        else:
+        elif entry.kind != "symint":  # other sizes are those of tensors in the program, which give them
             bound[entry.node] = entry.value
     return arguments, bound
 
 
 def _check_steps(steps: Sequence[Step], captured: Captured, masks: dict[str, str | None]) -> None:
-    """Refuse what a program can't serve for every cache: masks computed with, cached keys read by anything else."""
+    """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention."""
     mask_nodes = {entry.node for entry in captured.inputs if entry.source in masks}
-    cached: set[str] = set()
+    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not _SIZE.fullmatch(e.source)}
     for step in steps:
         if isinstance(step, Piece):
-            if mask_nodes & set(step.inputs):
-                raise CaptureError("the model computes with its attention mask inside its layers")
-            if cached & set(step.inputs):
-                raise CaptureError("the model computes with its cached keys or values outside of attention")
-        elif step.op.name == "glowplug::kv_cache_update":
-            cached |= {name for name in step.outputs if name}
+            used = bool(mask_nodes & set(step.inputs))
+            for name in sizes.keys() & set(step.inputs):
+                raise CaptureError(f"a piece depends on a size that no tensor of it has: {sizes[name]}")
         else:
-            mask = step.args[4]
-            if mask is not None and getattr(mask, "name", None) not in mask_nodes:
-                raise CaptureError("the model computes with its attention mask inside its layers")
+            mask = step.args[4] if step.op.name == "glowplug::attention" else None
+            used = mask is not None and getattr(mask, "name", None) not in mask_nodes
+        if used:
+            raise CaptureError("the model computes with its attention mask inside its layers")
 
 
 def attach(model: PreTrainedModel, options: Options) -> None:

@@ -23,6 +23,7 @@ class ExpertsPlan:
     Attributes:
         kind: `"inline"`, `"opaque"`, or `"none"` when the model has none that glowplug recognises.
         implementation: the experts implementation for the capture; None leaves the model's own.
+        routed: experts that take routed tokens, which run behind `glowplug::moe_forward`.
         blocks: blocks that run whole, behind `glowplug::moe_forward_shared`.
         layers: every layer that an op of this capture may ask for, by name.
         orders: op -> names of its layers in the order of creation.
@@ -31,6 +32,7 @@ class ExpertsPlan:
     kind: str
     implementation: str | None
     blocks: dict[str, nn.Module]
+    routed: dict[str, nn.Module]
     layers: dict[str, nn.Module]
     orders: dict[str, list[str]]
 
@@ -39,19 +41,22 @@ def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
     """Decide, from the option and from what the model is."""
     attention = interfaces.attention_layers(model)
     experts = interfaces.experts_layers(model)
+    routed_only = interfaces.routed_experts_layers(model)
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
-    if not experts:
-        return ExpertsPlan("none", None, {}, attention, orders)
+    if not experts and not routed_only:
+        return ExpertsPlan("none", None, {}, {}, attention, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
-    if choice == "inline" or (choice == "auto" and own in _TRACEABLE):
-        return ExpertsPlan("inline", own if own in _TRACEABLE else _TRACEABLE[0], {}, attention, orders)
+    if choice == "inline" or (choice == "auto" and (own in _TRACEABLE or not experts)):
+        implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
+        return ExpertsPlan("inline", implementation, {}, {}, attention, orders)
     blocks = interfaces.shared_blocks(model, model.config.get_text_config().hidden_size)
     covered = {id(module) for block in blocks.values() for module in block.modules()}
-    routed = {name: module for name, module in experts.items() if id(module) not in covered}
+    behind = {**experts, **routed_only}
+    routed = {name: m for name, m in model.named_modules() if name in behind and id(m) not in covered}
     orders["glowplug::moe_forward"] = list(routed)
     orders["glowplug::moe_forward_shared"] = list(blocks)
     layers = {name: m for name, m in model.named_modules() if name in attention or name in routed or name in blocks}
-    return ExpertsPlan("opaque", interfaces.NAME, blocks, layers, orders)
+    return ExpertsPlan("opaque", interfaces.NAME if experts else None, blocks, routed_only, layers, orders)
 
 
 def compile_inside(engine: Engine, found: ExpertsPlan) -> None:

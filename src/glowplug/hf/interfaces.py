@@ -54,23 +54,31 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
 
 
 class CaptureCache(Cache):
-    """The cache that a trace sees: updates become `glowplug::kv_cache_update`; any other question can't be answered
-    without running the model, and makes the model fall back."""
+    """The cache that a trace sees: updates become `glowplug::kv_cache_update`, lengths become symbolic sizes. Any
+    other question can't be answered without running the model, and makes the model fall back.
 
-    def __init__(self, layers: dict[int, nn.Module]) -> None:
+    Args:
+        layers: layer index -> attention module.
+        extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
+        past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
+    """
+
+    def __init__(self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> None:
         self.layers = []
         self.attention_layers = layers
+        self.extent = extent
+        self.past = past
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Trace the update of one layer."""
-        return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states)
+        return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states, self.extent)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Refused: the answer changes from step to step."""
-        raise CaptureError("the model asks the cache for its length inside its forward")
+        """The symbolic length of the cache before the step."""
+        return self.past.shape[0]
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
-        """Refused: the answer changes from step to step."""
+        """Refused: masks are made outside the program."""
         raise CaptureError("the model asks the cache for mask sizes inside its forward")
 
 
@@ -94,6 +102,18 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose forward goes through transformers' experts interface, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+
+
+def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts that take tokens routed already, past transformers' experts interface (Llama 4's), by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts"
+        and not hasattr(module, "_is_expert_parallel")
+        and any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
+        and len(inspect.signature(type(module).forward).parameters) == 2
+    }
 
 
 def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
@@ -143,6 +163,7 @@ def in_force(model: PreTrainedModel, *, experts: str | None, blocks: dict[str, n
         model: the model.
         experts: the experts implementation for the capture; None leaves the model's own.
         blocks: blocks to run whole, behind `glowplug::moe_forward_shared`.
+        routed: experts of routed tokens to run behind `glowplug::moe_forward`.
     """
     saved = [
         (config, config._attn_implementation_internal, getattr(config, "_experts_implementation_internal", None))
@@ -163,13 +184,19 @@ def in_force(model: PreTrainedModel, *, experts: str | None, blocks: dict[str, n
                 config._experts_implementation_internal = experts
         for block in blocks.values():
             object.__setattr__(block, "forward", types.MethodType(_block_entry, block))
+        for layer in routed.values():
+            object.__setattr__(layer, "forward", types.MethodType(_routed_entry, layer))
         yield
     finally:
         for config, attn, moe in saved:
             config._attn_implementation_internal = attn
             config._experts_implementation_internal = moe
-        for block in blocks.values():
-            block.__dict__.pop("forward", None)
+        for module in (*blocks.values(), *routed.values()):
+            module.__dict__.pop("forward", None)
+
+
+def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    return moe_forward(layer, hidden_states, None, None)
 
 
 def _block_entry(block: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -61,27 +61,34 @@ def _parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, 
     return constants, tuple((name, int(text[1:])) for name, _, text in pairs if text.startswith("@"))
 
 
-def _fake_update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(key), torch.empty_like(value)
+def _fake_update(key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, _tokens, _ = key.shape
+    kv_tokens = extent.shape[0]
+    return (
+        key.new_empty(batch, heads, kv_tokens, key.shape[-1]),
+        value.new_empty(batch, value.shape[1], kv_tokens, value.shape[-1]),
+    )
 
 
 @layer_op("glowplug::kv_cache_update", fake=_fake_update, splitting=True)
-def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     """Write one step's keys and values into the layer's cache; give back all that attention is to see.
 
     The cache is the `ForwardContext`'s: any object with `update(key, value, layer_idx)`. Without one, keys and values
-    pass through. In a trace the result has the step's own length, so only `attention` may read it: glowplug refuses a
-    model that does anything else with it.
+    pass through.
 
     Args:
         layer: the attention module; its `layer_idx` says which layer of the cache is meant.
         key: `[batch, kv_heads, tokens, head_dim]`.
         value: `[batch, kv_heads, tokens, value_dim]`.
+        extent: `[kv_tokens]`, any content: in a trace its length, a dynamic dim, stands for the number of cached
+            tokens. Not read at run time.
 
     Returns:
-        Keys and values of all cached tokens, `[batch, kv_heads, kv_tokens, ...]`.
+        Keys and values of all cached tokens, `[batch, kv_heads, kv_tokens, ...]`, contiguous.
     """
     context = current_context()
     if context is None or context.cache is None:
         return key, value
-    return context.cache.update(key, value, layer.layer_idx)
+    keys, values = context.cache.update(key, value, layer.layer_idx)
+    return keys, values

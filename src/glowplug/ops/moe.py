@@ -18,20 +18,26 @@ SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @layer_op("glowplug::moe_forward", fake=lambda hidden_states, *_: torch.empty_like(hidden_states))
-def moe_forward(layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def moe_forward(
+    layer: nn.Module, hidden_states: Tensor, top_k_index: Tensor | None, top_k_weights: Tensor | None
+) -> Tensor:
     """Routed experts of one layer.
 
     Args:
-        layer: the experts module, called as `layer(hidden_states, top_k_index, top_k_weights)`.
+        layer: the experts module, called as `layer(hidden_states, top_k_index, top_k_weights)`; or, when it takes
+            tokens that are routed already, as `layer(hidden_states)`.
         hidden_states: `[tokens, hidden]`.
-        top_k_index: chosen experts, `[tokens, top_k]`, integer.
-        top_k_weights: their weights, `[tokens, top_k]`.
+        top_k_index: chosen experts, `[tokens, top_k]`, integer; None when the tokens are routed already.
+        top_k_weights: their weights, `[tokens, top_k]`; None likewise.
 
     Returns:
         `[tokens, hidden]`, of the dtype of `hidden_states`.
     """
     compiled = layer.__dict__.get(EXPERTS_FN_ATTR)
-    output = (compiled or layer)(hidden_states, top_k_index, top_k_weights)
+    if top_k_index is None:
+        output = type(layer).forward(layer, hidden_states)
+    else:
+        output = (compiled or layer)(hidden_states, top_k_index, top_k_weights)
     return output if output.is_contiguous() else output.contiguous()
 
 

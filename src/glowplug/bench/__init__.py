@@ -1,0 +1,3 @@
+"""Measures how fast models start: presets of real models, one strategy a process, a grid of them, tables and plots.
+It stands on glowplug's public API alone.
+"""
