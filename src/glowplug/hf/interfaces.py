@@ -156,7 +156,9 @@ def configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def in_force(model: PreTrainedModel, *, experts: str | None, blocks: dict[str, nn.Module]) -> Iterator[None]:
+def in_force(
+    model: PreTrainedModel, *, experts: str | None, blocks: dict[str, nn.Module], routed: dict[str, nn.Module]
+) -> Iterator[None]:
     """Route the model's attention, and its experts, through glowplug's ops while it is captured.
 
     Args:
