@@ -4,9 +4,9 @@
     python scripts/train_tiny.py tiny-ernie-vl --out models/tiny-ernie-vl
 
 The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library. It is split
-into documents, each of which belongs to the training or to the held-out part by the hash of its words; paragraphs that
-occur more than once are kept once, so none is in both parts. The figure of merit is bits per byte: the cross-entropy
-of the held-out part, in bits, over its length in UTF-8 bytes.
+into documents, each of which belongs to the training or to the held-out part by its hash; paragraphs that occur more
+than once are kept once, so none is in both parts. The figure of merit is bits per byte: the cross-entropy of the
+held-out part, in bits, over its length in UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import json
 import math
 import platform
 import re
+import sys
 import sysconfig
+import textwrap
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -43,8 +45,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-CONTEXT = 256
-VOCAB = 1024
+CONTEXT, VOCAB = 256, 1024
 EOS, PAD = 0, 1
 VISION = ("image", "image_start", "image_end", "video", "video_start", "video_end")
 SPECIAL = ["<|endoftext|>", "<|pad|>", *(f"<|{name}|>" for name in VISION)]
@@ -94,7 +95,7 @@ def prose(document: str) -> Iterator[str]:
 
 
 def read_corpus() -> Corpus:
-    """All documents, without repeated paragraphs, split nineteen to one by the hash of their words."""
+    """All documents, without repeated paragraphs, split nineteen to one by their hash."""
     corpus, seen = Corpus([], []), set[str]()
     for raw in raw_documents():
         kept = []
@@ -192,11 +193,12 @@ AUTO: dict[Name, Any] = {Name.gpt_oss: AutoModelForCausalLM, Name.ernie_vl: Auto
 
 @torch.no_grad()
 def rescale_vision_experts(model: PreTrainedModel) -> None:
-    """Brings the untrained vision experts to the scale of the trained text experts: as loud, and knowing nothing."""
+    """Makes the untrained vision experts louder than the trained text experts, so that they cannot go unnoticed."""
     tensors = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if "vision_moe" in name and tensor.std() > 0:
-            tensor.mul_(tensors[name.replace("vision_moe", "text_moe")].std() / tensor.std())
+            loudness = 4 if ".experts." in name else 1
+            tensor.mul_(loudness * tensors[name.replace("vision_moe", "text_moe")].std() / tensor.std())
 
 
 def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch: int, peak: float) -> None:
@@ -270,8 +272,8 @@ The prompt "{prompt}" continues, greedily:
 ## Data
 
 The text is English prose from Python's own standard library ({python}): the language reference in
-`pydoc_data.topics` and the docstrings of the library's modules, without code samples and repeated paragraphs. It is
-copyright © 2001 Python Software Foundation, all rights reserved, and used under the
+`pydoc_data.topics` and the docstrings of the library's modules, without code samples and repeated paragraphs.
+{notice} It is used under the
 [PSF licence, version 2](https://docs.python.org/3/license.html). Whole documents are held out by hash (one in
 twenty); no paragraph is in both parts. Bits per byte is the cross-entropy of the held-out part, in bits, over its
 length in UTF-8 bytes.
@@ -281,7 +283,7 @@ length in UTF-8 bytes.
     python scripts/train_tiny.py {name} --steps {steps} --out models/{name}
 
 Made with PyTorch {torch} and transformers {transformers}. The seed is fixed; another Python release has slightly
-different text, and another processor rounds differently, so the figures repeat to about 0.02.
+different text, and another processor rounds differently, so the figures repeat only approximately.
 """
 
 ABOUT = {
@@ -292,9 +294,9 @@ ABOUT = {
 }
 
 VISION_NOTE = """
-Only the text half is trained. The vision tower, the resampler and the vision experts hold random numbers (the vision
-experts at the scale of the trained text experts), so text that is sent through the vision experts by mistake comes out
-as garbage: {bpb:.2f} bits per byte.
+Only the text half is trained. The vision tower, the resampler and the vision experts hold random numbers, and the
+vision experts' are four times as large as those of the text experts. Text that is sent through the vision experts by
+mistake comes out as garbage: {bpb:.2f} bits per byte.
 """
 
 
@@ -344,7 +346,7 @@ def report(name: Name, folder: Path, corpus: Corpus, steps: int, batch: int) -> 
     print(f"{name.value}: {bpb:.4f} bits per byte held out\n{sample}{extra}")
     return CARD.format(
         name=name.value,
-        about=ABOUT[name],
+        about=textwrap.fill(ABOUT[name], 118),
         cls=type(model).__name__,
         auto=AUTO[name].__name__,
         parameters=model.num_parameters(),
@@ -360,6 +362,7 @@ def report(name: Name, folder: Path, corpus: Corpus, steps: int, batch: int) -> 
         extra=extra,
         prompt=PROMPT,
         sample=sample.replace("\n", "\n> "),
+        notice=sys.copyright.splitlines()[0],
         python=f"CPython {platform.python_version()}",
         torch=torch.__version__,
         transformers=transformers.__version__,

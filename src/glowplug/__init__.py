@@ -11,6 +11,7 @@ from glowplug.errors import (
     UnsupportedTorchError,
     UsageError,
 )
+from glowplug.explain import Explanation, explain
 from glowplug.layers import (
     ForwardContext,
     LayerHandle,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CompileError",
+    "Explanation",
     "Fallback",
     "ForwardContext",
     "GlowplugError",
@@ -43,6 +45,7 @@ __all__ = [
     "attention",
     "compile",
     "current_context",
+    "explain",
     "forward_context",
     "kv_cache_update",
     "layer_op",

@@ -64,7 +64,7 @@ def compile(
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
-    if _is_causal_lm(model):
+    if is_causal_lm(model):
         from glowplug.hf.engine import attach
 
         attach(model, options)
@@ -87,7 +87,7 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
     """Whether transformers can generate text with the model, without importing transformers for models of others."""
     if not any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__):
         return False

@@ -41,6 +41,7 @@ class Report:
         phases: seconds spent, by phase: trace, split, fingerprint, compile, bind, verify.
         fallbacks: each reason for which eager ran, once.
         programs: how many programs were built (one for each signature of inputs, normally one).
+        outlines: the steps of each program, for `glowplug.explain`.
     """
 
     strategy: str = "eager"
@@ -51,6 +52,7 @@ class Report:
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
+    outlines: list[Any] = field(default_factory=list, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @contextmanager

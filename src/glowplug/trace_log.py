@@ -32,7 +32,7 @@ def log_pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None], prog
         if isinstance(step, Piece) and found is not None:
             table.append({"step": index, "piece": found.digest[:12], "compiled": found not in seen})
             if found not in seen:
-                log_artifact(f"glowplug_piece_{found.digest[:12]}", "\n".join(found.lines))
+                log_artifact(f"glowplug_piece_{found.digest[:12]}", str(found))
             seen.add(found)
         elif not isinstance(step, Piece):
             table.append({"step": index, "op": step.op.name})

@@ -22,22 +22,43 @@ _SYMBOL = re.compile(r"\b[a-z]{1,3}\d+\b")
 
 
 @dataclass(frozen=True)
+class Line:
+    """One node in canonical form.
+
+    Attributes:
+        target: what is called, or `"input"`, or `"return"`.
+        args: its arguments; node references as `%n`, keyword arguments as `name=value`.
+        meta: what it gives: dtype, shape, device, strides.
+    """
+
+    target: str
+    args: tuple[str, ...]
+    meta: str
+
+    def __str__(self) -> str:
+        return f"{self.target}({', '.join(self.args)}) : {self.meta}"
+
+
+@dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """A piece's canonical form.
+    """A piece's canonical form. Equal when the digests are.
 
     Attributes:
         digest: SHA-256 of the lines, in hex.
-        lines: one line a node; what `glowplug explain` compares.
+        lines: one a node, in order; what `glowplug explain` compares.
     """
 
     digest: str
-    lines: tuple[str, ...]
+    lines: tuple[Line, ...]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __str__(self) -> str:
+        return "\n".join(f"%{number} = {line}" for number, line in enumerate(self.lines))
 
 
 def fingerprint(gm: fx.GraphModule) -> Fingerprint:
@@ -58,16 +79,17 @@ class _Canonical:
     def fingerprint(self) -> Fingerprint:
         lines = []
         for node in self.gm.graph.nodes:
-            name = self.nodes[node] = f"%{len(self.nodes)}"
+            self.nodes[node] = f"%{len(self.nodes)}"
             args = [self.text(arg) for arg in node.args]
-            kwargs = [f"{key}={self.text(value)}" for key, value in sorted(node.kwargs.items())]
+            args += [f"{key}={self.text(value)}" for key, value in sorted(node.kwargs.items())]
             if node.op == "placeholder":
-                lines.append(f"{name} = input {self.meta(node)}")
+                lines.append(Line("input", (), self.meta(node)))
             elif node.op == "output":
-                lines.append(f"return {', '.join(args)}")
+                lines.append(Line("return", tuple(args), ""))
             else:
-                lines.append(f"{name} = {self.target(node)}({', '.join(args + kwargs)}) : {self.meta(node)}")
-        return Fingerprint(hashlib.sha256("\n".join(lines).encode()).hexdigest(), tuple(lines))
+                lines.append(Line(self.target(node), tuple(args), self.meta(node)))
+        text = "\n".join(map(str, lines))
+        return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), tuple(lines))
 
     def target(self, node: fx.Node) -> str:
         if node.op == "call_function":

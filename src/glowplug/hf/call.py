@@ -134,7 +134,7 @@ def _masks_usable(masks: Any) -> bool:
     return all(mask is None or (isinstance(mask, Tensor) and mask.dim() == 4) for mask in values)
 
 
-def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | None | str:
+def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:
     cache = given.get("past_key_values")
     if cache is not None:
         return (
@@ -167,7 +167,7 @@ def _consecutive(position_ids: Tensor) -> bool:
     return bool((position_ids.diff(dim=-1) == 1).all())
 
 
-def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | None | str:
+def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | str | None:
     if "logits_to_keep" not in names:
         return None
     keep = given.get("logits_to_keep")

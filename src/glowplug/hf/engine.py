@@ -131,6 +131,19 @@ class Engine:
         self.report.fall_back(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
 
+    def outline_only(self) -> Report:
+        """Capture and cut the model for token ids, without running it."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        positions = torch.arange(2, device=ids.device).unsqueeze(0)
+        call = read_call(self.model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
+        if isinstance(call, str):
+            self.report.fall_back(call)
+            return self.report
+        found = self._build(call)
+        if isinstance(found, str):
+            self.report.fall_back(found)
+        return self.report
+
     # -- what can't be served ---------------------------------------------------------------------------------
 
     def _unfit(self) -> str | None:

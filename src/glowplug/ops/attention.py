@@ -6,7 +6,6 @@ import ast
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from glowplug.layers.context import current_context

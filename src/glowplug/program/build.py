@@ -66,6 +66,7 @@ def build_program(
     report.pieces += len(known)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
+    report.outlines.append(program.outline)
     log_pieces(steps, prints, program.source)
     return program
 

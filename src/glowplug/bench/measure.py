@@ -1,0 +1,175 @@
+"""Measures one strategy on one model, in this process: cold start, error against eager, steady state, memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import glowplug
+from glowplug.bench.models import load_model
+from glowplug.bench.spec import Record, Spec, empty_record
+from glowplug.bench.strategies import Strategy, get_strategy, recompile_limit_hits
+
+PREFILL = 128
+"""Tokens of the prompt of the steady-state prefill."""
+STEPS = 40
+"""Decode steps of the steady state, at most."""
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Text:
+    """Random text for one sequence.
+
+    Attributes:
+        ids: token ids, `[1, tokens]`.
+        position_ids: `[..., 1, tokens]`, as `generate` makes them for the model.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+
+    @classmethod
+    def make(cls, model: PreTrainedModel, tokens: int) -> Text:
+        """Seeded text of a length for a model, on its device."""
+        generator = torch.Generator().manual_seed(1)
+        vocab = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocab, (1, tokens), generator=generator).to(model.device)
+        prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
+        positions = prepare(ids, {}) if prepare is not None else torch.arange(tokens, device=ids.device)[None]
+        return cls(ids, positions)
+
+
+class Sequence:
+    """One sequence that a model reads piece by piece, with a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, text: Text) -> None:
+        self.model = model
+        self.text = text
+        self.read = 0
+        self.cache = DynamicCache(config=model.config.get_text_config())
+
+    def step(self, tokens: int) -> Tensor:
+        """Read the next tokens; returns their logits, `[1, tokens, vocab]`."""
+        part = slice(self.read, self.read + tokens)
+        output = self.model(
+            input_ids=self.text.ids[:, part].contiguous(),
+            position_ids=self.text.position_ids[..., part].contiguous(),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.read += tokens
+        return output.logits
+
+
+def measure(spec: Spec) -> Record:
+    """Measure one strategy, and everything about it, in this process.
+
+    Raises:
+        Exception: whatever the strategy raised.
+    """
+    strategy = get_strategy(spec.strategy)
+    record = empty_record(spec)
+    if strategy.compiles_by != "glowplug":
+        record |= {"experts": "inline", "compiler": "inductor" if strategy.compiles_by else "none"}
+    model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
+    text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1))
+    with torch.no_grad():
+        expected = _two_tokens(model, text, spec.prefill)
+        _finish(model.device)
+        start = time.perf_counter()
+        strategy.apply(model, spec)
+        actual = _two_tokens(model, text, spec.prefill)
+        _finish(model.device)
+        record["cold_start_s"] = round(time.perf_counter() - start, 4)
+        record["max_rel_err"] = max(_relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+        if strategy.compiles_by == "glowplug":
+            _add_report(record, model)
+        record["steady_ms"] = {
+            "decode": _decode_ms(model, text, spec),
+            "prefill128": _prefill_ms(model, text, spec),
+        }
+    record["fallback"] = _fallbacks(strategy, model)
+    record["peak_rss_mb"] = _peak_rss_mb()
+    if model.device.type == "cuda":
+        record["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return record
+
+
+def _two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> list[Tensor]:
+    """Prefill and one decode step, each token chosen greedily; returns the logits of both.
+
+    The decode step reads the text's own next token, whatever was chosen, so that two runs have equal inputs.
+    """
+    sequence = Sequence(model, text)
+    logits = []
+    for tokens in (prefill, 1):
+        logits.append(sequence.step(tokens))
+        int(logits[-1][0, -1].argmax())  # the token must have arrived, as it must in `generate`
+    return logits
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max|actual - expected| / max|expected|; infinite when shapes differ or a value is not a number."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    expected = expected.float()
+    error = float((actual.float() - expected).abs().max() / expected.abs().max())
+    return error if error == error else float("inf")
+
+
+def _decode_ms(model: PreTrainedModel, text: Text, spec: Spec) -> float:
+    sequence = Sequence(model, text)
+    sequence.step(spec.prefill)
+    return _median_ms(lambda: sequence.step(1), model.device, spec.steady_s)
+
+
+def _prefill_ms(model: PreTrainedModel, text: Text, spec: Spec) -> float:
+    return _median_ms(lambda: Sequence(model, text).step(PREFILL), model.device, spec.steady_s)
+
+
+def _median_ms(step: Callable[[], Tensor], device: torch.device, cap_s: float) -> float:
+    """Median time of a step, in ms, over `STEPS` of them or as many as `cap_s` seconds allow, after a warm-up."""
+    for _ in range(_WARM_UP):
+        step()
+    _finish(device)
+    times: list[float] = []
+    while len(times) < STEPS and (not times or sum(times) < cap_s):
+        start = time.perf_counter()
+        step()
+        _finish(device)
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times) * 1000, 4)
+
+
+def _add_report(record: Record, model: PreTrainedModel) -> None:
+    """Take over what glowplug says it did until the second token."""
+    report = glowplug.report(model).as_dict()
+    record |= {key: report[key] for key in ("phases", "pieces", "distinct_pieces", "experts")}
+
+
+def _fallbacks(strategy: Strategy, model: PreTrainedModel) -> list[str]:
+    if strategy.compiles_by == "glowplug":
+        return [fallback.reason for fallback in glowplug.report(model).fallbacks]
+    hits = recompile_limit_hits()
+    return [f"Dynamo's recompile limit was hit {hits} times; later calls ran eager"] if hits else []
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_rss_mb() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,201 @@
+"""Loads the model that a command names: a preset with random weights, or a local folder as transformers saved it.
+Everything that can be wrong with either is a `UsageError` of one line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from glowplug.bench.presets import PRESETS, Width, build_model, check_depth
+from glowplug.errors import UsageError
+
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of classes that write text end."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device must be cpu or cuda, not {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch sees no CUDA device here; use --device cpu")
+    return torch.device(device)
+
+
+def default_dtype(device: str) -> str:
+    """The dtype that models run in unless told: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def load_model(
+    name: str, *, depth: int | None = None, width: Width = "tiny", device: str = "cpu", dtype: str | None = None
+) -> PreTrainedModel:
+    """A model in eval mode, its weights without gradients.
+
+    Args:
+        name: a preset's name, or a local folder with `config.json` and safetensors weights.
+        depth: number of layers; None for the model's own. A folder's model can only be cut, not deepened.
+        width: of a preset; a folder's model has its own.
+        device: `"cpu"` or `"cuda"`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None for `default_dtype(device)`.
+
+    Raises:
+        UsageError: no such preset, folder or device; a folder that holds no language model, or a broken one; a depth
+            that the model can't have.
+    """
+    check_depth(depth)
+    place = resolve_device(device)
+    torch_dtype = getattr(torch, dtype or default_dtype(device), None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise UsageError(f"dtype must be float32, bfloat16 or float16; not {dtype!r}")
+    if name in PRESETS:
+        return build_model(name, depth=depth, width=width, device=place, dtype=torch_dtype)
+    folder = find_folder(name)
+    config = _read_config(folder)
+    if depth is not None:
+        _cut(config, depth, folder)
+    return _load_folder(folder, config, torch_dtype).to(place)
+
+
+def true_depth(name: str) -> int:
+    """The number of layers that a preset's or a folder's model has, without building it.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    if name in PRESETS:
+        return PRESETS[name].depth
+    return int(_read_config(find_folder(name)).get_text_config().num_hidden_layers)
+
+
+def check_model(name: str, depths: list[int | None]) -> None:
+    """Raise `UsageError` now for what `load_model` would refuse, as far as it can be told without reading weights."""
+    for depth in depths:
+        check_depth(depth)
+    if name not in PRESETS:
+        folder = find_folder(name)
+        for depth in depths:
+            config = _read_config(folder)
+            if depth is not None:
+                _cut(config, depth, folder)
+        _check_weights(folder)
+
+
+def find_folder(name: str) -> Path:
+    """The local folder of that name, which has a `config.json`.
+
+    Raises:
+        UsageError: no such folder, or nothing in it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        raise UsageError(f"no such preset or folder: {name!r}; presets: {', '.join(PRESETS)}")
+    if not folder.is_dir():
+        raise UsageError(f"{name} is a file; a model is a folder with config.json and model.safetensors")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{name} has no config.json, so it is not a model that transformers saved")
+    return folder
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, cut to 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"{folder}/config.json can't be read: {one_line(exc)}") from exc
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as exc:  # transformers validates configurations with errors of many classes
+        raise UsageError(
+            f"{folder}/config.json is not a configuration that transformers knows: {one_line(exc)}"
+        ) from exc
+    _check_writes_text(config, folder)
+    return config
+
+
+def _check_writes_text(config: PreTrainedConfig, folder: Path) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _image_text(config)
+    named = not architectures or any(a.endswith(_GENERATES) for a in architectures)
+    if not known or not named or getattr(config, "is_encoder_decoder", False):
+        what = ", ".join(architectures) or config.model_type
+        raise UsageError(f"{folder} holds {what}, which is not a causal language model")
+
+
+def _image_text(config: PreTrainedConfig) -> bool:
+    return (
+        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
+
+
+def _cut(config: PreTrainedConfig, depth: int, folder: Path) -> None:
+    """Keep the first `depth` layers of a configuration."""
+    text = config.get_text_config()
+    own = text.num_hidden_layers
+    if depth > own:
+        raise UsageError(f"{folder} has {own} layers and trained weights for no more; --depth {depth} is too deep")
+    for key, value in list(vars(text).items()):
+        if key.endswith(("layer_types", "no_rope_layers")) and isinstance(value, list) and len(value) == own:
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+
+
+def _check_weights(folder: Path) -> None:
+    """Open each weights file: that reads its header and compares its size."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{folder} has no safetensors weights")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as exc:
+            raise UsageError(f"{file} is not a whole safetensors file: {one_line(exc)}") from exc
+
+
+def _load_folder(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    _check_weights(folder)
+    auto: Any = AutoModelForImageTextToText if _image_text(config) else AutoModelForCausalLM
+    try:
+        model, info = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as exc:  # safetensors, torch and transformers each have errors of their own for a broken file
+        raise UsageError(f"the weights in {folder} can't be loaded: {one_line(exc)}") from exc
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UsageError(f"the weights in {folder} lack {len(missing)} tensors of the model, such as {missing[0]}")
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,108 @@
+"""The strategies that are compared: eager, torch.compile in its three ways, and glowplug's. One line each in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import glowplug
+from glowplug.bench.spec import Spec
+from glowplug.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to start a model.
+
+    Attributes:
+        name: what tables call it.
+        compiles_by: `""`, `"torch"` or `"glowplug"`.
+        apply: makes the model compile at its next calls. Changes the model in place.
+    """
+
+    name: str
+    compiles_by: str
+    apply: Callable[[nn.Module, Spec], None]
+
+
+def layer_stack(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model's text part: its longest `nn.ModuleList` that is in no other one.
+
+    Raises:
+        UsageError: the model has no list of modules.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        raise UsageError(f"{type(model).__name__} has no list of layers")
+    return max(outer, key=len)
+
+
+def _eager(model: nn.Module, spec: Spec) -> None:
+    """Run as it is."""
+
+
+def _torch_full(model: nn.Module, spec: Spec) -> None:
+    """Compile the whole model as one function, default settings."""
+    model.compile()
+
+
+def _torch_regional(model: nn.Module, spec: Spec) -> None:
+    """Compile each layer by itself, which torch calls regional compilation."""
+    for layer in layer_stack(model):
+        layer.compile()
+
+
+def _torch_nested(model: nn.Module, spec: Spec) -> None:
+    """Compile the whole model, with its layers' forward marked as a region to be compiled once."""
+    for cls in {type(layer) for layer in layer_stack(model)}:
+        region: Any = torch.compiler.nested_compile_region(cls.forward)
+        cls.forward = region  # this process measures one strategy, and ends
+    model.compile()
+
+
+def _glowplug(identity: str) -> Strategy:
+    def apply(model: nn.Module, spec: Spec) -> None:
+        glowplug.compile(model, identity=identity, experts=spec.experts, compiler=spec.compiler)
+
+    return Strategy(identity, "glowplug", apply)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("eager", "", _eager),
+        Strategy("torch-full", "torch", _torch_full),
+        Strategy("torch-regional", "torch", _torch_regional),
+        Strategy("torch-nested", "torch", _torch_nested),
+        _glowplug("baked"),
+        _glowplug("ordered"),
+        _glowplug("hoisted"),
+    )
+}
+
+DEFAULT_STRATEGIES = ("eager", "torch-regional", "baked", "ordered", "hoisted")
+
+
+def get_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        UsageError: there is none; the message lists them.
+    """
+    if name not in STRATEGIES:
+        raise UsageError(f"unknown strategy {name!r}; strategies: {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
+
+
+def recompile_limit_hits() -> int:
+    """How often Dynamo gave up compiling a function again, and left its later calls eager, in this process."""
+    counters: Any = torch._dynamo.utils.counters
+    return sum(
+        count for table in counters.values() for reason, count in table.items() if "recompile limit" in str(reason).lower()
+    )
