@@ -16,8 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import glowplug
 from glowplug.bench.models import load_model
-from glowplug.bench.spec import Record, Spec, empty_record
-from glowplug.bench.strategies import Strategy, get_strategy, recompile_limit_hits
+from glowplug.bench.record import Record, empty_record
+from glowplug.bench.spec import Spec
+from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
 
 PREFILL = 128
 """Tokens of the prompt of the steady-state prefill."""
@@ -79,8 +80,6 @@ def measure(spec: Spec) -> Record:
     """
     strategy = get_strategy(spec.strategy)
     record = empty_record(spec)
-    if strategy.compiles_by != "glowplug":
-        record |= {"experts": "inline", "compiler": "inductor" if strategy.compiles_by else "none"}
     model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
     text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1))
     with torch.no_grad():
@@ -160,8 +159,9 @@ def _add_report(record: Record, model: PreTrainedModel) -> None:
 def _fallbacks(strategy: Strategy, model: PreTrainedModel) -> list[str]:
     if strategy.compiles_by == "glowplug":
         return [fallback.reason for fallback in glowplug.report(model).fallbacks]
-    hits = recompile_limit_hits()
-    return [f"Dynamo's recompile limit was hit {hits} times; later calls ran eager"] if hits else []
+    if not hit_recompile_limit():
+        return []
+    return [f"Dynamo hit its recompile limit ({torch._dynamo.config.recompile_limit}); the layers after it run eager"]
 
 
 def _finish(device: torch.device) -> None:

@@ -5,6 +5,7 @@ Everything that can be wrong with either is a `UsageError` of one line.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,15 @@ def true_depth(name: str) -> int:
     return int(_read_config(find_folder(name)).get_text_config().num_hidden_layers)
 
 
-def check_model(name: str, depths: list[int | None]) -> None:
+def check_model(name: str, depths: Sequence[int] = ()) -> None:
     """Raise `UsageError` now for what `load_model` would refuse, as far as it can be told without reading weights."""
     for depth in depths:
         check_depth(depth)
     if name not in PRESETS:
         folder = find_folder(name)
-        for depth in depths:
-            config = _read_config(folder)
-            if depth is not None:
-                _cut(config, depth, folder)
+        config = _read_config(folder)
+        if depths:
+            _cut(config, max(depths), folder)
         _check_weights(folder)
 
 

@@ -1,4 +1,4 @@
-"""The strategies that are compared: eager, torch.compile in its three ways, and glowplug's. One line each in a table."""
+"""The strategies that are compared: eager, torch.compile in three ways, and glowplug's. One line each in a table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
     Raises:
         UsageError: the model has no list of modules.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    find: Any = getattr(model, "get_decoder", None)
+    decoder: nn.Module = find() if find is not None else model
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
@@ -100,9 +101,7 @@ def get_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def recompile_limit_hits() -> int:
-    """How often Dynamo gave up compiling a function again, and left its later calls eager, in this process."""
+def hit_recompile_limit() -> bool:
+    """Whether Dynamo gave up compiling some function again in this process, and left its later calls eager."""
     counters: Any = torch._dynamo.utils.counters
-    return sum(
-        count for table in counters.values() for reason, count in table.items() if "recompile limit" in str(reason).lower()
-    )
+    return any("recompile limit" in str(reason).lower() for table in counters.values() for reason in table)

@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from glowplug.bench.measure import measure
 from glowplug.bench.models import one_line
-from glowplug.bench.spec import Spec, error_record
+from glowplug.bench.record import error_record
+from glowplug.bench.spec import Spec
 
 
 def main(arguments: list[str]) -> int:

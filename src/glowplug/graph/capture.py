@@ -114,7 +114,12 @@ class _Capture(Generic[T]):
         return stop
 
 
-def capture(fn: types.FunctionType, args: Sequence[Any], consume: Callable[[Captured], T]) -> T:
+def capture(
+    fn: types.FunctionType,
+    args: Sequence[Any],
+    consume: Callable[[Captured], T],
+    reads: set[str] | None = None,
+) -> T:
     """Trace `fn(*args)` in one graph and hand it to `consume` while Dynamo's tracing context is alive.
 
     Nothing runs: the captured function is never executed. Guards are dropped: the caller must know that what the
@@ -124,6 +129,7 @@ def capture(fn: types.FunctionType, args: Sequence[Any], consume: Callable[[Capt
         fn: takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` become symbolic.
         args: example arguments; sizes of dynamic dims must be at least 2 and differ where they may differ.
         consume: called once with the graph.
+        reads: receives the source of everything in Python that the trace depends on.
 
     Returns:
         What `consume` returned.
@@ -132,6 +138,12 @@ def capture(fn: types.FunctionType, args: Sequence[Any], consume: Callable[[Capt
         CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
     """
     job = _Capture(consume)
+
+    def drop_guards(guards: Sequence[Any]) -> list[bool]:
+        if reads is not None:
+            reads.update(guard.orig_guard.name for guard in guards)
+        return [False] * len(guards)
+
     # Dynamo caches by code object, and without guards a cached entry would answer for every model: a fresh one each.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     compiled = torch.compile(
@@ -139,7 +151,7 @@ def capture(fn: types.FunctionType, args: Sequence[Any], consume: Callable[[Capt
         backend=job.backend,
         fullgraph=True,
         dynamic=False,
-        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+        options={"guard_filter_fn": drop_guards},
     )
     with (
         tracing_lock,

@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 
+from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
 
 
@@ -65,17 +66,49 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
             dims[entry.source] = tuple(_dim(size) for size in fake.shape)
     environment = captured.fake_mode.shape_env
     symbols = {dim for shape in dims.values() for dim in shape if isinstance(dim, sympy.Symbol)}
-    relations = []
-    for guard in environment.guards:
-        if guard.expr.free_symbols <= symbols:
-            relations.append(guard.expr)
+    relations = [guard.expr for guard in environment.guards]
     for symbol in symbols:
         bounds = environment.var_to_range.get(symbol)
-        if bounds is not None and bounds.lower > 2:
+        if bounds is not None and bounds.lower > 0:
             relations.append(sympy.Ge(symbol, bounds.lower))
-        if bounds is not None and bounds.upper < 2**31 and bounds.upper.is_integer:
+        if bounds is not None and bounds.upper < 2**31:
             relations.append(sympy.Le(symbol, bounds.upper))
-    return ShapeAssumptions(dims, tuple(dict.fromkeys(relations)))
+    relations = [relation for relation in dict.fromkeys(relations) if not _only_excludes_zero_and_one(relation)]
+    for relation in relations:
+        if not relation.free_symbols <= symbols and not _is_renaming(relation):
+            raise CaptureError(f"the trace relied on {relation}, a relation of sizes that a call does not give")
+    return ShapeAssumptions(dims, tuple(r for r in relations if r.free_symbols <= symbols))
+
+
+def _only_excludes_zero_and_one(relation: Any) -> bool:
+    """Whether the relation holds for all sizes of at least 2.
+
+    Such relations come from stride and broadcast rules, where a dim of size 1 takes another branch to the same result.
+    They are not enforced: each class of sizes (one sequence or several, one token or several) is compared with eager
+    before it serves, and the tests cover them one by one.
+    """
+    if not isinstance(relation, sympy.core.relational.Relational):
+        return False
+    larger = {
+        symbol: sympy.Symbol(f"{symbol.name}_", integer=True, nonnegative=True) + 2 for symbol in relation.free_symbols
+    }
+    difference = sympy.expand((relation.lhs - relation.rhs).xreplace(larger))
+    if isinstance(relation, sympy.Ne):
+        return bool(difference.is_positive or difference.is_negative)
+    if isinstance(relation, sympy.StrictGreaterThan):
+        return bool(difference.is_positive)
+    if isinstance(relation, sympy.GreaterThan):
+        return bool(difference.is_nonnegative)
+    if isinstance(relation, sympy.StrictLessThan):
+        return bool(difference.is_negative)
+    if isinstance(relation, sympy.LessThan):
+        return bool(difference.is_nonpositive)
+    return False
+
+
+def _is_renaming(relation: Any) -> bool:
+    """Whether the relation only says that two symbols are the same size."""
+    return isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol and relation.rhs.is_Symbol
 
 
 def _dim(size: Any) -> Any:

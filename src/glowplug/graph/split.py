@@ -135,7 +135,23 @@ def may_mutate(node: fx.Node) -> bool:
 
 
 _IN_PLACE = {"setitem", "delitem"} | {
-    f"i{name}" for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul", "concat"]
+    f"i{name}"
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+        "concat",
+    ]
 }
 
 

@@ -36,7 +36,7 @@ _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
     """A program and what its calls must fulfil."""
 
@@ -70,6 +70,7 @@ class Engine:
         self._served: dict[Signature, Served | str] = {}
         self._pieces = PieceCache()
         self._watch: Watch | None = None
+        self._reads: set[str] = set()
         self._implementations = self._read_implementations()
         self._stale: str | None = None
 
@@ -97,11 +98,12 @@ class Engine:
         broken = self._broken_shapes(served, call)
         if broken is not None:
             return self._eager(broken, args, kwargs)
-        return self._run(served, call)
+        return self.run_program(served, call)
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def _run(self, served: Served, call: Call) -> Any:
+    def run_program(self, served: Served, call: Call) -> Any:
+        """Run a program on a call that it can serve."""
         assert self.registry is not None
         with torch.no_grad(), forward_context(ForwardContext(self.registry, call.cache, self.check_order)):
             (logits,) = served.program.run(*self._arguments(served.program.arguments, call))
@@ -161,10 +163,6 @@ class Engine:
                 return changed
         return self._stale
 
-    @functools.cached_property
-    def _grad_parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
     def _needs_grad(self) -> bool:
         return any(parameter.requires_grad for parameter in self.model.parameters())
 
@@ -205,7 +203,7 @@ class Engine:
                 self._served[call.signature] = found
                 if isinstance(found, str):
                     self.report.strategy = "eager"
-                self._watch = self._watch or Watch(self.model)
+                self._watch = Watch(self.model, self._reads)
             return found
 
     def _capture(self, call: Call) -> Served:
@@ -255,7 +253,8 @@ class Engine:
             clock = _Clock()
             args = (model, inputs, positions, masks, cache, keep)
             traced = _traced_embeds if signature.embeds else _traced_ids
-            program, assumptions = capture(traced if signature.keeps else _without_keep(traced), args, consume)
+            entry = traced if signature.keeps else _without_keep(traced)
+            program, assumptions = capture(entry, args, consume, self._reads)
         return Served(program, assumptions, verify.output_type(model), {})
 
 

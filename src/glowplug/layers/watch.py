@@ -1,12 +1,14 @@
 """Notices that a model changed after it was compiled: weights replaced, hooks added, modules swapped, flags set.
 
-A program runs without its modules' Python, so whatever that Python could have read is remembered here and compared.
+A program runs without its modules' Python, so whatever that Python read is remembered here and compared at each call.
 In-place changes of a weight's values need no notice: programs hold the weights themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,120 +16,113 @@ from torch import nn
 
 from glowplug.layers.registry import MARKS
 
-_TABLES = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-)
-_IGNORED = MARKS | {"forward", "_glowplug_experts_fn", "_glowplug_attention_fn", "_glowplug_engine"}
-
-
-@dataclass(frozen=True)
-class _Module:
-    name: str
-    module: nn.Module
-    attributes: dict[str, Any]
-    tables: tuple[tuple[str, dict[str, Any]], ...]
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
+_READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
+_OWN = ("torch", "glowplug", "builtins")
+_NOT_READ = {"_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "__class__"}
 
 
 class Watch:
-    """A snapshot of everything that a model's forward can read.
+    """A snapshot of everything that a model's forward read in its trace.
 
     Args:
         model: the model, as it was compiled.
-        ignore: names of attributes of the root that forwards may write to.
+        reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. An attribute read
+            from one module is watched on every module of its class.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [
-            _Module(name, m, _attributes(m), tuple((t, dict(getattr(m, t))) for t in _TABLES))
-            for name, m in model.named_modules()
-        ]
-        self._tensors = [*model.parameters(), *model.buffers()]
-        self._layouts = [_layout(t) for t in self._tensors]
-        self._pointers = [t.data_ptr() for t in self._tensors]
-        self._hooks = [table for m in model.modules() for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooked = [bool(table) for table in self._hooks]
-        self._tables = [table for m in model.modules() for table in (m._parameters, m._buffers, m._modules)]
-        self._table_copies = [dict(table) for table in self._tables]
+    def __init__(self, model: nn.Module, reads: Iterable[str] = ()) -> None:
+        modules = dict(model.named_modules())
+        self._owners: list[tuple[str, str]] = []
+        self._dicts: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._collect(model, modules, reads)
+        self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
+        self._tables = [(name, table, getattr(m, table)) for name, m in modules.items() for table in _TABLES]
+        self._live = [content for _, _, content in self._tables]
+        self._copies = [dict(content) for content in self._live]
+        self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        self._layouts = [_layout(tensor) for tensor in self._tensors]
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
 
-    def quick_change(self) -> bool:
-        """Whether anything changed that a decode loop's caller could plausibly have changed: weights moved or
-        replaced, submodules swapped, hooks added. Costs microseconds a layer; `change` is the whole comparison."""
-        return (
-            [t.data_ptr() for t in self._tensors] != self._pointers
-            or not _same_tables(self._tables, self._table_copies)
-            or [bool(table) for table in self._hooks] != self._hooked
-        )
+    def _collect(self, model: nn.Module, modules: dict[str, nn.Module], reads: Iterable[str]) -> None:
+        by_class: dict[type, set[str]] = {}
+        seen: set[tuple[int, str]] = set()
+        for source in dict.fromkeys(reads):
+            name = _READ_GLOBAL.match(source)
+            if name is not None:
+                module = sys.modules.get(name[1].replace("_dot_", "."))
+                if module is not None and not module.__name__.startswith(_OWN):
+                    self._add(f"the module {module.__name__}", module.__dict__, name[2], seen)
+                continue
+            read = _READ.match(source)
+            if read is None or read[2] in MARKS or read[2] in _TABLES or read[2] in _NOT_READ:
+                continue
+            try:
+                owner = eval(read[1], {"__builtins__": {}}, {"L": {"model": model}})
+            except Exception:
+                continue  # an expression over more than plain attributes; Dynamo guards it, nobody can rebind it
+            if isinstance(owner, nn.Module):
+                by_class.setdefault(type(owner), set()).add(read[2])
+            elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
+                self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
+        for path, module in modules.items():
+            for attribute in sorted(by_class.get(type(module), set()) | {"training"}):
+                self._add(path or "the model", module.__dict__, attribute, seen)
+
+    def _add(self, owner: str, table: dict[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
+        if (id(table), key) not in seen and not isinstance(table.get(key), nn.Module):
+            seen.add((id(table), key))
+            self._owners.append((owner, key))
+            self._dicts.append(table)
+            self._keys.append(key)
 
     def change(self) -> str | None:
-        """What changed since the snapshot, in words; None when nothing did. Weights whose storage alone was replaced
-        (same shape, dtype, strides, device) are followed, not reported: programs hold the parameter objects."""
-        for entry in self._modules:
-            where = entry.name or "the model"
-            for table, before in entry.tables:
-                now = getattr(entry.module, table)
-                if not _same(now, before):
-                    return f"{table.lstrip('_').replace('_', ' ')} of {where} changed"
-            attributes = _attributes(entry.module)
-            if not _same(attributes, entry.attributes):
-                changed = [
-                    name
-                    for name in attributes.keys() | entry.attributes.keys()
-                    if not _equal(attributes.get(name, _MISSING), entry.attributes.get(name, _MISSING))
-                ]
-                if changed:
-                    return f"{', '.join(sorted(changed))} of {where} changed"
-        for tensor, layout in zip(self._tensors, self._layouts, strict=True):
-            if _layout(tensor) != layout:
-                return f"a weight changed its shape, dtype, strides or device, from {layout} to {_layout(tensor)}"
-        self._pointers = [t.data_ptr() for t in self._tensors]
+        """What changed since the snapshot, in words; None when nothing did. Costs well under a microsecond a module.
+
+        A weight whose storage alone was replaced (same shape, dtype, strides and device) is followed: programs hold
+        the parameter object.
+        """
+        values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
+        if not _equal(values, self._values):
+            for (owner, key), now, before in zip(self._owners, values, self._values, strict=True):
+                if not _equal(now, before):
+                    return f"{key} of {owner} changed"
+        if not _equal(self._live, self._copies):
+            for (owner, table, live), before in zip(self._tables, self._copies, strict=True):
+                if not _equal(live, before):
+                    return f"{table.strip('_').replace('_', ' ')} of {owner or 'the model'} changed"
+        pointers = [tensor.data_ptr() for tensor in self._tensors]
+        if pointers != self._pointers:
+            for tensor, layout in zip(self._tensors, self._layouts, strict=True):
+                if _layout(tensor) != layout:
+                    return f"a weight changed from {layout} to {_layout(tensor)}"
+            self._pointers = pointers
         return None
 
 
 _MISSING = object()
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    found = {k: v for k, v in module.__dict__.items() if k not in _IGNORED and k not in _TABLES}
-    return {k: (_freeze(v) if isinstance(v, (list, dict, set)) else v) for k, v in found.items()}
-
-
 def _freeze(value: Any) -> Any:
-    """A copy of a small container, so that a change inside it is seen."""
-    if isinstance(value, dict):
-        return {k: _freeze(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_freeze(v) for v in value]
-    return set(value) if isinstance(value, set) else value
+    """A copy of a plain container, so that a change inside it is seen; anything else as it is."""
+    if type(value) is dict:
+        return {key: _freeze(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_freeze(item) for item in value)
+    return set(value) if type(value) is set else value
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad
+    return tuple(tensor.shape), tensor.dtype, tensor.stride(), str(tensor.device)
 
 
-def _same_tables(now: list[Any], before: list[Any]) -> bool:
-    try:
-        return now == before  # compares by identity first, so tensors are compared only when they were replaced
-    except RuntimeError:  # a replaced tensor has no truth value
-        return False
-
-
-def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    try:
-        return now == before
-    except RuntimeError:
-        return False
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
+def _equal(now: Any, before: Any) -> bool:
+    """Equality that asks for identity first, as comparing containers does; a replaced tensor is a change."""
+    if now is before:
         return True
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return False
     try:
-        return bool(a == b)
+        return bool(now == before)
     except (RuntimeError, ValueError, TypeError):
         return False

@@ -1,0 +1,134 @@
+"""One generation of the demo in a process of its own: `python -m glowplug.bench.demo_worker '<json spec>'`.
+The last line of its output is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.generation import BaseStreamer
+from transformers.utils import logging
+
+import glowplug
+from glowplug.bench.models import load_model, one_line
+from glowplug.bench.spec import Spec
+from glowplug.bench.strategies import get_strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One generation to run.
+
+    Attributes:
+        folder: the checkpoint, with its tokenizer.
+        strategy: a name in `STRATEGIES`.
+        prompt: text to continue.
+        tokens: how many tokens to add at most.
+        compiler: glowplug's piece compiler. Experts are opaque, so that identity matters.
+        check_order: False turns off what guards `ordered`: its order check, and verification against eager.
+    """
+
+    folder: str
+    strategy: str
+    prompt: str
+    tokens: int = 64
+    compiler: str = "inductor"
+    check_order: bool = True
+
+    def to_json(self) -> str:
+        """The generation as one line of JSON."""
+        return json.dumps(asdict(self))
+
+
+class TokenClock(BaseStreamer):
+    """Notes when each token arrives. The first thing that `generate` puts is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Note the time of the prompt or of a token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to finish."""
+
+
+def generate(wanted: Generation) -> dict[str, Any]:
+    """Generate twice, cold and warm, and compare nothing yet.
+
+    Returns:
+        first_token_s (from the compile call), ms_per_token (of the second generation, after its first token), tokens,
+        text, expected (eager's tokens on the same model before it was compiled), expected_text, pieces,
+        distinct_pieces, fallback.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(wanted.folder, local_files_only=True)
+    model = load_model(wanted.folder)
+    inputs = tokenizer(wanted.prompt, return_tensors="pt")
+    expected, _ = _run(model, inputs, wanted.tokens)
+    start = time.perf_counter()
+    _apply(model, wanted)
+    tokens, clock = _run(model, inputs, wanted.tokens)
+    first_token_s = clock.times[1] - start
+    _, warm = _run(model, inputs, wanted.tokens)
+    result: dict[str, Any] = {
+        "first_token_s": first_token_s,
+        "ms_per_token": 1000 * (warm.times[-1] - warm.times[1]) / max(len(warm.times) - 2, 1),
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "expected": expected,
+        "expected_text": tokenizer.decode(expected, skip_special_tokens=True),
+        "pieces": None,
+        "distinct_pieces": None,
+        "fallback": [],
+    }
+    if get_strategy(wanted.strategy).compiles_by == "glowplug":
+        report = glowplug.report(model)
+        result |= {"pieces": report.pieces, "distinct_pieces": report.distinct_pieces}
+        result["fallback"] = [fallback.reason for fallback in report.fallbacks]
+    return result
+
+
+def _apply(model: nn.Module, wanted: Generation) -> None:
+    if wanted.check_order:
+        spec = Spec(
+            model=wanted.folder, depth=1, strategy=wanted.strategy, experts="opaque", compiler=wanted.compiler
+        )
+        get_strategy(wanted.strategy).apply(model, spec)
+        return
+    glowplug.compile(
+        model, identity=wanted.strategy, experts="opaque", compiler=wanted.compiler, verify="off"
+    )
+    engine: Any = model.forward
+    engine.check_order = False
+
+
+def _run(model: PreTrainedModel, inputs: Any, tokens: int) -> tuple[list[int], TokenClock]:
+    clock = TokenClock()
+    with torch.no_grad():
+        ids: Any = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=clock)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist(), clock
+
+
+def main(arguments: list[str]) -> int:
+    """Run the generation that the one argument specifies, and print its result."""
+    wanted = Generation(**json.loads(arguments[0]))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        result = {**generate(wanted), "error": None}
+    except Exception as exc:  # an error is what one part of the demo is about
+        result = {"error": f"{type(exc).__name__}: {one_line(exc)}"}
+    print("\n" + json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

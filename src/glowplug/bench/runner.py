@@ -1,0 +1,127 @@
+"""Runs a grid of measurements, each in a process of its own, and keeps every record as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from glowplug.bench.isolate import IsolatedError, run_isolated
+from glowplug.bench.models import check_model, default_dtype, resolve_device, true_depth
+from glowplug.bench.presets import Width
+from glowplug.bench.record import Record, error_record
+from glowplug.bench.spec import Spec
+from glowplug.bench.strategies import get_strategy
+from glowplug.errors import UsageError
+from glowplug.options import Options
+
+TIMEOUT_S = 1800.0
+
+
+def make_grid(
+    model: str,
+    *,
+    depths: Sequence[int] | None = None,
+    strategies: Sequence[str],
+    experts: str = "auto",
+    width: Width = "tiny",
+    device: str = "cpu",
+    compiler: str = "inductor",
+) -> list[Spec]:
+    """The measurements of every strategy at every depth, in that order of depths.
+
+    Args:
+        model: a preset's name or a local folder.
+        depths: numbers of layers; None for the model's own.
+        strategies: names in `STRATEGIES`.
+        experts, compiler: options of `glowplug.compile`, for glowplug's strategies.
+        width: of a preset.
+        device: `"cpu"` or `"cuda"`.
+
+    Raises:
+        UsageError: anything in it that can be told to be wrong before a model is built.
+    """
+    for strategy in strategies:
+        get_strategy(strategy)
+    if not strategies:
+        raise UsageError("no strategy given")
+    resolve_device(device)
+    if width not in ("tiny", "full"):
+        raise UsageError(f"width must be tiny or full, not {width!r}")
+    Options(experts=experts, compiler=compiler)  # type: ignore[arg-type]
+    check_model(model, depths or ())
+    chosen = list(depths) if depths else [true_depth(model)]
+    return [
+        Spec(
+            model=model,
+            depth=depth,
+            strategy=strategy,
+            width=width,
+            experts=experts,
+            compiler=compiler,
+            device=device,
+            dtype=default_dtype(device),
+        )
+        for depth in chosen
+        for strategy in strategies
+    ]
+
+
+def run_grid(
+    specs: Sequence[Spec],
+    *,
+    environment: dict[str, Any],
+    json_path: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    on_start: Callable[[Spec], None] = lambda spec: None,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Measure each specification in a fresh process with fresh compiler caches.
+
+    Args:
+        specs: what to measure, in order.
+        environment: goes into the file.
+        json_path: file of the results, rewritten whole after each record.
+        timeout_s: seconds that one measurement may take.
+        on_start, on_record: called before and after each measurement.
+
+    Returns:
+        A record a specification; failures are records too.
+    """
+    records: list[Record] = []
+    for spec in specs:
+        on_start(spec)
+        records.append(_run_one(spec, timeout_s))
+        if json_path is not None:
+            write_results(json_path, environment, records)
+        on_record(records[-1])
+    return records
+
+
+def _run_one(spec: Spec, timeout_s: float) -> Record:
+    try:
+        return run_isolated("glowplug.bench.worker", spec.to_json(), timeout_s=timeout_s)
+    except IsolatedError as exc:
+        return error_record(spec, str(exc))
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UsageError` if a file can't be written there. An existing file keeps its content."""
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as exc:
+        raise UsageError(f"can't write {path}: {exc.strerror or exc}") from exc
+    if not existed:
+        path.unlink()
+
+
+def write_results(path: Path, environment: dict[str, Any], records: Sequence[Record]) -> None:
+    """Write the results file whole, or not at all."""
+    text = json.dumps({"environment": environment, "results": list(records)}, indent=2)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n")
+    os.replace(part, path)

@@ -1,0 +1,83 @@
+"""Records as text: a line while running, a rich table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from glowplug.bench.record import Record
+
+NONE = "-"
+
+
+def record_line(record: Record) -> str:
+    """One finished measurement on one line."""
+    head = f"{record['model']} depth {record['depth']} {record['strategy']}"
+    if record["error"] is not None:
+        return f"{head}: failed: {record['error']}"
+    parts = [f"cold start {record['cold_start_s']:.2f} s"]
+    if record["pieces"] is not None:
+        parts.append(f"{record['distinct_pieces']} of {record['pieces']} pieces distinct")
+    parts.append(f"decode {record['steady_ms']['decode']:.2f} ms")
+    parts.append(f"error {record['max_rel_err']:.0e}")
+    parts += [f"note: {reason}" for reason in record["fallback"]]
+    return f"{head}: {', '.join(parts)}"
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """All records. The ratio is a strategy's cold start over hoisted's at the same model, depth and width."""
+    first = records[0]
+    table = Table(title=f"{first['model']}, width {first['width']}, {first['device']} {first['dtype']}")
+    table.add_column("depth", justify="right")
+    table.add_column("strategy")
+    table.add_column("experts")
+    table.add_column("cold start\ns", justify="right")
+    table.add_column("cold /\nhoisted", justify="right")
+    table.add_column("pieces\ndistinct/all", justify="right")
+    table.add_column("decode\nms", justify="right")
+    table.add_column("prefill 128\nms", justify="right")
+    table.add_column("peak\nMiB", justify="right")
+    table.add_column("largest\nrel. error", justify="right")
+    table.add_column("note", overflow="fold", max_width=60)
+    before = None
+    for record in records:
+        if before is not None and record["depth"] != before:
+            table.add_section()
+        before = record["depth"]
+        table.add_row(*_cells(record, hoisted_cold_start(records, record)))
+    return table
+
+
+def hoisted_cold_start(records: Sequence[Record], record: Record) -> float | None:
+    """The cold start of `hoisted` at the model, depth and width of a record, in seconds."""
+    for other in records:
+        same = all(other[key] == record[key] for key in ("model", "depth", "width", "device", "dtype"))
+        if same and other["strategy"] == "hoisted":
+            cold: float | None = other["cold_start_s"]
+            return cold
+    return None
+
+
+def _cells(record: Record, hoisted: float | None) -> list[str]:
+    cold = record["cold_start_s"]
+    pieces = NONE if record["pieces"] is None else f"{record['distinct_pieces']}/{record['pieces']}"
+    note = f"failed: {record['error']}" if record["error"] is not None else "; ".join(record["fallback"])
+    peak = record["cuda_peak_mb"] if record["cuda_peak_mb"] is not None else record["peak_rss_mb"]
+    return [
+        str(record["depth"]),
+        record["strategy"],
+        record["experts"],
+        _number(cold, ".2f"),
+        _number(cold / hoisted if cold is not None and hoisted else None, ".2f"),
+        pieces,
+        _number(record["steady_ms"]["decode"], ".2f"),
+        _number(record["steady_ms"]["prefill128"], ".2f"),
+        _number(peak, ".0f"),
+        _number(record["max_rel_err"], ".0e"),
+        note,
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
