@@ -62,7 +62,7 @@ class TokenClock(BaseStreamer):
 
 
 def generate(wanted: Generation) -> dict[str, Any]:
-    """Generate twice, cold and warm, and compare nothing yet.
+    """Generate with the model as it is, for comparison, then compile it and generate twice, cold and warm.
 
     Returns:
         first_token_s (from the compile call), ms_per_token (of the second generation, after its first token), tokens,
@@ -98,14 +98,10 @@ def generate(wanted: Generation) -> dict[str, Any]:
 
 def _apply(model: nn.Module, wanted: Generation) -> None:
     if wanted.check_order:
-        spec = Spec(
-            model=wanted.folder, depth=1, strategy=wanted.strategy, experts="opaque", compiler=wanted.compiler
-        )
+        spec = Spec(model=wanted.folder, depth=1, strategy=wanted.strategy, experts="opaque", compiler=wanted.compiler)
         get_strategy(wanted.strategy).apply(model, spec)
         return
-    glowplug.compile(
-        model, identity=wanted.strategy, experts="opaque", compiler=wanted.compiler, verify="off"
-    )
+    glowplug.compile(model, identity=wanted.strategy, experts="opaque", compiler=wanted.compiler, verify="off")
     engine: Any = model.forward
     engine.check_order = False
 
@@ -125,7 +121,7 @@ def main(arguments: list[str]) -> int:
     try:
         result = {**generate(wanted), "error": None}
     except Exception as exc:  # an error is what one part of the demo is about
-        result = {"error": f"{type(exc).__name__}: {one_line(exc)}"}
+        result = {"error": f"{type(exc).__name__}: {one_line(exc, limit=1000)}"}
     print("\n" + json.dumps(result), flush=True)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import sys
@@ -118,12 +119,18 @@ def _two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> list[Tensor
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max|actual - expected| / max|expected|; infinite when shapes differ or a value is not a number."""
+    """max|actual - expected| / max|expected|.
+
+    Raises:
+        RuntimeError: shapes differ, or a value is not finite.
+    """
     if actual.shape != expected.shape:
-        return float("inf")
+        raise RuntimeError(f"the logits have shape {tuple(actual.shape)}, eager's {tuple(expected.shape)}")
     expected = expected.float()
     error = float((actual.float() - expected).abs().max() / expected.abs().max())
-    return error if error == error else float("inf")
+    if not math.isfinite(error):
+        raise RuntimeError("the logits, or eager's, are not finite")
+    return error
 
 
 def _decode_ms(model: PreTrainedModel, text: Text, spec: Spec) -> float:
@@ -161,7 +168,7 @@ def _fallbacks(strategy: Strategy, model: PreTrainedModel) -> list[str]:
         return [fallback.reason for fallback in glowplug.report(model).fallbacks]
     if not hit_recompile_limit():
         return []
-    return [f"Dynamo hit its recompile limit ({torch._dynamo.config.recompile_limit}); the layers after it run eager"]
+    return [f"Dynamo hit its recompile limit ({torch._dynamo.config.recompile_limit}); calls past it run eager"]
 
 
 def _finish(device: torch.device) -> None:

@@ -117,10 +117,10 @@ def find_folder(name: str) -> Path:
     return folder
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message on one line, cut to 300 characters."""
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message on one line, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

@@ -42,35 +42,23 @@ def draw(records: Sequence[Record], environment: dict[str, Any], path: Path) -> 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     measured = [record for record in records if record["cold_start_s"] is not None]
     if not measured:
         raise UsageError("nothing to plot: no strategy finished")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    depths = sorted({record["depth"] for record in measured})
-    for index, strategy in enumerate(STRATEGIES):
-        points = sorted((r["depth"], r["cold_start_s"]) for r in measured if r["strategy"] == strategy)
-        if not points:
-            continue
-        colour = _COLOURS[index % len(_COLOURS)]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=6,
-            linewidth=2.2 if STRATEGIES[strategy].compiles_by == "glowplug" else 1.5,
-            linestyle="-" if STRATEGIES[strategy].compiles_by == "glowplug" else "--",
-            label=strategy,
-        )
+    # The legend reads from top to bottom as the lines do at the right end.
+    for name in sorted({r["strategy"] for r in measured}, key=lambda name: -_last(measured, name)):
+        _draw_line(axes, name, sorted((r for r in measured if r["strategy"] == name), key=lambda r: r["depth"]))
     first = measured[0]
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(depths)
+    axes.set_xticks(sorted({r["depth"] for r in measured}))
     axes.set_xlabel("depth (layers)")
-    axes.set_ylabel("cold start (s): compile call to second token")
+    axes.set_ylabel("cold start (s), compile call to second token")
     experts = "/".join(sorted({r["experts"] for r in measured if STRATEGIES[r["strategy"]].compiles_by == "glowplug"}))
     detail = f"{first['dtype']}, width {first['width']}" + (f", experts {experts}" if experts else "")
     axes.set_title(f"{first['model']}: cold start by depth", loc="left", fontsize=13, fontweight="bold", pad=24)
@@ -87,3 +75,30 @@ def draw(records: Sequence[Record], environment: dict[str, Any], path: Path) -> 
         raise UsageError(f"can't write {path}: {exc.strerror or exc}") from exc
     finally:
         pyplot.close(figure)
+
+
+def _last(records: Sequence[Record], strategy: str) -> float:
+    """The cold start of a strategy at its greatest depth, in seconds."""
+    return float(max((r["depth"], r["cold_start_s"]) for r in records if r["strategy"] == strategy)[1])
+
+
+def _draw_line(axes: Any, strategy: str, records: Sequence[Record]) -> None:
+    """Draw one strategy; hollow markers where not everything was compiled, which makes a start cheap."""
+    index = list(STRATEGIES).index(strategy)
+    ours = STRATEGIES[strategy].compiles_by == "glowplug"
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    depths = [record["depth"] for record in records]
+    times = [record["cold_start_s"] for record in records]
+    partly = any(record["fallback"] for record in records)
+    axes.plot(
+        depths,
+        times,
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markerfacecolor="white" if partly else colour,
+        markeredgewidth=1.5,
+        linewidth=2.2 if ours else 1.5,
+        linestyle="-" if ours else "--",
+        label=f"{strategy}\n(partly eager)" if partly else strategy,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from glowplug.bench.record import Record
@@ -16,7 +17,7 @@ def record_line(record: Record) -> str:
     head = f"{record['model']} depth {record['depth']} {record['strategy']}"
     if record["error"] is not None:
         return f"{head}: failed: {record['error']}"
-    parts = [f"cold start {record['cold_start_s']:.2f} s"]
+    parts = [f"cold start {seconds(record['cold_start_s'])} s"]
     if record["pieces"] is not None:
         parts.append(f"{record['distinct_pieces']} of {record['pieces']} pieces distinct")
     parts.append(f"decode {record['steady_ms']['decode']:.2f} ms")
@@ -28,7 +29,7 @@ def record_line(record: Record) -> str:
 def results_table(records: Sequence[Record]) -> Table:
     """All records. The ratio is a strategy's cold start over hoisted's at the same model, depth and width."""
     first = records[0]
-    table = Table(title=f"{first['model']}, width {first['width']}, {first['device']} {first['dtype']}")
+    table = Table(title=f"{escape(first['model'])}, width {first['width']}, {first['device']} {first['dtype']}")
     table.add_column("depth", justify="right")
     table.add_column("strategy")
     table.add_column("experts")
@@ -39,13 +40,16 @@ def results_table(records: Sequence[Record]) -> Table:
     table.add_column("prefill 128\nms", justify="right")
     table.add_column("peak\nMiB", justify="right")
     table.add_column("largest\nrel. error", justify="right")
-    table.add_column("note", overflow="fold", max_width=60)
+    notes = any(record["error"] is not None or record["fallback"] for record in records)
+    if notes:
+        table.add_column("note", overflow="fold", max_width=60)
     before = None
     for record in records:
         if before is not None and record["depth"] != before:
             table.add_section()
         before = record["depth"]
-        table.add_row(*_cells(record, hoisted_cold_start(records, record)))
+        cells = _cells(record, hoisted_cold_start(records, record))
+        table.add_row(*(cells if notes else cells[:-1]))
     return table
 
 
@@ -62,13 +66,13 @@ def hoisted_cold_start(records: Sequence[Record], record: Record) -> float | Non
 def _cells(record: Record, hoisted: float | None) -> list[str]:
     cold = record["cold_start_s"]
     pieces = NONE if record["pieces"] is None else f"{record['distinct_pieces']}/{record['pieces']}"
-    note = f"failed: {record['error']}" if record["error"] is not None else "; ".join(record["fallback"])
+    note = escape(f"failed: {record['error']}" if record["error"] is not None else "; ".join(record["fallback"]))
     peak = record["cuda_peak_mb"] if record["cuda_peak_mb"] is not None else record["peak_rss_mb"]
     return [
         str(record["depth"]),
         record["strategy"],
         record["experts"],
-        _number(cold, ".2f"),
+        NONE if cold is None else seconds(cold),
         _number(cold / hoisted if cold is not None and hoisted else None, ".2f"),
         pieces,
         _number(record["steady_ms"]["decode"], ".2f"),
@@ -77,6 +81,11 @@ def _cells(record: Record, hoisted: float | None) -> list[str]:
         _number(record["max_rel_err"], ".0e"),
         note,
     ]
+
+
+def seconds(value: float) -> str:
+    """A time in seconds, with milliseconds below one second."""
+    return format(value, ".2f" if value >= 1 else ".3f")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,0 +1,7 @@
+"""The command `glowplug`: bench, generate, explain, demo. A file a command, on top of the public API and `bench/`."""
+
+from __future__ import annotations
+
+from glowplug.cli.application import app, main
+
+__all__ = ["app", "main"]

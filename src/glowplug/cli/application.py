@@ -1,0 +1,68 @@
+"""The typer application, and the one place that turns errors into a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from glowplug.cli.bench import bench
+from glowplug.cli.demo import demo
+from glowplug.cli.explain import explain
+from glowplug.cli.generate import generate
+from glowplug.errors import GlowplugError
+
+# typer bundles click from some version on, so click's own class may be another one.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
+
+USAGE_EXIT = 2
+INTERRUPTED_EXIT = 130
+
+
+class OneLineGroup(TyperGroup):
+    """Reports what the user did wrong in one line, never a traceback or a box."""
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        """Run a command line, and end the process with its exit code."""
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(args=arguments, prog_name=prog_name or "glowplug", **extra)
+        except GlowplugError as exc:
+            _say(exc)
+            code = USAGE_EXIT
+        except _CommandLineError as exc:
+            _say(exc.format_message())
+            code = USAGE_EXIT
+        except (KeyboardInterrupt, typer.Abort):
+            _say("interrupted")
+            code = INTERRUPTED_EXIT
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: object) -> None:
+    """One line on stderr."""
+    print("glowplug:", " ".join(str(message).split()), file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=OneLineGroup,
+    help="Cold-starts torch.compile in seconds at any depth: each distinct piece of a model compiles once.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(bench)
+app.command()(generate)
+app.command()(explain)
+app.command()(demo)
+
+
+def main() -> None:
+    """The entry point of the `glowplug` command."""
+    app()

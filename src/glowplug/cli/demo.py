@@ -1,0 +1,131 @@
+"""`glowplug demo`: every strategy on the shipped checkpoints, with the text they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glowplug.bench.demo import ORDER, PROMPT, START, Outcome, find_models, order_generations, run_generations
+from glowplug.bench.demo import start_generations as start
+from glowplug.bench.demo_worker import Generation
+from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.table import NONE, seconds
+from glowplug.cli.console import make_console, quiet_transformers
+from glowplug.compilers import get_compiler
+
+
+def demo(
+    models: Annotated[Path | None, typer.Option(help=f"Folder with {START} and {ORDER}.")] = None,
+    compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
+) -> None:
+    """Start a small trained model under each strategy and compare; then show where `ordered` goes wrong."""
+    quiet_transformers()
+    get_compiler(compiler)
+    folder = find_models(models)
+    console = make_console()
+    console.print(machine_line(describe_environment()), markup=False)
+    console.print(f"{START} continues {PROMPT!r}; a fresh process and fresh compiler caches each time\n", markup=False)
+    started = _run(console, start(folder, compiler))
+    console.print()
+    console.print(_start_table(started))
+    _print_texts(console, started)
+    console.print(
+        f"\n{ORDER} creates text and vision experts, and text runs only half of them, "
+        "so they do not run in the order of creation\n",
+        markup=False,
+    )
+    _print_order(console, _run(console, order_generations(folder)))
+    if not all(outcome.equal for outcome in started):
+        raise typer.Exit(1)
+
+
+def _run(console: Console, generations: list[Generation]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    with console.status("") as status:
+        status.update(_progress(generations, 0))
+        for outcome in run_generations(generations):
+            outcomes.append(outcome)
+            console.print(
+                f"  {_name(outcome.generation)}: {_brief(outcome)}", markup=False, style="dim", soft_wrap=True
+            )
+            status.update(_progress(generations, len(outcomes)))
+    return outcomes
+
+
+def _progress(generations: list[Generation], done: int) -> str:
+    left = generations[done:]
+    return f"{_name(left[0])} ({done + 1} of {len(generations)})" if left else ""
+
+
+def _name(generation: Generation) -> str:
+    return generation.strategy if generation.check_order else f"{generation.strategy}, checks off"
+
+
+def _brief(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return outcome.error.partition(":")[0]
+    return f"first token after {seconds(outcome.result['first_token_s'])} s"
+
+
+def _start_table(outcomes: list[Outcome]) -> Table:
+    table = Table()
+    table.add_column("strategy")
+    table.add_column("first token\ns", justify="right")
+    table.add_column("distinct pieces\nof all", justify="right")
+    table.add_column("a token\nms", justify="right")
+    table.add_column("tokens equal\nto eager's")
+    notes = any(outcome.error is not None or outcome.result["fallback"] for outcome in outcomes)
+    if notes:
+        table.add_column("note", overflow="fold", max_width=50)
+    for outcome in outcomes:
+        result = outcome.result
+        if outcome.error is not None:
+            table.add_row(outcome.generation.strategy, *[NONE] * 4, Text(f"failed: {outcome.error}"))
+            continue
+        pieces = NONE if result["pieces"] is None else f"{result['distinct_pieces']} of {result['pieces']}"
+        same = sum(a == b for a, b in zip(result["tokens"], result["expected"], strict=False))
+        cells: list[str | Text] = [
+            outcome.generation.strategy,
+            seconds(result["first_token_s"]),
+            pieces,
+            f"{result['ms_per_token']:.2f}",
+            f"all {same}" if outcome.equal else Text(f"{same} of {len(result['expected'])}", style="bold red"),
+        ]
+        table.add_row(*cells, *([Text("; ".join(result["fallback"]))] if notes else []))
+    return table
+
+
+def _print_texts(console: Console, outcomes: list[Outcome]) -> None:
+    done = [outcome for outcome in outcomes if outcome.error is None]
+    if not done:
+        return
+    equal = [outcome.generation.strategy for outcome in done if outcome.equal]
+    console.print(f"{', '.join(equal) or 'eager'} wrote:", style="bold", markup=False)
+    _print_text(console, done[0].result["expected_text"])
+    for outcome in done:
+        if not outcome.equal:
+            console.print(f"{outcome.generation.strategy} wrote:", style="bold red", markup=False)
+            _print_text(console, outcome.result["text"])
+
+
+def _print_text(console: Console, text: str) -> None:
+    for line in f"{PROMPT}{text}".splitlines():
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _print_order(console: Console, outcomes: list[Outcome]) -> None:
+    console.print()
+    for outcome in outcomes:
+        name = _name(outcome.generation)
+        if outcome.error is not None:
+            console.print(f"{name}: refused", style="bold yellow", markup=False)
+            console.print(f"  {outcome.error}", markup=False, soft_wrap=True)
+        else:
+            verdict = "eager's text" if outcome.equal else "garbage, and no error"
+            console.print(f"{name}: {verdict}", style="bold green" if outcome.equal else "bold red", markup=False)
+            _print_text(console, outcome.result["text"])

@@ -1,0 +1,162 @@
+"""The layer stack of a model, and the kind of each of its layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from glowplug.layers.registry import MARKS
+
+_NAMING = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index"})
+"""Attributes that may merely say which layer it is. They may differ between layers of a kind only where the template
+shows equal pieces all the same, and the stamped program agrees with eager."""
+
+_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of a model that run one after another.
+
+    Attributes:
+        path: qualified name of the `nn.ModuleList`.
+        owner: the module that holds it.
+        attribute: its name there.
+        layers: the layers, in order.
+        kinds: the kind of each, as a number; equal numbers mean the same function of (inputs, own weights, own handle).
+    """
+
+    path: str
+    owner: nn.Module
+    attribute: str
+    layers: tuple[nn.Module, ...]
+    kinds: tuple[int, ...]
+
+    def index_of(self, name: str) -> tuple[int, str] | None:
+        """The layer that a qualified name lies in, and the rest of the name; None when it lies outside the stack."""
+        head = f"{self.path}."
+        if not name.startswith(head):
+            return None
+        index, _, rest = name[len(head) :].partition(".")
+        return (int(index), rest) if index.isdigit() else None
+
+
+def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None) -> LayerStack | None:
+    """The stack that holds most of the modules `inside` (a model's attention layers), with the kinds of its layers.
+
+    Args:
+        model: the model.
+        inside: modules of which each layer of the stack holds one.
+        config: its lists of one entry a layer are part of each layer's kind, as a loop over layers may read them.
+    """
+    wanted = {id(module) for module in inside}
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            held = sum(any(id(child) in wanted for child in layer.modules()) for layer in module)
+            if held == len(module) and (best is None or held > best[0]):
+                best = held, path, module
+    if best is None:
+        return None
+    _, path, stack = best
+    owner_path, _, attribute = path.rpartition(".")
+    layers = tuple(stack)
+    return LayerStack(path, model.get_submodule(owner_path), attribute, layers, _kinds(layers, config))
+
+
+def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
+    table: list[list[Any]] = []
+    for value in vars(config).values() if config is not None else ():
+        if isinstance(value, (list, tuple)) and len(value) == len(layers):
+            table.append(list(value))
+    numbers: dict[str, int] = {}
+    kinds = []
+    for index, layer in enumerate(layers):
+        entries = [_describe(column[index]) for column in table]
+        text = "\n".join([*entries, *_signature(layer)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        kinds.append(numbers.setdefault(digest, len(numbers)))
+    return tuple(kinds)
+
+
+def _signature(layer: nn.Module) -> list[str]:
+    """Everything that the layer's forward can read, but for what merely names the layer and the weights' values."""
+    lines = []
+    for path, module in layer.named_modules(remove_duplicate=False):
+        cls = type(module)
+        lines.append(f"{path}: {cls.__module__}.{cls.__qualname__} {id(cls)} {_code(module)} training={module.training}")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            lines.append(f"{path}.{name} {_tensor(tensor)}")
+        for name, value in sorted(module.__dict__.items()):
+            if name not in MARKS and name not in _NAMING and name not in _TABLES and name != "training":
+                lines.append(f"{path}.{name} {_describe(value)}")
+    return lines
+
+
+def _code(module: nn.Module) -> str:
+    forward = module.__dict__.get("forward")
+    return f"own forward {id(forward)}" if forward is not None else ""
+
+
+def _tensor(tensor: torch.Tensor | None) -> str:
+    if tensor is None:
+        return "none"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device} {tensor.requires_grad} {type(tensor)}"
+
+
+def _describe(value: Any) -> str:
+    """A value as text: plain values by content, containers of them likewise, anything else by identity."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{_describe(k)}: {_describe(v)}' for k, v in value.items())})"
+    if isinstance(value, (set, frozenset)):
+        return f"set({', '.join(sorted(map(_describe, value)))})"
+    if isinstance(value, torch.Tensor):
+        return f"tensor {_tensor(value)}"
+    if isinstance(value, nn.Module):
+        return f"module {type(value).__qualname__}"
+    shared = getattr(value, "__qualname__", None)
+    return f"{type(value).__qualname__} {shared or id(value)}"
+
+
+def choose_template(kinds: Sequence[int]) -> int | None:
+    """The length of the shortest prefix of a stack that shows how to run all of it.
+
+    It shows every run of three neighbouring kinds that the stack has; it ends in the stack's last two kinds; and each
+    transition that the stack repeats, it repeats, so that equal pieces are seen and not assumed.
+
+    Returns:
+        The length; None when only the whole stack shows it all.
+
+    Example:
+        >>> choose_template([0, 0, 0] + [1] * 89)  # three dense layers, then experts
+        6
+    """
+    depth = len(kinds)
+    triples = _runs(kinds, 3)
+    repeated = _repeated(kinds)
+    for length in range(2, depth):
+        prefix = kinds[:length]
+        if list(prefix[-2:]) != list(kinds[-2:]) or _runs(prefix, 3) != triples:
+            continue
+        if repeated <= _repeated(prefix):
+            return length
+    return None
+
+
+def _runs(kinds: Sequence[int], size: int) -> set[tuple[int, ...]]:
+    return {tuple(kinds[start : start + size]) for start in range(len(kinds) - size + 1)}
+
+
+def _repeated(kinds: Sequence[int]) -> set[tuple[int, int]]:
+    """Transitions that occur at least twice behind the first, whose step also depends on what comes before it."""
+    pairs = list(zip(kinds[1:], kinds[2:], strict=False))
+    return {pair for pair in pairs if pairs.count(pair) > 1}

@@ -1,0 +1,72 @@
+"""What every test relies on: one thread, seeded random numbers, quiet libraries, nothing fetched."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keep torch's structured trace, thousands of empty lines a test, out of the reports of failures."""
+    plugin = session.config.pluginmanager.getplugin("logging-plugin")
+    if plugin is not None:
+        plugin.report_handler.addFilter(lambda record: record.name != "torch.__trace")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_transformers() -> None:
+    """transformers warns about generation settings on every call of the tests."""
+    transformers_logging = pytest.importorskip("transformers").logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random numbers, alone or in the suite."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def glowplug_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The messages of glowplug's logger."""
+    with caplog.at_level(logging.INFO, logger="glowplug"):
+        yield caplog
+
+
+class CountingCompiler:
+    """A piece compiler that runs pieces as they are, and counts what it was asked to do."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.ran = 0
+
+    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        """See `glowplug.compilers.PieceCompiler`."""
+        self.compiled += 1
+
+        def run(*args: Any) -> Sequence[Any]:
+            self.ran += 1
+            return piece.forward(*args)
+
+        return run
+
+
+@pytest.fixture
+def counting() -> CountingCompiler:
+    """A fresh `CountingCompiler`."""
+    return CountingCompiler()
