@@ -315,7 +315,7 @@ def test_requires_grad_may_flip() -> None:
     assert glowplug.report(model).fallbacks == []
 
 
-# -- between two steps of decoding ---------------------------------------------------------------------------------------
+# -- between two steps of decoding --
 
 
 class AtStep(LogitsProcessor):
@@ -358,7 +358,7 @@ def test_changes_midway_are_visible_at_all() -> None:
     assert len(seen) >= len(MIDWAY) - 3, seen
 
 
-# -- copies and files ----------------------------------------------------------------------------------------------------
+# -- copies and files --
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="glowplug")`: cuts each graph that Dynamo hands over, compiles each distinct piece once.
+"""`torch.compile(model, backend="glowplug")`: cuts each graph of Dynamo, compiles each distinct piece once.
 
 Found by torch through the `torch_dynamo_backends` entry point. Dynamo keeps its guards, so this door is safe for any
 module; it traces every layer.

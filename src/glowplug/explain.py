@@ -14,6 +14,7 @@ from torch import nn
 
 from glowplug.errors import CaptureError, UsageError
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.layers.stack import find_stack
 from glowplug.options import Options
 from glowplug.program.program import StepOutline
 from glowplug.report import Report
@@ -72,6 +73,7 @@ class Explanation:
         pieces: the distinct pieces.
         layout: the program in short, such as `A (attention B)x35 attention C`.
         differences: what keeps pieces apart that are equal but for constants.
+        kinds: the kind of each layer of the stack, as a number; empty for a model without a stack.
     """
 
     identity: str
@@ -79,6 +81,7 @@ class Explanation:
     pieces: tuple[PieceSummary, ...]
     layout: str
     differences: tuple[Difference, ...]
+    kinds: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         total = sum(piece.count for piece in self.pieces)
@@ -86,6 +89,9 @@ class Explanation:
             f"identity {self.identity}, experts {self.experts}: {total} pieces, {len(self.pieces)} distinct",
             f"program: {self.layout}",
         ]
+        if self.kinds:
+            layout = _fold([f"k{kind}" for kind in self.kinds])
+            lines.insert(1, f"{len(self.kinds)} layers of {len(set(self.kinds))} kinds: {layout}")
         for piece in self.pieces:
             where = f"layers {', '.join(piece.layers)}" if any(piece.layers) else "no layer's weights"
             lines.append(f"  {piece.name}: {piece.count} times, {piece.ops} ops, {where}")
@@ -116,7 +122,21 @@ def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str =
     if not report.outlines:
         reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
         raise CaptureError(f"the model can't be captured: {reasons}")
-    return summarise([step for outline in report.outlines for step in outline], options.resolved_identity, report)
+    steps = [step for outline in report.outlines for step in outline]
+    return summarise(steps, options.resolved_identity, report, _kinds(model))
+
+
+def _kinds(model: nn.Module) -> tuple[int, ...]:
+    """The kinds of the layers of a transformers model's stack."""
+    from glowplug.api import is_causal_lm
+
+    if not is_causal_lm(model):
+        return ()
+    from glowplug.hf.interfaces import attention_layers
+
+    config: Any = model.config
+    stack = find_stack(model, list(attention_layers(model).values()), config.get_text_config())
+    return stack.kinds if stack is not None else ()
 
 
 def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
@@ -125,7 +145,7 @@ def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict
     if is_causal_lm(model) and not args and not kwargs:
         from glowplug.hf.engine import Engine
 
-        return Engine(model, options).outline_only()  # type: ignore[arg-type]
+        return Engine(model, options).outline_only()
     if not args and not kwargs:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
     from glowplug.module import ModuleEngine
@@ -136,7 +156,9 @@ def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict
     return engine.report
 
 
-def summarise(steps: Sequence[StepOutline], identity: str, report: Report) -> Explanation:
+def summarise(
+    steps: Sequence[StepOutline], identity: str, report: Report, kinds: tuple[int, ...] = ()
+) -> Explanation:
     """Summarise the steps of a program."""
     names: dict[Fingerprint, str] = {}
     runs: dict[Fingerprint, list[str]] = {}
@@ -151,7 +173,7 @@ def summarise(steps: Sequence[StepOutline], identity: str, report: Report) -> Ex
     pieces = tuple(
         PieceSummary(name, found, len(runs[found]), _shorten(runs[found]), _ops(found)) for found, name in names.items()
     )
-    return Explanation(identity, report.experts, pieces, _fold(words), tuple(_differences(pieces)))
+    return Explanation(identity, report.experts, pieces, _fold(words), tuple(_differences(pieces)), kinds)
 
 
 def _ops(found: Fingerprint) -> int:

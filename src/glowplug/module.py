@@ -41,10 +41,11 @@ class ModuleEngine:
         self.check_order = True
         self.registry = register_layers(model, identity=options.resolved_identity)
         order_layers(self.registry)
+        settings: dict[str, Any] = {"compiler": options.compiler, "report": self.report}
         self._compiled = torch.compile(
             _entry(model),
             backend=glowplug_backend,
-            options={"compiler": options.compiler, "report": self.report},
+            options=settings,
             fullgraph=options.strict,
         )
 

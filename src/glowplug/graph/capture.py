@@ -115,7 +115,7 @@ class _Capture(Generic[T]):
 
 
 def capture(
-    fn: types.FunctionType,
+    fn: Any,
     args: Sequence[Any],
     consume: Callable[[Captured], T],
     reads: set[str] | None = None,
@@ -126,7 +126,7 @@ def capture(
     trace assumed holds (see `glowplug.graph.shapes` for sizes, `glowplug.layers.watch` for the modules).
 
     Args:
-        fn: takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` become symbolic.
+        fn: a plain function that takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` are symbolic.
         args: example arguments; sizes of dynamic dims must be at least 2 and differ where they may differ.
         consume: called once with the graph.
         reads: receives the source of everything in Python that the trace depends on.
@@ -158,7 +158,7 @@ def capture(
         torch.inference_mode(False),
         torch.no_grad(),
         # Sizes 0 and 1 get no special treatment: what the trace assumes of a size is then always written down.
-        symbolic_config.patch(backed_size_oblivious=True),
+        symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         torch._dynamo.config.patch(error_on_recompile=False),
     ):
         try:

@@ -205,7 +205,7 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     assert segment.op is not None
     if call.kwargs:
         raise CaptureError(f"{segment.op.name} was called with keyword arguments in a trace; pass them by position")
-    value = call.meta.get("example_value")
+    value: Any = call.meta.get("example_value")
     single = isinstance(value, torch.Tensor)
     if single:
         return OpStep(segment.op, call.target, call.args, (call.name if call in wanted else None,), True)
@@ -214,7 +214,7 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     outputs: list[str | None] = [None] * len(value)
     for node in unpack:
         if node in wanted:
-            index = node.args[1]
+            index: Any = node.args[1]
             if outputs[index] is not None:  # unpacked twice: keep one name
                 node.replace_all_uses_with(next(n for n in unpack if n.name == outputs[index]))
                 continue

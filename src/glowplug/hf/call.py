@@ -73,7 +73,7 @@ class Call:
 
 def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
     """Make a call ready, or say why the program can't serve it."""
-    names = forward_parameters(type(model))
+    names = forward_parameters(type(model))  # type: ignore[arg-type]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name, value in given.items():
         if name in _SERVED or value is None or (isinstance(value, dict) and not value):

@@ -355,7 +355,7 @@ def _read_other(source: str, call: Call) -> Any:
         return getattr(call, size[1]).shape[int(size[2])]
     for name, key in mask_sources(call.masks).items():
         if name == source:
-            return call.masks if key is None else call.masks[key]  # type: ignore[index, call-overload]
+            return call.masks if key is None else call.masks[key]  # type: ignore[index]
     raise KeyError(source)
 
 

@@ -64,7 +64,7 @@ class CaptureCache(Cache):
     """
 
     def __init__(self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> None:
-        self.layers = []
+        self.layers: list[Any] = []
         self.attention_layers = layers
         self.extent = extent
         self.past = past

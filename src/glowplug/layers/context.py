@@ -56,7 +56,7 @@ class ForwardContext:
         if self.registry.kind(order[index]) != kind:
             raise LayerOrderError(
                 f"call {index + 1} of {op} came from a layer of kind {kind!r}, but next in order is {order[index]!r} "
-                f"of kind {self.registry.kind(order[index])!r}: {_not_run(self.registry, order, index)} {_ADVICE}"
+                f"of kind {self.registry.kind(order[index])!r}, which did not run. {_ADVICE}"
             )
         return layer
 
@@ -79,8 +79,8 @@ class ForwardContext:
 
 
 _ADVICE = (
-    'The output was withheld. identity="ordered" (fast_moe_cold_start=True) needs every layer to run once, in the order '
-    'of creation; use identity="hoisted" (fast_moe_cold_start=None), which assumes no order.'
+    'The output was withheld. identity="ordered" (fast_moe_cold_start=True) needs every layer to run once, in the '
+    'order of creation; use identity="hoisted" (fast_moe_cold_start=None), which assumes no order.'
 )
 
 

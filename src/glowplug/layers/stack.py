@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def _signature(layer: nn.Module) -> list[str]:
     lines = []
     for path, module in layer.named_modules(remove_duplicate=False):
         cls = type(module)
-        lines.append(f"{path}: {cls.__module__}.{cls.__qualname__} {id(cls)} {_code(module)} training={module.training}")
+        lines.append(
+            f"{path}: {cls.__module__}.{cls.__qualname__} {id(cls)} {_code(module)} training={module.training}"
+        )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             lines.append(f"{path}.{name} {_tensor(tensor)}")
         for name, value in sorted(module.__dict__.items()):
@@ -106,7 +109,9 @@ def _code(module: nn.Module) -> str:
 def _tensor(tensor: torch.Tensor | None) -> str:
     if tensor is None:
         return "none"
-    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device} {tensor.requires_grad} {type(tensor)}"
+    return (
+        f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device} {tensor.requires_grad} {type(tensor)}"
+    )
 
 
 def _describe(value: Any) -> str:
@@ -158,5 +163,5 @@ def _runs(kinds: Sequence[int], size: int) -> set[tuple[int, ...]]:
 
 def _repeated(kinds: Sequence[int]) -> set[tuple[int, int]]:
     """Transitions that occur at least twice behind the first, whose step also depends on what comes before it."""
-    pairs = list(zip(kinds[1:], kinds[2:], strict=False))
+    pairs = list(pairwise(kinds[1:]))
     return {pair for pair in pairs if pairs.count(pair) > 1}

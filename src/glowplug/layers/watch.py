@@ -20,7 +20,13 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pr
 _READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
 _READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
 _OWN = ("torch", "glowplug", "builtins")
-_NOT_READ = {"_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "__class__"}
+_NOT_READ = {
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "__class__",
+}
 
 
 class Watch:
@@ -52,9 +58,9 @@ class Watch:
         for source in dict.fromkeys(reads):
             name = _READ_GLOBAL.match(source)
             if name is not None:
-                module = sys.modules.get(name[1].replace("_dot_", "."))
-                if module is not None and not module.__name__.startswith(_OWN):
-                    self._add(f"the module {module.__name__}", module.__dict__, name[2], seen)
+                file = sys.modules.get(name[1].replace("_dot_", "."))
+                if file is not None and not file.__name__.startswith(_OWN):
+                    self._add(f"the module {file.__name__}", file.__dict__, name[2], seen)
                 continue
             read = _READ.match(source)
             if read is None or read[2] in MARKS or read[2] in _TABLES or read[2] in _NOT_READ:

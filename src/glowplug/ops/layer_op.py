@@ -184,8 +184,8 @@ def _next_in_order(op: str, kind: str) -> nn.Module:
     context = current_context()
     if context is None:
         raise LayerLookupError(
-            f'{op} with identity="ordered" ran outside a ForwardContext. Run the model through glowplug.compile(model), '
-            "or inside glowplug.forward_context(ForwardContext(registry))."
+            f'{op} with identity="ordered" ran outside a ForwardContext. Run the model through '
+            "glowplug.compile(model), or inside glowplug.forward_context(ForwardContext(registry))."
         )
     return context.next_layer(op, kind)
 
