@@ -156,9 +156,7 @@ def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict
     return engine.report
 
 
-def summarise(
-    steps: Sequence[StepOutline], identity: str, report: Report, kinds: tuple[int, ...] = ()
-) -> Explanation:
+def summarise(steps: Sequence[StepOutline], identity: str, report: Report, kinds: tuple[int, ...] = ()) -> Explanation:
     """Summarise the steps of a program."""
     names: dict[Fingerprint, str] = {}
     runs: dict[Fingerprint, list[str]] = {}

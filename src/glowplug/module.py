@@ -12,7 +12,7 @@ from torch import nn
 from glowplug.backend import glowplug_backend
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.layers.context import ForwardContext, forward_context
-from glowplug.layers.registry import register_layers
+from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.ops import order_layers
 from glowplug.options import Options
 from glowplug.report import Report
@@ -39,15 +39,21 @@ class ModuleEngine:
         self.options = options
         self.report = Report()
         self.check_order = True
-        self.registry = register_layers(model, identity=options.resolved_identity)
-        order_layers(self.registry)
-        settings: dict[str, Any] = {"compiler": options.compiler, "report": self.report}
+        self.registry: LayerRegistry | None = None
+        self._compiled: Any = None
+
+    def _start(self) -> LayerRegistry:
+        """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
+        self.registry = registry = register_layers(self.model, identity=self.options.resolved_identity)
+        order_layers(registry)
+        settings: dict[str, Any] = {"compiler": self.options.compiler, "report": self.report}
         self._compiled = torch.compile(
-            _entry(model),
+            _entry(self.model),
             backend=glowplug_backend,
             options=settings,
-            fullgraph=options.strict,
+            fullgraph=self.options.strict,
         )
+        return registry
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleEngine:
         model = memo.get(id(self.model))
@@ -61,13 +67,15 @@ class ModuleEngine:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, compiled."""
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*self.model.parameters(), *tensors)):
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
-        breaks = set(_dynamo_counters.get("graph_break", ()))
+        registry = self.registry or self._start()
+        breaks = dict(_dynamo_counters.get("graph_break", {}))
         programs = self.report.programs
-        with forward_context(ForwardContext(self.registry, None, self.check_order)):
+        with _guard_hooks(), forward_context(ForwardContext(registry, None, self.check_order)):
             try:
                 output = self._compiled(*args, **kwargs)
             except Exception as exc:
@@ -77,8 +85,10 @@ class ModuleEngine:
                 raise
         if self.report.programs != programs:
             self.report.strategy = self.options.resolved_identity
-        for reason in set(_dynamo_counters.get("graph_break", ())) - breaks:
-            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart: {reason.splitlines()[0]}")
+        found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
+        if found or self.report.programs > programs + 1:
+            why = f": {found[0].splitlines()[0]}" if found else ""
+            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{why}")
         return output
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,6 +96,11 @@ class ModuleEngine:
             raise NotServableError(f"{reason} (strict=True: nothing runs eager)")
         self.report.fall_back(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def _guard_hooks() -> Any:
+    """Make Dynamo notice hooks that are added to a module later; by default it does not look."""
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
 
 def _entry(model: nn.Module) -> types.FunctionType:

@@ -19,6 +19,7 @@ from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.layers.handle import LayerHandle
 
 try:
+    from torch._dynamo.exc import RestartAnalysis
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental import _config as symbolic_config
@@ -91,6 +92,11 @@ def describe(gm: fx.GraphModule) -> Captured:
     return Captured(gm, tuple(inputs))
 
 
+def is_restart(exc: BaseException) -> bool:
+    """Whether the exception asks Dynamo to trace once more, and so must reach it."""
+    return isinstance(exc, RestartAnalysis)
+
+
 class _Captured(BaseException):
     """Thrown by the captured function's first run: the graph is all that was wanted. Not an `Exception`, so that no
     `except Exception` in a model's code swallows it."""
@@ -106,6 +112,8 @@ class _Capture(Generic[T]):
         try:
             self.result.append(self.consume(describe(gm)))
         except BaseException as exc:
+            if is_restart(exc):
+                raise
             self.error = exc
 
         def stop(*_: Any) -> Any:

@@ -96,11 +96,17 @@ class _Canonical:
             target = node.target
             if isinstance(target, torch._ops.OpOverload):
                 return str(target)
-            module = getattr(target, "__module__", "") or ""
-            return f"{module}.{getattr(target, '__qualname__', None) or getattr(target, '__name__', repr(target))}"
+            return self.function(target)
         if node.op == "get_attr":
             return f"get_attr {self.attribute(str(node.target))}"
         return f"{node.op} {node.target}"
+
+    @staticmethod
+    def function(target: Any) -> str:
+        module = getattr(target, "__module__", "") or ""
+        name = str(getattr(target, "__qualname__", None) or getattr(target, "__name__", repr(target)))
+        # Functions made inside others share a name; only the object tells them apart.
+        return f"{module}.{name}{f' {id(target)}' if '<' in name else ''}"
 
     def attribute(self, path: str) -> str:
         value: Any = self.gm
@@ -171,5 +177,5 @@ class _Canonical:
         if isinstance(arg, (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)):
             return repr(arg)
         if callable(arg):
-            return f"{getattr(arg, '__module__', '')}.{getattr(arg, '__qualname__', type(arg).__name__)}"
+            return self.function(arg)
         raise CaptureError(f"a piece holds a constant of type {type(arg).__name__}, which has no canonical form")

@@ -80,7 +80,7 @@ def split(captured: Captured) -> tuple[list[Step], tuple[str, ...]]:
     for index, segment in enumerate(segments):
         if segment.op is not None:
             steps.append(_op_step(segment, wanted[index]))
-        elif wanted[index]:
+        elif wanted[index] or any(may_mutate(node) for node in segment.nodes):
             steps.append(_piece(gm, segment.nodes, wanted[index], bound))
     return steps, _names(output.args[0])
 
@@ -88,6 +88,8 @@ def split(captured: Captured) -> tuple[list[Step], tuple[str, ...]]:
 def _names(outputs: Any) -> tuple[str, ...]:
     if not all(isinstance(node, fx.Node) for node in outputs):
         raise CaptureError("the model returns something that is neither computed by the graph nor an input of it")
+    if any(is_size(node) for node in outputs):
+        raise CaptureError("the model returns a size; programs return tensors")
     return tuple(node.name for node in outputs)
 
 
@@ -206,7 +208,7 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     if call.kwargs:
         raise CaptureError(f"{segment.op.name} was called with keyword arguments in a trace; pass them by position")
     value: Any = call.meta.get("example_value")
-    single = isinstance(value, torch.Tensor)
+    single = value is None or isinstance(value, torch.Tensor)
     if single:
         return OpStep(segment.op, call.target, call.args, (call.name if call in wanted else None,), True)
     if call in wanted:

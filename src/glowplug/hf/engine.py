@@ -71,7 +71,7 @@ class Engine:
         self._pieces = PieceCache()
         self._watch: Watch | None = None
         self._reads: set[str] = set()
-        self._implementations = self._read_implementations()
+        self._implementations: tuple[Any, ...] = ()
         self._stale: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -204,6 +204,7 @@ class Engine:
                 if isinstance(found, str):
                     self.report.strategy = "eager"
                 self._watch = Watch(self.model, self._reads)
+                self._implementations = self._read_implementations()
             return found
 
     def _capture(self, call: Call) -> Served:

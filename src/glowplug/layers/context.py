@@ -50,13 +50,13 @@ class ForwardContext:
         if index >= len(order):
             raise LayerOrderError(
                 f"{op} was called {index + 1} times in one forward pass, but {len(order)} layers are registered for "
-                f"it: a layer ran twice. {_ADVICE}"
+                f"it: a layer ran twice. {ORDER_ADVICE}"
             )
         layer = self.registry[order[index]]
         if self.registry.kind(order[index]) != kind:
             raise LayerOrderError(
                 f"call {index + 1} of {op} came from a layer of kind {kind!r}, but next in order is {order[index]!r} "
-                f"of kind {self.registry.kind(order[index])!r}, which did not run. {_ADVICE}"
+                f"of kind {self.registry.kind(order[index])!r}, which did not run. {ORDER_ADVICE}"
             )
         return layer
 
@@ -74,11 +74,11 @@ class ForwardContext:
                 raise LayerOrderError(
                     f"{op} ran {used} times in one forward pass, but {len(order)} layers are registered for it, so "
                     f"calls may have reached the wrong layers' weights: {_not_run(self.registry, order, used)} "
-                    f"{_ADVICE}"
+                    f"{ORDER_ADVICE}"
                 )
 
 
-_ADVICE = (
+ORDER_ADVICE = (
     'The output was withheld. identity="ordered" (fast_moe_cold_start=True) needs every layer to run once, in the '
     'order of creation; use identity="hoisted" (fast_moe_cold_start=None), which assumes no order.'
 )

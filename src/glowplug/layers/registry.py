@@ -90,11 +90,16 @@ class LayerRegistry:
 
 def find_baked(name: str) -> nn.Module:
     """The layer that a baked name (`"scope:qualified.name"`) stands for, whatever model it belongs to."""
-    scope, _, layer_name = name.partition(":")
+    return find_registry(name)[name.partition(":")[2]]
+
+
+def find_registry(name: str) -> LayerRegistry:
+    """The registry that made a baked name."""
+    scope = name.partition(":")[0]
     registry = _live.get(int(scope)) if scope.isdigit() else None
     if registry is None:
         raise LayerLookupError(f"no live model has registered the layer {name!r}; call glowplug.register_layers(model)")
-    return registry[layer_name]
+    return registry
 
 
 def register_layers(

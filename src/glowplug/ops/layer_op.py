@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from glowplug.errors import LayerLookupError, UsageError
-from glowplug.layers.context import current_context
+from glowplug.errors import LayerLookupError, LayerOrderError, UsageError
+from glowplug.layers.context import ORDER_ADVICE, current_context
 from glowplug.layers.handle import HANDLE_TYPE_NAME, LayerHandle
-from glowplug.layers.registry import HANDLE_ATTR, IDENTITY_ATTR, KIND_ATTR, NAME_ATTR, LayerRegistry, find_baked
+from glowplug.layers.registry import (
+    HANDLE_ATTR,
+    IDENTITY_ATTR,
+    KIND_ATTR,
+    NAME_ATTR,
+    LayerRegistry,
+    find_baked,
+    find_registry,
+)
 
 _libraries: dict[str, torch.library.Library] = {}
 _by_overload: dict[Any, LayerOp] = {}
@@ -148,7 +156,7 @@ def layer_op(
                 return traced_hoisted(handle, *args)
             if identity == "baked":
                 return traced_baked(getattr(layer, NAME_ATTR), *args)
-            return traced_ordered(getattr(layer, KIND_ATTR), *args)
+            return traced_ordered(_note_call(name, getattr(layer, NAME_ATTR), getattr(layer, KIND_ATTR)), *args)
 
         call.__name__, call.__doc__, call.__module__ = fn.__name__, fn.__doc__, fn.__module__
         call.layer_op = record  # type: ignore[attr-defined]
@@ -180,6 +188,38 @@ def order_layers(registry: LayerRegistry) -> None:
                 registry.set_order(op.name, names)
 
 
+_traced_calls: dict[str, list[str]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _note_call(op: str, baked_name: str, kind: str) -> str:
+    """Runs while an ordered call is traced, and never in a graph: notes which layer made the call."""
+    _traced_calls.setdefault(op, []).append(baked_name)
+    return kind
+
+
+def check_traced_order(gm: torch.fx.GraphModule) -> None:
+    """Compare the order in which layers made ordered calls in a trace with the order in which they will be served.
+
+    Raises:
+        LayerOrderError: a graph that calls an op once for each registered layer calls it in another order. (A graph
+            that calls it more or less often is found out when it runs, before its output is used.)
+    """
+    for op in known_layer_ops():
+        calls = sum(node.target is op.overloads["ordered"] for node in gm.graph.nodes)
+        noted = _traced_calls.get(op.name, [])[-calls:] if calls else []
+        if not noted:
+            continue
+        registry = find_registry(noted[0])
+        served = [f"{registry.scope}:{name}" for name in registry.order(op.name)]
+        if calls == len(served) and noted != served:
+            wrong = next(i for i, pair in enumerate(zip(noted, served, strict=True)) if pair[0] != pair[1])
+            raise LayerOrderError(
+                f"call {wrong + 1} of {op.name} is made by {noted[wrong].partition(':')[2]!r}, but "
+                f"{served[wrong].partition(':')[2]!r} was created in its place. {ORDER_ADVICE}"
+            )
+
+
 def _next_in_order(op: str, kind: str) -> nn.Module:
     context = current_context()
     if context is None:
@@ -191,13 +231,29 @@ def _next_in_order(op: str, kind: str) -> nn.Module:
 
 
 def _without_layer(fn: Callable[..., Any], name: str) -> tuple[inspect.Signature, type[nn.Module] | None]:
-    signature = inspect.signature(fn, eval_str=True)
+    try:
+        signature = inspect.signature(fn, eval_str=True)
+    except NameError:  # a name that only type checkers see, or a class of the enclosing function
+        signature = inspect.signature(fn)
+        known = {**fn.__globals__, **inspect.getclosurevars(fn).nonlocals}
+        signature = signature.replace(
+            parameters=[p.replace(annotation=_evaluate(p.annotation, known)) for p in signature.parameters.values()],
+            return_annotation=_evaluate(signature.return_annotation, known),
+        )
     parameters = list(signature.parameters.values())
     if not parameters:
         raise UsageError(f"{name}: the function's first parameter must be the layer object")
     annotation = parameters[0].annotation
     is_layer_class = isinstance(annotation, type) and issubclass(annotation, nn.Module) and annotation is not nn.Module
     return signature.replace(parameters=parameters[1:]), annotation if is_layer_class else None
+
+
+def _evaluate(annotation: Any, known: dict[str, Any]) -> Any:
+    """An annotation, evaluated if it is text and its names are known."""
+    try:
+        return eval(annotation, known) if isinstance(annotation, str) else annotation
+    except NameError:
+        return annotation
 
 
 def _schema(signature: inspect.Signature, name: str, mutates: tuple[str, ...]) -> str:

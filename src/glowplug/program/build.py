@@ -9,9 +9,10 @@ from typing import Any
 
 from glowplug.compilers.base import PieceCompiler
 from glowplug.errors import CompileError
-from glowplug.graph.capture import Captured
+from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
 from glowplug.graph.split import OpStep, Piece, Step, split
+from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.program import Program, StepOutline, emit
 from glowplug.progress import piece_progress
 from glowplug.report import Report
@@ -53,6 +54,7 @@ def build_program(
     """
     with report.phase("split"):
         steps, outputs = split(captured)
+        check_traced_order(captured.gm)
         if check is not None:
             check(steps, captured)
     with report.phase("fingerprint"):
@@ -90,6 +92,8 @@ def _compile(
             try:
                 cache.compiled[found] = compiler.compile(step.gm, inputs)
             except Exception as exc:
+                if is_restart(exc):
+                    raise
                 raise CompileError(f"{compiler.name} can't compile piece {found.digest[:12]}: {_brief(exc)}") from exc
             cache.order.append(found)
             if len(guards) > relations:

@@ -132,7 +132,8 @@ def _emit_piece(emitter: _Emitter, piece: Piece, name: str) -> None:
     if fixed:
         parts.append(f"*{emitter.give('weights_', fixed)}")
     targets = "".join(f"{emitter.local(value)}, " for value in piece.outputs)
-    emitter.lines.append(f"    {targets}= {name}({', '.join(parts)})")
+    call = f"{name}({', '.join(parts)})"
+    emitter.lines.append(f"    {targets}= {call}" if targets else f"    {call}")
 
 
 def _emit_op(emitter: _Emitter, step: OpStep) -> None:

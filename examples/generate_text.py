@@ -1,0 +1,24 @@
+"""Compile a transformers model and generate with it.
+
+Run from the repository's root: python examples/generate_text.py [FOLDER]
+"""
+
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import glowplug
+
+
+def main(folder: str = "models/tiny-gpt-oss") -> None:
+    """Load, compile, generate, report."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = glowplug.compile(AutoModelForCausalLM.from_pretrained(folder))
+    inputs = tokenizer("The with statement", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(glowplug.report(model))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
