@@ -22,8 +22,8 @@ class Experts(nn.Module):
 
 @glowplug.layer_op("example::run_experts", fake=lambda x: torch.empty_like(x))
 def run_experts(layer: Experts, x: Tensor) -> Tensor:
-    """Data-dependent Python: the choice of kernel depends on the tokens."""
-    chosen = int(x.sum() > 0)
+    """Any Python: here the weights depend on the number of tokens, as a choice of kernel would."""
+    chosen = int(x.shape[1] > 8)
     return x @ layer.weight[chosen]
 
 

@@ -74,7 +74,7 @@ def x() -> Tensor:
     return torch.randn(4, 8)
 
 
-# -- through the entry point ------------------------------------------------------------------------------------------
+# -- through the entry point ------------------------------------------------------------
 
 
 def test_torch_finds_the_backend() -> None:
@@ -171,7 +171,7 @@ def test_gradients_of_inputs_alone(net: Net, x: Tensor) -> None:
     assert len(registry) > 3
 
 
-# -- glowplug.compile of a plain module --------------------------------------------------------------------------------
+# -- glowplug.compile of a plain module ------------------------------------------------------------
 
 
 def test_plain_module(net: Net, x: Tensor) -> None:

@@ -141,7 +141,7 @@ def refusal(name: str = "test_layer_op::never", fn: Any = passes_on, mutates: tu
     return str(caught.value)
 
 
-# -- outside a trace ----------------------------------------------------------------------------------------------
+# -- outside a trace ------------------------------------------------------------
 
 
 def test_eager_call_is_the_plain_function() -> None:
@@ -174,7 +174,7 @@ def test_find_layer_op_knows_overloads_and_nothing_else() -> None:
     assert find_layer_op([]) is None
 
 
-# -- three identities, one answer ----------------------------------------------------------------------------------
+# -- three identities, one answer ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [Mix, Split, Accumulate])
@@ -261,7 +261,7 @@ def test_optional_and_list_arguments() -> None:
         compiled(model, x, identity="ordered")
 
 
-# -- definitions that must not succeed -----------------------------------------------------------------------------
+# -- definitions that must not succeed ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "mix", "a::", "::b", "a:b", "a::b::c", "a b::c", "a::1b", "a.b::c"])
@@ -318,7 +318,7 @@ def test_a_failed_definition_leaves_the_name_free() -> None:
     assert torch.equal(good(layer, x), x + layer.weight[0])
 
 
-# -- which layer: handles, copies, several models ------------------------------------------------------------------
+# -- which layer: handles, copies, several models ------------------------------------------------------------
 
 
 def test_traced_call_of_an_unregistered_layer() -> None:
@@ -432,7 +432,7 @@ def test_registry_lookups() -> None:
         glowplug.register_layers(stack, identity="by luck")  # type: ignore[arg-type]
 
 
-# -- the op as torch.library sees it -------------------------------------------------------------------------------
+# -- the op as torch.library sees it ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("identity", ["hoisted", "baked"])

@@ -66,6 +66,10 @@ CASES = {
 }
 
 
+CHANGED_CONFIG = ("config.output_hidden_states", "config.output_router_logits")
+"""A config that was changed counts as a changed model, even when it was changed back: compile again."""
+
+
 def run(forward: Any, case: Case, model: PreTrainedModel) -> Any:
     torch.manual_seed(0)
     with torch.set_grad_enabled(case.grad), case.around(model):
@@ -81,21 +85,21 @@ def served(model: PreTrainedModel) -> None:
     assert glowplug.report(model).fallbacks == before
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lenient() -> PreTrainedModel:
-    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager")
+    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", verify="off")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def strict() -> PreTrainedModel:
-    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", strict=True)
+    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", verify="off", strict=True)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_runs_eager_and_says_so_once(name: str, lenient: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     case, report = CASES[name], glowplug.report(lenient)
-    report.fallbacks.clear()
     served(lenient)
+    assert report.fallbacks == []
     expected = run(type(lenient).forward.__get__(lenient), case, lenient)
     with caplog.at_level(logging.WARNING, logger="glowplug"):
         outputs = [run(lenient, case, lenient) for _ in range(3)]
@@ -105,18 +109,21 @@ def test_runs_eager_and_says_so_once(name: str, lenient: PreTrainedModel, caplog
     (fallback,) = report.fallbacks
     assert case.reason in fallback.reason
     assert len([record for record in caplog.records if record.name == "glowplug"]) == 1
-    served(lenient)  # and afterwards the program serves again
-    assert len(report.fallbacks) == 1
+    if name not in CHANGED_CONFIG:
+        served(lenient)  # and afterwards the program serves again
+        assert len(report.fallbacks) == 1
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_strict_raises(name: str, strict: PreTrainedModel) -> None:
     case = CASES[name]
+    served(strict)
     with pytest.raises(NotServableError) as caught:
         run(strict, case, strict)
     assert case.reason in str(caught.value)
     assert "strict=True" in str(caught.value)
-    served(strict)
+    if name not in CHANGED_CONFIG:
+        served(strict)
     assert glowplug.report(strict).fallbacks == []
 
 

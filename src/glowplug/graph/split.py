@@ -122,8 +122,13 @@ def _close_gap(segments: list[_Segment]) -> None:
     if len(segments) < 3:
         return
     *_, before, op, gap = segments
-    if before.op is None and not any(
-        may_mutate(node) or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
+    writes = getattr(op.nodes[0].target, "_schema", None)
+    if (
+        before.op is None
+        and not (writes is not None and writes.is_mutable)
+        and not any(
+            may_mutate(node) or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
+        )
     ):
         before.nodes += gap.nodes
         gap.nodes = []
@@ -133,7 +138,7 @@ def may_mutate(node: fx.Node) -> bool:
     """Whether the node may write to one of its inputs, or to anything else."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
+    return "out" in node.kwargs or node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
 
 
 _IN_PLACE = {"setitem", "delitem"} | {

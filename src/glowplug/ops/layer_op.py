@@ -233,27 +233,16 @@ def _next_in_order(op: str, kind: str) -> nn.Module:
 def _without_layer(fn: Callable[..., Any], name: str) -> tuple[inspect.Signature, type[nn.Module] | None]:
     try:
         signature = inspect.signature(fn, eval_str=True)
-    except NameError:  # a name that only type checkers see, or a class of the enclosing function
-        signature = inspect.signature(fn)
-        known = {**fn.__globals__, **inspect.getclosurevars(fn).nonlocals}
-        signature = signature.replace(
-            parameters=[p.replace(annotation=_evaluate(p.annotation, known)) for p in signature.parameters.values()],
-            return_annotation=_evaluate(signature.return_annotation, known),
-        )
+    except NameError as exc:
+        raise UsageError(
+            f"{name}: an annotation of the function can't be looked up ({exc}); define it at module level"
+        ) from exc
     parameters = list(signature.parameters.values())
     if not parameters:
         raise UsageError(f"{name}: the function's first parameter must be the layer object")
     annotation = parameters[0].annotation
     is_layer_class = isinstance(annotation, type) and issubclass(annotation, nn.Module) and annotation is not nn.Module
     return signature.replace(parameters=parameters[1:]), annotation if is_layer_class else None
-
-
-def _evaluate(annotation: Any, known: dict[str, Any]) -> Any:
-    """An annotation, evaluated if it is text and its names are known."""
-    try:
-        return eval(annotation, known) if isinstance(annotation, str) else annotation
-    except NameError:
-        return annotation
 
 
 def _schema(signature: inspect.Signature, name: str, mutates: tuple[str, ...]) -> str:
