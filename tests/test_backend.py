@@ -45,6 +45,15 @@ class Net(nn.Module):
         return x * self.gain
 
 
+class Broken:
+    """A compiler that fails."""
+
+    name = "broken"
+
+    def compile(self, piece: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+
 class Breaks(Net):
     """A net whose forward Dynamo can't trace in one graph."""
 
@@ -74,7 +83,7 @@ def x() -> Tensor:
     return torch.randn(4, 8)
 
 
-# -- through the entry point ------------------------------------------------------------
+# -- through the entry point ------------------------------------------------
 
 
 def test_torch_finds_the_backend() -> None:
@@ -171,7 +180,7 @@ def test_gradients_of_inputs_alone(net: Net, x: Tensor) -> None:
     assert len(registry) > 3
 
 
-# -- glowplug.compile of a plain module ------------------------------------------------------------
+# -- glowplug.compile of a plain module ------------------------------------------------
 
 
 def test_plain_module(net: Net, x: Tensor) -> None:
@@ -196,6 +205,16 @@ def test_a_piece_compiler_of_ones_own(net: Net, x: Tensor, counting: Any) -> Non
     assert counting.compiled == glowplug.report(net).distinct_pieces == 3
     assert counting.ran == 8
     assert glowplug.report(net).compiler == "counting"
+
+
+def test_a_compiler_that_fails_costs_speed_and_nothing_else(net: Net, x: Tensor) -> None:
+    glowplug.compile(net, compiler=Broken())
+    assert torch.equal(quiet(net, x), eager(net, x))
+    (fallback,) = glowplug.report(net).fallbacks
+    assert "no such instruction" in fallback.reason
+    glowplug.compile(net, compiler=Broken(), strict=True)
+    with pytest.raises(glowplug.GlowplugError, match="no such instruction"):
+        quiet(net, x)
 
 
 def test_graph_breaks_are_reported(x: Tensor) -> None:
@@ -338,6 +357,15 @@ def test_copies_and_pickles(net: Net, x: Tensor) -> None:
         assert not torch.equal(quiet(twin, x), before)
         assert glowplug.report(twin) is not glowplug.report(net)
     assert torch.equal(quiet(net, x), before)
+
+
+@pytest.mark.inductor
+def test_a_number_that_changes_with_inductor(net: Net, x: Tensor) -> None:
+    """Dynamo makes a float that changed an input of the graph: no size, no tensor."""
+    glowplug.compile(net)
+    for net.gain in (2.0, 3.0, 4.5):
+        torch.testing.assert_close(quiet(net, x), eager(net, x), rtol=1e-4, atol=1e-4)
+    assert glowplug.report(net).fallbacks == []
 
 
 @pytest.mark.inductor

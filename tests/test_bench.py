@@ -41,7 +41,7 @@ def broken(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-# -- loading ------------------------------------------------------------
+# -- loading ------------------------------------------------
 
 
 def test_a_folder_loads_whole_and_cut(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_missing_weights_are_refused(broken: Path) -> None:
         load_model(str(broken))
 
 
-# -- measuring ------------------------------------------------------------
+# -- measuring ------------------------------------------------
 
 
 def spec(strategy: str, **changes: Any) -> Spec:
@@ -188,7 +188,7 @@ def test_torch_strategies_record_inline_experts_even_when_they_fail() -> None:
     assert (record["experts"], record["compiler"], record["error"]) == ("inline", "inductor", "InductorError: no")
 
 
-# -- processes ------------------------------------------------------------
+# -- processes ------------------------------------------------
 
 PROBE = """
 import json, os, sys, time
@@ -230,7 +230,7 @@ def test_a_process_without_an_answer_is_an_error(probe: str, wanted: str, messag
         run_isolated(probe, json.dumps(wanted), timeout_s=1 if wanted == "sleep" else 30)
 
 
-# -- the grid ------------------------------------------------------------
+# -- the grid ------------------------------------------------
 
 
 def test_the_grid_is_every_strategy_at_every_depth() -> None:
@@ -279,7 +279,7 @@ def test_the_environment_names_machine_and_versions() -> None:
         assert environment[key]
 
 
-# -- table and plot ------------------------------------------------------------
+# -- table and plot ------------------------------------------------
 
 
 def records() -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def assert_refused(result: Any, *words: str) -> None:
         assert word in lines[0]
 
 
-# -- wrong input ------------------------------------------------------------
+# -- wrong input ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_help_lists_commands() -> None:
     assert "glm-4.7" in run("bench", "--help").stdout
 
 
-# -- commands ------------------------------------------------------------
+# -- commands ------------------------------------------------
 
 
 def test_bench_keeps_failures_beside_results(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_explain_shows_what_keeps_pieces_apart(folder: Path) -> None:
     assert "model.layers.1.mlp.experts" in baked.stdout
 
 
-# -- the demo ------------------------------------------------------------
+# -- the demo ------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["eager", "hoisted"])

@@ -42,7 +42,7 @@ def mixed() -> LayerRegistry:
     return registry(nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(2, 2))
 
 
-# -- which context is current ------------------------------------------------------------
+# -- which context is current ------------------------------------------------
 
 
 def test_contexts_nest(alike: LayerRegistry) -> None:
@@ -130,7 +130,7 @@ def test_tasks_do_not_see_each_other(alike: LayerRegistry) -> None:
     assert asyncio.run(both()) == [True] * 3
 
 
-# -- the order ------------------------------------------------------------
+# -- the order ------------------------------------------------
 
 
 def test_layers_come_in_order(mixed: LayerRegistry) -> None:

@@ -103,7 +103,7 @@ def test_ernie_without_positions_runs_eager() -> None:
     assert "position_ids" in fallback.reason
 
 
-# -- the order that ERNIE breaks ------------------------------------------------------------
+# -- the order that ERNIE breaks ------------------------------------------------
 
 
 class Seen(LogitsProcessor):
@@ -160,7 +160,7 @@ def test_ernie_hoisted_after_ordered() -> None:
     assert glowplug.report(model).fallbacks == []
 
 
-# -- how many pieces ------------------------------------------------------------
+# -- how many pieces ------------------------------------------------
 
 DEPTHS = {"gpt_oss": 6, "glm4_moe": 6, ERNIE: 5, "qwen3_moe": 6, "mixtral": 5, "deepseek_v3": 5, "llama4": 8}
 """Deep enough that layers of one kind come more than once in the same surroundings."""

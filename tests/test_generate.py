@@ -69,7 +69,7 @@ def padded(model: PreTrainedModel, lengths: tuple[int, ...] = (12, 3, 7)) -> dic
     return {"ids": ids, "attention_mask": mask}
 
 
-# -- caches and lengths ------------------------------------------------------------
+# -- caches and lengths ------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -141,7 +141,7 @@ def test_a_cache_may_change_hands(pair: Pair) -> None:
     pair.served()
 
 
-# -- ways of decoding ------------------------------------------------------------
+# -- ways of decoding ------------------------------------------------
 
 
 def test_sampling_with_a_seed(pair: Pair) -> None:
@@ -210,7 +210,7 @@ def test_first_call_in_inference_mode(family: str) -> None:
     assert glowplug.report(model).fallbacks == []
 
 
-# -- one forward call ------------------------------------------------------------
+# -- one forward call ------------------------------------------------
 
 
 def test_forms_of_a_forward_call(pair: Pair) -> None:
@@ -229,6 +229,7 @@ def test_forms_of_a_forward_call(pair: Pair) -> None:
         {"use_cache": False},
         {"return_dict": False},
         {"position_ids": torch.arange(9).unsqueeze(0) + 5},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]] * 2)},
     ]
     with torch.no_grad():
         for form in forms:
@@ -269,7 +270,7 @@ def test_the_interface_is_the_models_own(pair: Pair) -> None:
     assert type(pair.compiled) is type(pair.eager)
 
 
-# -- several at once ------------------------------------------------------------
+# -- several at once ------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"identity": "hoisted"}, {"identity": "ordered", "experts": "opaque"}], ids=str)
@@ -313,7 +314,7 @@ def _generate_at_once(jobs: list[tuple[PreTrainedModel, Tensor, Tensor]]) -> Non
         assert torch.equal(outputs[number], expected)
 
 
-# -- nothing compiles after the first token ------------------------------------------------------------
+# -- nothing compiles after the first token ------------------------------------------------
 
 
 def graphs() -> int:

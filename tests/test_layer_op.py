@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 import random
 from typing import Any
 
@@ -141,7 +139,7 @@ def refusal(name: str = "test_layer_op::never", fn: Any = passes_on, mutates: tu
     return str(caught.value)
 
 
-# -- outside a trace ------------------------------------------------------------
+# -- outside a trace ------------------------------------------------
 
 
 def test_eager_call_is_the_plain_function() -> None:
@@ -174,7 +172,7 @@ def test_find_layer_op_knows_overloads_and_nothing_else() -> None:
     assert find_layer_op([]) is None
 
 
-# -- three identities, one answer ------------------------------------------------------------
+# -- three identities, one answer ------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [Mix, Split, Accumulate])
@@ -261,7 +259,7 @@ def test_optional_and_list_arguments() -> None:
         compiled(model, x, identity="ordered")
 
 
-# -- definitions that must not succeed ------------------------------------------------------------
+# -- definitions that must not succeed ------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "mix", "a::", "::b", "a:b", "a::b::c", "a b::c", "a::1b", "a.b::c"])
@@ -318,7 +316,7 @@ def test_a_failed_definition_leaves_the_name_free() -> None:
     assert torch.equal(good(layer, x), x + layer.weight[0])
 
 
-# -- which layer: handles, copies, several models ------------------------------------------------------------
+# -- unregistered layers ------------------------------------------------
 
 
 def test_traced_call_of_an_unregistered_layer() -> None:
@@ -340,99 +338,7 @@ def test_traced_call_of_an_unregistered_layer_outside_fullgraph() -> None:
             assert torch.equal(output, eager(stack, x))
 
 
-def test_handle_equality_and_hash() -> None:
-    a, b = Stack(), Stack()
-    first, second = glowplug.register_layers(a), glowplug.register_layers(b)
-    handle = first.handles["layers.0"]
-    assert handle == glowplug.LayerHandle(first.scope, "layers.0")
-    assert hash(handle) == hash(glowplug.LayerHandle(first.scope, "layers.0"))
-    assert handle != first.handles["layers.1"]
-    assert handle != second.handles["layers.0"]
-    assert handle != "layers.0"
-    assert len({*first.handles.values(), *second.handles.values()}) == len(first) + len(second)
-    assert handle.resolve() is a.layers[0]
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h))], ids=["copy", "pickle"])
-def test_a_copied_handle_reaches_nothing(duplicate: Any) -> None:
-    stack = Stack()
-    handle = glowplug.register_layers(stack).handles["layers.0"]
-    other = duplicate(handle)
-    assert other != handle
-    with pytest.raises(LayerLookupError, match=r"layers\.0"):
-        other.resolve()
-    assert handle.resolve() is stack.layers[0]
-
-
-def test_handle_does_not_keep_the_model_alive() -> None:
-    stack = Stack()
-    handle = glowplug.register_layers(stack).handles["layers.0"]
-    del stack
-    with pytest.raises(LayerLookupError, match="deleted"):
-        handle.resolve()
-
-
-@pytest.mark.parametrize("identity", IDENTITIES)
-def test_unregistered_copy_does_not_reach_the_original(identity: str) -> None:
-    original, x = Stack().eval(), torch.randn(2, 4)
-    registry = glowplug.register_layers(original, identity=identity)
-    registry.set_order("test_layer_op::mix", [f"layers.{i}" for i in range(4)])
-    duplicate = copy.deepcopy(original)
-    for parameter in duplicate.parameters():
-        parameter.data.neg_()
-    run = torch.compile(duplicate, backend="glowplug", options={"compiler": "eager"})
-    with torch.no_grad(), glowplug.forward_context(glowplug.ForwardContext(registry, check_order=False)):
-        try:
-            output = run(x)
-        except Exception as error:
-            assert "register" in str(error)
-        else:
-            assert torch.equal(output, eager(duplicate, x))
-
-
-@pytest.mark.parametrize("identity", IDENTITIES)
-def test_compiled_copy_uses_its_own_weights(identity: str) -> None:
-    original, x = Stack().eval(), torch.randn(2, 4)
-    before = compiled(original, x, identity=identity)
-    duplicate = copy.deepcopy(original)
-    for parameter in duplicate.parameters():
-        parameter.data.neg_()
-    with torch.no_grad():
-        output = duplicate(x)  # the copy's forward is its own engine
-    assert torch.equal(output, eager(duplicate, x))
-    assert not torch.equal(output, before)
-    with torch.no_grad():
-        assert torch.equal(original(x), before)
-
-
-@pytest.mark.parametrize("identity", IDENTITIES)
-def test_two_models_with_the_same_names_do_not_mix(identity: str) -> None:
-    a, b, x = Stack().eval(), Stack().eval(), torch.randn(2, 4)
-    expected = eager(a, x), eager(b, x)
-    assert not torch.equal(*expected)
-    for model in (a, b):
-        glowplug.compile(model, compiler="eager", identity=identity)
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(a(x), expected[0])
-            assert torch.equal(b(x), expected[1])
-
-
-def test_registry_lookups() -> None:
-    stack = Stack()
-    registry = glowplug.register_layers(stack)
-    assert list(registry) == ["layers", *(f"layers.{i}" for i in range(4))]
-    assert registry["layers.2"] is stack.layers[2]
-    assert registry.kind("layers.0") == registry.kind("layers.1") != registry.kind("layers")
-    with pytest.raises(LayerLookupError, match="'nowhere'"):
-        registry["nowhere"]
-    only = glowplug.register_layers(stack, layers={"mine": stack.layers[1]})
-    assert list(only) == ["mine"]
-    with pytest.raises(UsageError, match="identity"):
-        glowplug.register_layers(stack, identity="by luck")  # type: ignore[arg-type]
-
-
-# -- the op as torch.library sees it ------------------------------------------------------------
+# -- the op as torch.library sees it ------------------------------------------------
 
 
 @pytest.mark.parametrize("identity", ["hoisted", "baked"])

@@ -90,7 +90,7 @@ def test_names_of_shared_experts(name: str) -> None:
     assert shared_experts_name(block) == name
 
 
-# -- the side stream, with fakes in the place of a GPU's ------------------------------------------------------------
+# -- the side stream, with fakes in the place of a GPU's ------------------------------------------------
 
 
 class FakeStream:
@@ -246,7 +246,7 @@ def test_on_a_gpu(family: str) -> None:
         torch.testing.assert_close(moe_forward_shared(block, x), type(block).forward(block, x))
 
 
-# -- opaque experts in whole models ------------------------------------------------------------
+# -- opaque experts in whole models ------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "mixtral", "llama4"])

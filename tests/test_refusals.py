@@ -17,6 +17,7 @@ import glowplug
 from glowplug import NotServableError
 
 IDS = families.prompt(2, 9)
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]] * 2)
 
 
 @contextmanager
@@ -62,7 +63,7 @@ CASES = {
     "config.output_hidden_states": Case("output_hidden_states", {}, lambda m: config(m, "output_hidden_states")),
     "config.output_router_logits": Case("output_router_logits", {}, lambda m: config(m, "output_router_logits")),
     "unknown argument": Case("'output_sizes'", {"output_sizes": 3}),
-    "packed positions": Case("packed", {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]] * 2)}),
+    "packed positions": Case("packed", {"position_ids": PACKED, "use_cache": False}),
 }
 
 

@@ -32,7 +32,7 @@ def marked(*shape: int, dims: tuple[int, ...] = (0, 1)) -> Tensor:
     return x
 
 
-# -- the room itself ------------------------------------------------------------
+# -- the room itself ------------------------------------------------
 
 
 def test_no_assumption_no_complaint() -> None:
@@ -128,7 +128,7 @@ def test_inputs_that_do_not_vary_are_not_looked_at() -> None:
     assert set(found.dims) == {X}
 
 
-# -- whole models ------------------------------------------------------------
+# -- whole models ------------------------------------------------
 
 
 class Branching(type(families.build("qwen3", layers=2))):  # type: ignore[misc]

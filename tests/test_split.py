@@ -119,7 +119,7 @@ def same(fn: Callable[..., Any], net: Net, *shapes: tuple[int, ...]) -> Runner:
     return runner
 
 
-# -- in-place operations ------------------------------------------------------------
+# -- in-place operations ------------------------------------------------
 
 
 def add_in_place(net: Net, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def test_in_place_operations_are_kept(fn: Callable[..., Any], net: Net) -> None:
     same(fn, net, (3, 4))
 
 
-# -- where it is cut ------------------------------------------------------------
+# -- where it is cut ------------------------------------------------
 
 
 def plain(net: Net, x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def test_a_gap_that_depends_on_the_op_stays(net: Net) -> None:
     assert sum(isinstance(step, Piece) for step in steps_of(plain, net, dynamic(3, 4))) == 3
 
 
-# -- what crosses ------------------------------------------------------------
+# -- what crosses ------------------------------------------------
 
 
 def uses_sizes(net: Net, x: Tensor) -> Tensor:

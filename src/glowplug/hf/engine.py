@@ -86,7 +86,7 @@ class Engine:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, by the program where it can serve."""
-        reason = self._unfit()
+        reason = self._unfit(kwargs.get("inputs_embeds"))
         call = read_call(self.model, args, kwargs) if reason is None else reason
         if isinstance(call, str):
             return self._eager(call, args, kwargs)
@@ -148,13 +148,13 @@ class Engine:
 
     # -- what can't be served ---------------------------------------------------------------------------------
 
-    def _unfit(self) -> str | None:
+    def _unfit(self, embeds: Any = None) -> str | None:
         """Why no call can be served now, or None."""
         model = self.model
         if model.training:
             return "the model is in training mode; call model.eval()"
-        if torch.is_grad_enabled() and self._needs_grad():
-            return "grad mode is on and the model's weights need gradients; run under torch.no_grad()"
+        if torch.is_grad_enabled() and (self._needs_grad() or getattr(embeds, "requires_grad", False)):
+            return "grad mode is on and the model's weights or inputs need gradients; run under torch.no_grad()"
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return "autocast is on; load the model in the dtype that it is to run in"
         if self._watch is not None:
@@ -169,15 +169,14 @@ class Engine:
     def _changed(self) -> str | None:
         assert self._watch is not None
         if self._read_implementations() != self._implementations:
-            self._forget("the attention or experts implementation was changed after compiling")
+            self._forget(
+                "the attention or experts implementation was changed after compiling; call glowplug.compile(model) again"
+            )
         elif self._stale is None:
             reason = self._watch.change()
             if reason is not None:
-                self._forget(f"the model was changed after compiling: {reason}; call glowplug.compile(model) again")
+                self._stale = f"the model was changed after compiling: {reason}; call glowplug.compile(model) again"
         return self._stale
-
-    def _forget(self, reason: str) -> None:
-        self._stale = reason
 
     def _read_implementations(self) -> tuple[Any, ...]:
         config = self.model.config.get_text_config()

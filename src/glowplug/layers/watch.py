@@ -19,6 +19,7 @@ from glowplug.layers.registry import MARKS
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
 _READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
+_INERT_HOOKS = "transformers.utils.output_capturing"
 _OWN = ("torch", "glowplug", "builtins")
 _NOT_READ = {
     "_backward_hooks",
@@ -74,7 +75,9 @@ class Watch:
             elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
                 self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
         for path, module in modules.items():
-            for attribute in sorted(by_class.get(type(module), set()) | {"training"}):
+            # A module's own `forward` is what wrappers replace; the root's is glowplug's.
+            always = {"training", "forward"} if path else {"training"}
+            for attribute in sorted(by_class.get(type(module), set()) | always):
                 self._add(path or "the model", module.__dict__, attribute, seen)
 
     def _add(self, owner: str, table: dict[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
@@ -96,8 +99,11 @@ class Watch:
                 if not _equal(now, before):
                     return f"{key} of {owner} changed"
         if not _equal(self._live, self._copies):
-            for (owner, table, live), before in zip(self._tables, self._copies, strict=True):
-                if not _equal(live, before):
+            for index, (owner, table, live) in enumerate(self._tables):
+                before = self._copies[index]
+                if table.endswith("_hooks") and _without_inert(live) == _without_inert(before):
+                    self._copies[index] = dict(live)
+                elif not _equal(live, before):
                     return f"{table.strip('_').replace('_', ' ')} of {owner or 'the model'} changed"
         pointers = [tensor.data_ptr() for tensor in self._tensors]
         if pointers != self._pointers:
@@ -109,6 +115,12 @@ class Watch:
 
 
 _MISSING = object()
+
+
+def _without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
+    """Hooks without those that transformers leaves behind once hidden states or attentions were asked for: they do
+    nothing unless a call asks again, and such a call runs eager."""
+    return {k: hook for k, hook in hooks.items() if getattr(hook, "__module__", None) != _INERT_HOOKS}
 
 
 def _freeze(value: Any) -> Any:
