@@ -169,9 +169,8 @@ class Engine:
     def _changed(self) -> str | None:
         assert self._watch is not None
         if self._read_implementations() != self._implementations:
-            self._forget(
-                "the attention or experts implementation was changed after compiling; call glowplug.compile(model) again"
-            )
+            what = "the attention or experts implementation was changed after compiling"
+            self._stale = f"{what}; call glowplug.compile(model) again"
         elif self._stale is None:
             reason = self._watch.change()
             if reason is not None:
