@@ -34,8 +34,6 @@ WRONG = [
     ("strict", "True"),
     ("verify", True),
     ("verify", "always"),
-    ("compile_experts", "auto"),
-    ("compile_experts", 0),
 ]
 
 

@@ -23,7 +23,6 @@ def compile(
     fast_moe_cold_start: bool | None = None,
     strict: bool = False,
     verify: str = "once",
-    compile_experts: bool = False,
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -39,7 +38,6 @@ def compile(
         fast_moe_cold_start: None, True or False; see `Options`.
         strict: raise instead of running eager.
         verify: `"once"` or `"off"`; see `Options`.
-        compile_experts: with opaque experts, compile the op's inside; see `Options`.
 
     Returns:
         `model` itself.
@@ -60,7 +58,6 @@ def compile(
         fast_moe_cold_start=fast_moe_cold_start,
         strict=strict,
         verify=verify,  # type: ignore[arg-type]
-        compile_experts=compile_experts,
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")

@@ -15,7 +15,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "fast_moe_cold_start": (None, True, False),
     "strict": (True, False),
     "verify": ("once", "off"),
-    "compile_experts": (True, False),
 }
 
 
@@ -29,7 +28,6 @@ class Options:
             what `fast_moe_cold_start` says.
         experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: inline
             where the model's experts implementation can be traced.
-        compile_experts: with opaque experts, compile the op's inside, once for all layers of a kind.
         compiler: `"inductor"`, `"eager"` (runs pieces uncompiled: tests, debugging), or a `PieceCompiler`.
         fast_moe_cold_start: vLLM's switch. True: ordered. False: baked. None: the best safe way, hoisted.
         strict: raise `NotServableError` where eager would run instead.
@@ -41,7 +39,6 @@ class Options:
 
     identity: Literal["auto", "hoisted", "ordered", "baked"] = "auto"
     experts: Literal["auto", "inline", "opaque"] = "auto"
-    compile_experts: bool = False
     compiler: str | PieceCompiler = "inductor"
     fast_moe_cold_start: bool | None = None
     strict: bool = False

@@ -214,8 +214,6 @@ class Engine:
             for op, names in plan.orders.items():
                 self.registry.set_order(op, names)
         report.experts, report.strategy = plan.kind, self.options.resolved_identity
-        if plan.kind == "opaque" and self.options.compile_experts:
-            hf_experts.compile_inside(self, plan)
         masks = stand_ins(call.masks, _BATCH, _TOKENS, device)
         inputs = _example_inputs(signature, call, device)
         lead = signature.position_lead

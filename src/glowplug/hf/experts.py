@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from glowplug.hf import interfaces
-
-if TYPE_CHECKING:
-    from glowplug.hf.engine import Engine
 
 _TRACEABLE = ("grouped_mm", "batched_mm")
 
@@ -57,7 +53,3 @@ def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
     orders["glowplug::moe_forward_shared"] = list(blocks)
     layers = {name: m for name, m in model.named_modules() if name in attention or name in routed or name in blocks}
     return ExpertsPlan("opaque", interfaces.NAME if experts else None, blocks, routed_only, layers, orders)
-
-
-def compile_inside(engine: Engine, found: ExpertsPlan) -> None:
-    """Compile what is inside the opaque ops, once for all layers of a kind."""
