@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from glowplug.compilers import PieceCompiler, get_compiler
-from glowplug.errors import CaptureError, UsageError
+from glowplug.errors import CaptureError, CompileError, UsageError
 from glowplug.graph.capture import describe
 from glowplug.ops import find_layer_op
 from glowplug.program import PieceCache, build_program
 from glowplug.report import Report
 
-_OPTIONS = ("compiler", "report")
+_OPTIONS = ("compiler", "report", "strict")
 
 
 def glowplug_backend(
@@ -35,7 +35,7 @@ def glowplug_backend(
         gm: the graph, with sources on its placeholders, as Dynamo hands it to a backend.
         example_inputs: ignored; the placeholders carry fake tensors.
         options: `torch.compile(options=...)`: `"compiler"`, a piece compiler or its name (default `"inductor"`), and
-            `"report"`, a `glowplug.Report` to fill in.
+            `"report"`, a `glowplug.Report` to fill in; `"strict"`, to raise where eager would run instead.
         mode: not supported.
 
     Returns:
@@ -63,7 +63,9 @@ def glowplug_backend(
         program = build_program(
             captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
         )
-    except CaptureError as exc:
+    except (CaptureError, CompileError) as exc:
+        if given.get("strict"):
+            raise
         report.fall_back(str(exc))
         return _differentiable(gm).forward
     if report.strategy == "eager":

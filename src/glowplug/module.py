@@ -46,7 +46,11 @@ class ModuleEngine:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
         self.registry = registry = register_layers(self.model, identity=self.options.resolved_identity)
         order_layers(registry)
-        settings: dict[str, Any] = {"compiler": self.options.compiler, "report": self.report}
+        settings: dict[str, Any] = {
+            "compiler": self.options.compiler,
+            "report": self.report,
+            "strict": self.options.strict,
+        }
         self._compiled = torch.compile(
             _entry(self.model),
             backend=glowplug_backend,
