@@ -26,6 +26,24 @@ _scopes = itertools.count()
 _live: weakref.WeakValueDictionary[int, LayerRegistry] = weakref.WeakValueDictionary()
 
 
+class BakedName:
+    """A layer's name as baked and ordered traces see it. In a copy of the model it names nothing until the copy is
+    registered, as a handle does.
+
+    Attributes:
+        text: `"scope:qualified.name"`.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __deepcopy__(self, memo: object) -> BakedName:
+        return BakedName(f"copy:{self.text.partition(':')[2]}")
+
+    def __reduce__(self) -> tuple[type[BakedName], tuple[str]]:
+        return BakedName, (f"copy:{self.text.partition(':')[2]}",)
+
+
 class LayerRegistry:
     """The layers of one model that layer ops may ask for.
 
@@ -49,7 +67,7 @@ class LayerRegistry:
             self.handles[name] = handle
             self._layers[name] = weakref.ref(layer)
             self._kinds[name] = _kind_token(layer)
-            _mark(layer, handle, identity, f"{self.scope}:{name}", self._kinds[name])
+            _mark(layer, handle, identity, BakedName(f"{self.scope}:{name}"), self._kinds[name])
         _live[self.scope] = self
 
     def __len__(self) -> int:
@@ -98,7 +116,10 @@ def find_registry(name: str) -> LayerRegistry:
     scope = name.partition(":")[0]
     registry = _live.get(int(scope)) if scope.isdigit() else None
     if registry is None:
-        raise LayerLookupError(f"no live model has registered the layer {name!r}; call glowplug.register_layers(model)")
+        raise LayerLookupError(
+            f"no live model has registered the layer {name.partition(':')[2]!r}: its model was copied, unpickled or "
+            "deleted after it was registered. Call glowplug.register_layers(model) for the model that you run."
+        )
     return registry
 
 
@@ -124,7 +145,7 @@ def register_layers(
     return LayerRegistry(chosen, identity)
 
 
-def _mark(layer: nn.Module, handle: LayerHandle, identity: str, name: str, kind: str) -> None:
+def _mark(layer: nn.Module, handle: LayerHandle, identity: str, name: BakedName, kind: str) -> None:
     for attr, value in ((HANDLE_ATTR, handle), (IDENTITY_ATTR, identity), (NAME_ATTR, name), (KIND_ATTR, kind)):
         object.__setattr__(layer, attr, value)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+import types
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from glowplug.layers.registry import MARKS
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
 _READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
 _INERT_HOOKS = "transformers.utils.output_capturing"
@@ -42,7 +45,7 @@ class Watch:
     def __init__(self, model: nn.Module, reads: Iterable[str] = ()) -> None:
         modules = dict(model.named_modules())
         self._owners: list[tuple[str, str]] = []
-        self._dicts: list[dict[str, Any]] = []
+        self._dicts: list[Mapping[str, Any]] = []
         self._keys: list[str] = []
         self._collect(model, modules, reads)
         self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
@@ -74,13 +77,24 @@ class Watch:
                 by_class.setdefault(type(owner), set()).add(read[2])
             elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
                 self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
+        self._add_classes({type(module) for module in modules.values()}, seen)
+        for name in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; private, torch 2.11 and 2.13
+            self._add("torch's hooks of every module", vars(torch.nn.modules.module), name, seen)
         for path, module in modules.items():
             # A module's own `forward` is what wrappers replace; the root's is glowplug's.
             always = {"training", "forward"} if path else {"training"}
             for attribute in sorted(by_class.get(type(module), set()) | always):
                 self._add(path or "the model", module.__dict__, attribute, seen)
 
-    def _add(self, owner: str, table: dict[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
+    def _add_classes(self, classes: Iterable[type], seen: set[tuple[int, str]]) -> None:
+        """The functions of the modules' classes: libraries patch modeling code."""
+        for cls in {base for leaf in classes for base in leaf.__mro__}:
+            if not cls.__module__.startswith(_OWN):
+                for name, value in vars(cls).items():
+                    if isinstance(value, types.FunctionType) and not name.startswith("__"):
+                        self._add(f"the class {cls.__qualname__}", vars(cls), name, seen)
+
+    def _add(self, owner: str, table: Mapping[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
         if (id(table), key) not in seen and not isinstance(table.get(key), nn.Module):
             seen.add((id(table), key))
             self._owners.append((owner, key))
@@ -125,7 +139,7 @@ def _without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
 
 def _freeze(value: Any) -> Any:
     """A copy of a plain container, so that a change inside it is seen; anything else as it is."""
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):
         return {key: _freeze(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_freeze(item) for item in value)

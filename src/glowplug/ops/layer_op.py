@@ -155,8 +155,8 @@ def layer_op(
             if identity == "hoisted":
                 return traced_hoisted(handle, *args)
             if identity == "baked":
-                return traced_baked(getattr(layer, NAME_ATTR), *args)
-            return traced_ordered(_note_call(name, getattr(layer, NAME_ATTR), getattr(layer, KIND_ATTR)), *args)
+                return traced_baked(getattr(layer, NAME_ATTR).text, *args)
+            return traced_ordered(_note_call(name, getattr(layer, NAME_ATTR).text, getattr(layer, KIND_ATTR)), *args)
 
         call.__name__, call.__doc__, call.__module__ = fn.__name__, fn.__doc__, fn.__module__
         call.layer_op = record  # type: ignore[attr-defined]

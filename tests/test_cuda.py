@@ -1,0 +1,58 @@
+"""On a CUDA GPU: the same tokens as eager's, opaque and inline, shared experts on a side stream. Skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import families
+import glowplug
+from glowplug.ops.moe import moe_forward_shared
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """Eager and compiled matrix products alike in full float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("experts", ["inline", "opaque"])
+def test_tokens_equal_eager(family: str, experts: str) -> None:
+    eager, compiled = families.build(family).cuda(), families.build(family).cuda()
+    glowplug.compile(compiled, experts=experts, compiler="eager")
+    ids = families.prompt(2, 5).cuda()
+    outputs = [model.generate(ids, max_new_tokens=24, do_sample=False) for model in (eager, compiled)]
+    assert torch.equal(*outputs)
+    assert glowplug.report(compiled).fallbacks == []
+
+
+def test_inductor() -> None:
+    eager, compiled = families.build("glm4_moe").cuda(), families.build("glm4_moe").cuda()
+    glowplug.compile(compiled, experts="opaque")
+    ids = families.prompt(2, 5).cuda()
+    with torch.no_grad():
+        expected, output = eager(ids).logits, compiled(ids).logits
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert glowplug.report(compiled).fallbacks == []
+
+
+def test_shared_experts_run_on_another_stream() -> None:
+    model = families.build("glm4_moe").cuda()
+    block = next(m for m in model.modules() if hasattr(m, "shared_experts"))
+    streams = []
+    block.shared_experts.register_forward_pre_hook(lambda *_: streams.append(torch.cuda.current_stream()))
+    hidden = torch.randn(2, 64, model.config.hidden_size, device="cuda")
+    with torch.no_grad():
+        expected = type(block).forward(block, hidden)
+        for _ in range(20):
+            torch.testing.assert_close(moe_forward_shared(block, hidden), expected, rtol=1e-5, atol=1e-5)
+    assert streams[0] == torch.cuda.current_stream()
+    assert all(stream != torch.cuda.current_stream() for stream in streams[1:])
