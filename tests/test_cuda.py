@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the same tokens as eager's, opaque and inline, shared experts on a side stream. Skipped without one."""
+"""On a CUDA GPU: the same tokens as eager, opaque and inline, shared experts on a side stream. Skipped elsewhere."""
 
 from __future__ import annotations
 
