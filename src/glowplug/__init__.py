@@ -1,28 +1,34 @@
 """glowplug: cold-starts torch.compile in seconds. Each distinct piece of a model compiles once, whatever its depth."""
 
-from glowplug.api import compile, report
-from glowplug.errors import (
-    CaptureError,
-    CompileError,
-    GlowplugError,
-    LayerLookupError,
-    LayerOrderError,
-    NotServableError,
-    UnsupportedTorchError,
-    UsageError,
-)
-from glowplug.explain import Explanation, explain
-from glowplug.layers import (
-    ForwardContext,
-    LayerHandle,
-    LayerRegistry,
-    current_context,
-    forward_context,
-    register_layers,
-)
-from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
-from glowplug.options import Options
-from glowplug.report import Fallback, Report
+from glowplug.errors import UnsupportedTorchError, check_torch, exit_if_command_line
+
+try:
+    check_torch()
+    from glowplug.api import compile, report
+    from glowplug.errors import (
+        CaptureError,
+        CompileError,
+        GlowplugError,
+        LayerLookupError,
+        LayerOrderError,
+        NotServableError,
+        UsageError,
+    )
+    from glowplug.explain import Explanation, explain
+    from glowplug.layers import (
+        ForwardContext,
+        LayerHandle,
+        LayerRegistry,
+        current_context,
+        forward_context,
+        register_layers,
+    )
+    from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
+    from glowplug.options import Options
+    from glowplug.report import Fallback, Report
+except UnsupportedTorchError as exc:
+    exit_if_command_line(exc)
+    raise
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,12 @@
 """Every error that glowplug raises on purpose. Each message says what is wrong and what to do about it."""
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+OLDEST_TORCH = (2, 11)
+
 
 class GlowplugError(Exception):
     """Base class: catch this to catch everything that glowplug raises on purpose."""
@@ -31,3 +38,23 @@ class CompileError(GlowplugError, RuntimeError):
 
 class NotServableError(GlowplugError, RuntimeError):
     """With `strict=True`: a call (or the model) can't be served by the compiled program. Without it, eager runs."""
+
+
+def check_torch() -> None:
+    """Raise `UnsupportedTorchError` if the torch installed is too old, before anything of it is missed."""
+    import torch
+
+    version = torch.__version__.split("+")[0]
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST_TORCH:
+        raise UnsupportedTorchError(
+            f"glowplug needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer; torch {version} is installed. "
+            f"Install it: pip install 'torch>={'.'.join(map(str, OLDEST_TORCH))}'"
+        )
+
+
+def exit_if_command_line(error: UnsupportedTorchError) -> None:
+    """End the process with one line if it is the command `glowplug`; a program that imports glowplug gets the error."""
+    if Path(sys.argv[0]).stem == "glowplug" or sys.argv[0] == "-m":
+        print(f"glowplug: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -101,7 +101,13 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose forward goes through transformers' experts interface, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")}
+    return {name: module for name, module in model.named_modules() if _asks_the_interface(type(module))}
+
+
+def _asks_the_interface(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward is the one that transformers' experts decorator puts around it."""
+    module = getattr(cls.forward, "__globals__", {}).get("__name__")
+    return bool(module == ALL_EXPERTS_FUNCTIONS.__class__.__module__)
 
 
 def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -110,7 +116,7 @@ def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts"
-        and not hasattr(module, "_is_expert_parallel")
+        and not _asks_the_interface(type(module))
         and any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
         and len(inspect.signature(type(module).forward).parameters) == 2
     }

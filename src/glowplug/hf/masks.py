@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
 Masks = Tensor | None | dict[str, Tensor | None]
 
@@ -39,14 +39,23 @@ def make_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    arguments: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.empty((batch, tokens, 0), dtype=dtype, device=device),
+        "attention_mask": attention_mask,
+        "past_key_values": cache,
+        "position_ids": None,
+    }
     make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-    return make(
-        config=model.config,
-        inputs_embeds=torch.empty((batch, tokens, 0), dtype=dtype, device=device),
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=None,
-    )
+    try:
+        return make(**arguments)
+    except TypeError:
+        # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
+        config = model.config.get_text_config()
+        if "chunked_attention" not in getattr(config, "layer_types", ()):
+            raise
+        arguments["config"] = config
+        return {kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](**arguments) for kind in set(config.layer_types)}
 
 
 def mask_sources(masks: Masks) -> dict[str, str | None]:
