@@ -7,7 +7,7 @@ from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import UsageError
 
-__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler"]
+__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler", "warm_up"]
 
 
 def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
@@ -25,3 +25,10 @@ def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
     if choice == "eager":
         return EagerCompiler()
     raise UsageError(f"unknown compiler {choice!r}; choose 'inductor' or 'eager', or pass a PieceCompiler")
+
+
+def warm_up(compiler: PieceCompiler, device_type: str) -> None:
+    """Start a compiler's one-off work, if it knows any."""
+    begin = getattr(compiler, "warm_up", None)
+    if begin is not None:
+        begin(device_type)

@@ -10,7 +10,8 @@ from torch import fx
 
 @runtime_checkable
 class PieceCompiler(Protocol):
-    """Turns one piece into a callable."""
+    """Turns one piece into a callable. A compiler may also have a method `warm_up(device_type)`, called before the
+    trace begins, which starts one-off work and returns at once."""
 
     @property
     def name(self) -> str:

@@ -13,6 +13,9 @@ class EagerCompiler:
 
     name = "eager"
 
+    def warm_up(self, device_type: str) -> None:
+        """Nothing to prepare."""
+
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
         return piece.forward

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -29,10 +33,44 @@ class InductorCompiler:
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.options = dict(options or {})
 
+    def warm_up(self, device_type: str) -> None:
+        """Begin what Inductor does once a process, beside the trace: on a CPU it builds and loads small programs to
+        find the instruction set, for seconds, mostly in processes of their own."""
+        if device_type == "cpu":
+            _probe()
+
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
+        if _probe.cache_info().currsize:
+            _probe().join()
         artifact = standalone_compile(
             piece, list(inputs), dynamic_shapes="from_tracing_context", options=dict(self.options)
         )
         # The artifact's own __call__ adds a frame and nothing else.
         return getattr(artifact, "_compiled_fn", artifact)
+
+
+@lru_cache(maxsize=1)
+def _probe() -> threading.Thread:
+    """Start the probe of the instruction set, once. Inductor keeps its result."""
+    thread = threading.Thread(target=_probe_instruction_set, name="glowplug-probe", daemon=True)
+    thread.start()
+    return thread
+
+
+def _probe_instruction_set() -> None:
+    """Ask Inductor which vector instruction sets work, several at a time; a failure is found again, and reported, when
+    a piece is compiled. Uses its list of them (private; checked on torch 2.11 and 2.13)."""
+    try:
+        from torch._inductor import cpu_vec_isa
+
+        if platform.machine() in ("x86_64", "AMD64"):
+            flags = cpu_vec_isa.x86_isa_checker()
+            candidates = [
+                isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())
+            ]
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(bool, candidates))
+        cpu_vec_isa.valid_vec_isa_list()
+    except Exception:
+        return

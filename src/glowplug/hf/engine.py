@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from glowplug.compilers import get_compiler
+from glowplug.compilers import get_compiler, warm_up
 from glowplug.errors import CaptureError, GlowplugError, LayerOrderError, NotServableError
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
@@ -187,6 +187,7 @@ class Engine:
         with self._lock:
             found = self._served.get(call.signature)
             if found is None:
+                warm_up(self.compiler, call.inputs.device.type)
                 try:
                     found = self._capture(call)
                     if self.options.verify == "once":
