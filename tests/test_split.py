@@ -91,7 +91,7 @@ class Runner:
                 cache=PieceCache(),
                 arguments={entry.node: entry.source for entry in captured.inputs if entry.kind != "handle"},
                 bound={entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"},
-            )
+            ).program
 
         self.program = capture(fn, args, consume)  # type: ignore[arg-type]
 

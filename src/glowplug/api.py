@@ -23,6 +23,7 @@ def compile(
     fast_moe_cold_start: bool | None = None,
     strict: bool = False,
     verify: str = "once",
+    stamp: str = "auto",
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -38,6 +39,7 @@ def compile(
         fast_moe_cold_start: None, True or False; see `Options`.
         strict: raise instead of running eager.
         verify: `"once"` or `"off"`; see `Options`.
+        stamp: `"auto"` or `"off"`; see `Options`.
 
     Returns:
         `model` itself.
@@ -58,6 +60,7 @@ def compile(
         fast_moe_cold_start=fast_moe_cold_start,
         strict=strict,
         verify=verify,  # type: ignore[arg-type]
+        stamp=stamp,  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")

@@ -62,7 +62,7 @@ def glowplug_backend(
         handles = {entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"}
         program = build_program(
             captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
-        )
+        ).program
     except (CaptureError, CompileError) as exc:
         if given.get("strict"):
             raise

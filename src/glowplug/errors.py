@@ -32,6 +32,18 @@ class CaptureError(GlowplugError, RuntimeError):
     """The model could not be captured as one graph; the message carries the compiler's reason."""
 
 
+class NotStampableError(GlowplugError, RuntimeError):
+    """A template does not show how to run the whole stack. Never reaches the user: the model is traced in full.
+
+    Attributes:
+        layers: indices of the layers that caused it.
+    """
+
+    def __init__(self, reason: str, layers: tuple[int, ...] = ()) -> None:
+        super().__init__(reason)
+        self.layers = layers
+
+
 class CompileError(GlowplugError, RuntimeError):
     """The piece compiler failed on a piece; the message carries its reason."""
 

@@ -117,7 +117,7 @@ def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str =
         CaptureError: the model can't be captured; the message has the reason.
         UsageError: a wrong option, or no example arguments where they are needed.
     """
-    options = Options(identity=identity, experts=experts, compiler="eager", verify="off")  # type: ignore[arg-type]
+    options = Options(identity=identity, experts=experts, compiler="eager", verify="off", stamp="off")  # type: ignore[arg-type]
     report = _run(model, options, args, kwargs)
     if not report.outlines:
         reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"

@@ -15,6 +15,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "fast_moe_cold_start": (None, True, False),
     "strict": (True, False),
     "verify": ("once", "off"),
+    "stamp": ("auto", "off"),
 }
 
 
@@ -31,7 +32,10 @@ class Options:
         compiler: `"inductor"`, `"eager"` (runs pieces uncompiled: tests, debugging), or a `PieceCompiler`.
         fast_moe_cold_start: vLLM's switch. True: ordered. False: baked. None: the best safe way, hoisted.
         strict: raise `NotServableError` where eager would run instead.
-        verify: `"once"`: before a program serves, compare it once with eager on a small seeded input. `"off"`: don't.
+        verify: `"once"`: before a program serves, compare it once with eager on a small seeded input. `"off"`: don't;
+            a layer that behaves like no other of its kind, without it showing in the layer, then goes unnoticed.
+        stamp: `"auto"`: trace a short template and stamp it over the full depth, where identity is hoisted and the
+            model allows it. `"off"`: trace every layer.
 
     Raises:
         UsageError: a value is not allowed, or `identity` contradicts `fast_moe_cold_start`.
@@ -43,6 +47,7 @@ class Options:
     fast_moe_cold_start: bool | None = None
     strict: bool = False
     verify: Literal["once", "off"] = "once"
+    stamp: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -12,20 +12,22 @@ from typing import Any
 
 logger = logging.getLogger("glowplug")
 
-PHASES = ("trace", "split", "fingerprint", "compile", "bind", "verify")
+PHASES = ("trace", "split", "fingerprint", "stamp", "compile", "bind", "verify")
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """One reason for which eager ran instead of the compiled program.
+    """One step down the ladder: stamped -> hoisted (a full trace) -> eager.
 
     Attributes:
         reason: what could not be served, and why.
         layers: qualified names of the layers that caused it; empty when it is the whole call.
+        to: what ran instead: `"eager"` or `"hoisted"`.
     """
 
     reason: str
     layers: tuple[str, ...] = ()
+    to: str = "eager"
 
 
 @dataclass
@@ -33,15 +35,17 @@ class Report:
     """What happened to one model. `glowplug.report(model)` returns it; it grows as the model is used.
 
     Attributes:
-        strategy: `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` when nothing could be compiled.
+        strategy: `"stamped"`, `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` when nothing could be compiled.
         experts: `"inline"`, `"opaque"` or `"none"` (the model has no experts that glowplug recognises).
         compiler: the piece compiler's name.
         pieces: pieces of all programs together.
         distinct_pieces: how many of them are distinct, and were compiled.
-        phases: seconds spent, by phase: trace, split, fingerprint, compile, bind, verify.
-        fallbacks: each reason for which eager ran, once.
+        phases: seconds spent, by phase: trace, split, fingerprint, stamp, compile, bind, verify.
+        fallbacks: each step down the ladder, once, with its reason.
+        template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
         programs: how many programs were built (one for each signature of inputs, normally one).
         outlines: the steps of each program, for `glowplug.explain`.
+        sources: the Python text of each program.
     """
 
     strategy: str = "eager"
@@ -52,7 +56,9 @@ class Report:
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
+    template_layers: int = 0
     outlines: list[Any] = field(default_factory=list, repr=False, compare=False)
+    sources: list[str] = field(default_factory=list, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @contextmanager
@@ -64,15 +70,16 @@ class Report:
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
-    def fall_back(self, reason: str, layers: tuple[str, ...] = ()) -> None:
-        """Record, once, why eager ran, and log it once."""
-        fallback = Fallback(reason, layers)
+    def fall_back(self, reason: str, layers: tuple[str, ...] = (), to: str = "eager") -> None:
+        """Record, once, a step down the ladder, and log it once."""
+        fallback = Fallback(reason, layers, to)
         with self._lock:
             if fallback in self.fallbacks:
                 return
             self.fallbacks.append(fallback)
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        logger.warning("glowplug runs this call eager: %s%s", reason, where)
+        what = "runs this call eager" if to == "eager" else "traces every layer"
+        logger.warning("glowplug %s: %s%s", what, reason, where)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -83,8 +90,12 @@ class Report:
             "pieces": self.pieces,
             "distinct_pieces": self.distinct_pieces,
             "programs": self.programs,
+            "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
-            "fallbacks": [{"reason": f.reason, "layers": list(f.layers)} for f in self.fallbacks],
+            "fallbacks": [
+                {"reason": fallback.reason, "layers": list(fallback.layers), "to": fallback.to}
+                for fallback in self.fallbacks
+            ],
         }
 
     def __str__(self) -> str:
@@ -94,5 +105,5 @@ class Report:
             f"{self.pieces} pieces, {self.distinct_pieces} distinct",
             phases,
         ]
-        lines += [f"eager: {fallback.reason}" for fallback in self.fallbacks]
+        lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)

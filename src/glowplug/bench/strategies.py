@@ -68,10 +68,17 @@ def _torch_nested(model: nn.Module, spec: Spec) -> None:
 
 
 def _glowplug(identity: str) -> Strategy:
+    """glowplug with a full trace."""
+
     def apply(model: nn.Module, spec: Spec) -> None:
-        glowplug.compile(model, identity=identity, experts=spec.experts, compiler=spec.compiler)
+        glowplug.compile(model, identity=identity, experts=spec.experts, compiler=spec.compiler, stamp="off")
 
     return Strategy(identity, "glowplug", apply)
+
+
+def _stamped(model: nn.Module, spec: Spec) -> None:
+    """glowplug as it comes: a template, stamped."""
+    glowplug.compile(model, experts=spec.experts, compiler=spec.compiler)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -84,10 +91,11 @@ STRATEGIES: dict[str, Strategy] = {
         _glowplug("baked"),
         _glowplug("ordered"),
         _glowplug("hoisted"),
+        Strategy("stamped", "glowplug", _stamped),
     )
 }
 
-DEFAULT_STRATEGIES = ("eager", "torch-regional", "baked", "ordered", "hoisted")
+DEFAULT_STRATEGIES = ("eager", "torch-regional", "baked", "ordered", "hoisted", "stamped")
 
 
 def get_strategy(name: str) -> Strategy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +61,12 @@ class _Segment:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def split(captured: Captured) -> tuple[list[Step], tuple[str, ...]]:
+def split(captured: Captured, bound: Collection[str] | None = None) -> tuple[list[Step], tuple[str, ...]]:
     """Cut the graph.
+
+    Args:
+        captured: the graph.
+        bound: graph inputs that do not change from call to call; None: parameters, buffers and handles.
 
     Returns:
         The steps in the order in which they run, and the names of the graph's outputs.
@@ -72,7 +76,8 @@ def split(captured: Captured) -> tuple[list[Step], tuple[str, ...]]:
     """
     gm = captured.gm
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    bound = {entry.node for entry in captured.inputs if _is_bound(entry.source, entry.kind)}
+    if bound is None:
+        bound = {entry.node for entry in captured.inputs if _is_bound(entry.source, entry.kind)}
     segments = _segments(gm)
     home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
     wanted = _wanted_later(segments, home, output)
@@ -229,7 +234,7 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     return OpStep(segment.op, call.target, call.args, tuple(outputs), False)
 
 
-def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], bound: set[str]) -> Piece:
+def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], bound: Collection[str]) -> Piece:
     """Copy `nodes` into a graph of their own."""
     body, reads = _closure(nodes)
     derived = _derivable(reads)

@@ -1,13 +1,17 @@
-"""Before a program serves: one comparison with the model's own forward, on a small seeded input and a cache of its own.
+"""Before a program serves: one comparison with the model's own forward, on a small seeded input and caches of its own.
 
 It covers what structure alone can't prove: that one capture serves a prefill and a decode step, that masks reach the
-right layers, and that the model's output has nothing besides logits and the cache.
+right layers, that the model's output has nothing besides logits and the cache; and, for a stamped program, that no
+layer beyond the template does something that the template does not show. That last question is asked of the program
+with uncompiled pieces, which does the same arithmetic as eager and so may differ by next to nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, get_type_hints
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,13 +19,40 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from glowplug.hf.call import Call, read_call
-
-if TYPE_CHECKING:
-    from glowplug.hf.engine import Engine, Served
+from glowplug.hf.call import Call, Signature, read_call
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest ||program - eager|| / ||eager|| by dtype; a wrong layer gives about 1. Half precision: 0.1."""
+"""Largest ||program - eager|| / ||eager|| by dtype for compiled pieces. Half precision: 0.1."""
+_EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""The same for uncompiled pieces. Half precision: 0.01."""
+_CLASSES = ((2, (7, 1)), (1, (1, 3)))
+"""(sequences, tokens of each step): several sequences and one, several tokens and one, an empty cache and a filled."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A program to compare with eager.
+
+    Attributes:
+        run: serves a call.
+        exact: whether its pieces are uncompiled.
+    """
+
+    run: Callable[[Call], Any]
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a program must not serve.
+
+    Attributes:
+        reason: in words.
+        layer: index of the first layer whose keys differ, counted by the cache; None when none does, or unknown.
+    """
+
+    reason: str
+    layer: int | None = None
 
 
 def output_type(model: PreTrainedModel) -> type:
@@ -37,34 +68,43 @@ def output_type(model: PreTrainedModel) -> type:
     return CausalLMOutputWithPast
 
 
-def compare(engine: Engine, served: Served, call: Call) -> str | None:
-    """Compare the logits of short sequences, in every class of sizes: several sequences and one, several tokens and
-    one, a cache that is empty, of one token, of several; left padding; all logits and only the last.
+def compare(
+    model: PreTrainedModel, call: Call, candidates: Sequence[Candidate], on_output: Callable[[type], None]
+) -> Problem | None:
+    """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
+
+    Args:
+        model: the model; its own forward is run.
+        call: a call that the programs are to serve; its signature is kept to.
+        candidates: the programs. Exact ones are compared in the first class only.
+        on_output: is told the class of the model's output.
 
     Returns:
-        Why the program must not serve, or None.
+        Why a program must not serve, or None.
     """
     with torch.no_grad():
-        return _compare_steps(engine, served, call, batch=2, steps=(7, 1)) or _compare_steps(
-            engine, served, call, batch=1, steps=(1, 3)
-        )
+        for number, (batch, steps) in enumerate(_CLASSES):
+            chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
+            problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps)
+            if problem is not None:
+                return problem
+    return None
 
 
-def _compare_steps(engine: Engine, served: Served, call: Call, *, batch: int, steps: tuple[int, ...]) -> str | None:
-    model, signature = engine.model, call.signature
+def _compare_steps(
+    model: PreTrainedModel,
+    call: Call,
+    candidates: Sequence[Candidate],
+    on_output: Callable[[type], None],
+    *,
+    batch: int,
+    steps: tuple[int, ...],
+) -> Problem | None:
+    signature = call.signature
     config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(batch)
-    tokens = sum(steps)
-    if signature.embeds:
-        whole = torch.randn((batch, tokens, call.inputs.shape[-1]), generator=generator) * config.initializer_range
-    else:
-        whole = torch.randint(config.vocab_size, (batch, tokens), generator=generator)
-    whole = whole.to(signature.device, signature.dtype)
-    mask = torch.ones(batch, tokens, dtype=torch.long, device=signature.device)
-    if batch > 1:
-        mask[0, :2] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(*signature.position_lead, batch, tokens)
-    caches = [DynamicCache(config=config), DynamicCache(config=config)]
+    whole, mask, positions = _sequence(model, call, batch, sum(steps))
+    expected_cache = DynamicCache(config=config)
+    caches = [DynamicCache(config=config) for _ in candidates]
     start = 0
     for step in steps:
         stop = start + step
@@ -76,27 +116,66 @@ def _compare_steps(engine: Engine, served: Served, call: Call, *, batch: int, st
         }
         if signature.keeps and start > 0:
             kwargs["logits_to_keep"] = 1
-        expected = type(model).forward(model, **kwargs, past_key_values=caches[0])
+        expected = type(model).forward(model, **kwargs, past_key_values=expected_cache)
         extra = [name for name in expected if name not in ("logits", "past_key_values")]
         if extra:
-            return f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
-        ready = read_call(model, (), {**kwargs, "past_key_values": caches[1]})
-        if isinstance(ready, str):
-            return ready
-        actual = engine.run_program(served, ready)
-        served.output_type = type(expected)
-        problem = _differs(actual.logits, expected.logits, f"{batch} x {step} tokens after {start}")
-        if problem is not None:
-            return problem
+            return Problem(
+                f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
+            )
+        on_output(type(expected))
+        for candidate, cache in zip(candidates, caches, strict=True):
+            ready = read_call(model, (), {**kwargs, "past_key_values": cache})
+            if isinstance(ready, str):
+                return Problem(ready)
+            logits = candidate.run(ready).logits
+            reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
+            if reason is not None:
+                return Problem(reason, _first_layer(cache, expected_cache, candidate.exact))
         start = stop
     return None
 
 
-def _differs(actual: Tensor, expected: Tensor, what: str) -> str | None:
+def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeded text, its mask (padded on the left when there are several sequences) and its positions."""
+    signature: Signature = call.signature
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(batch)
+    if signature.embeds:
+        whole = torch.randn((batch, tokens, call.inputs.shape[-1]), generator=generator)
+        whole = whole * getattr(config, "initializer_range", 0.02)
+    else:
+        whole = torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+    whole = whole.to(signature.device, signature.dtype)
+    mask = torch.ones(batch, tokens, dtype=torch.long, device=signature.device)
+    if batch > 1:
+        mask[0, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(*signature.position_lead, batch, tokens)
+    return whole, mask, positions
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def _allowed(dtype: torch.dtype, exact: bool) -> float:
+    return _EXACT.get(dtype, 0.01) if exact else _TOLERANCE.get(dtype, 0.1)
+
+
+def _differs(actual: Tensor, expected: Tensor, what: str, exact: bool) -> str | None:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"the compiled program gives {tuple(actual.shape)} {actual.dtype}, eager {tuple(expected.shape)}"
-    error = float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
-    allowed = _TOLERANCE.get(expected.dtype, 0.1)
+    error, allowed = _error(actual, expected), _allowed(expected.dtype, exact)
     if not error <= allowed:
         return f"the compiled program differs from eager by {error:.1e} (allowed {allowed:.0e}) for {what}"
+    return None
+
+
+def _first_layer(actual: DynamicCache, expected: DynamicCache, exact: bool) -> int | None:
+    """The first layer of the caches whose keys differ."""
+    for index, (one, other) in enumerate(zip(actual.layers, expected.layers, strict=False)):
+        keys, wanted = getattr(one, "keys", None), getattr(other, "keys", None)
+        if not (isinstance(keys, Tensor) and isinstance(wanted, Tensor)) or wanted.numel() == 0:
+            continue
+        if keys.shape != wanted.shape or not _error(keys, wanted) <= _allowed(wanted.dtype, exact):
+            return index
     return None

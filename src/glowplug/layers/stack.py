@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.layers.naming import NAMING, computed_with
 from glowplug.layers.registry import MARKS
-
-_NAMING = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index"})
-"""Attributes that may merely say which layer it is. They may differ between layers of a kind only where the template
-shows equal pieces all the same, and the stamped program agrees with eager."""
+from glowplug.layers.watch import without_inert
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
@@ -75,17 +73,26 @@ def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
     for value in vars(config).values() if config is not None else ():
         if isinstance(value, (list, tuple)) and len(value) == len(layers):
             table.append(list(value))
+    uses = _Uses()
     numbers: dict[str, int] = {}
     kinds = []
     for index, layer in enumerate(layers):
         entries = [_describe(column[index]) for column in table]
-        text = "\n".join([*entries, *_signature(layer)])
+        text = "\n".join([*entries, *_signature(layer, uses)])
         digest = hashlib.sha256(text.encode()).hexdigest()
         kinds.append(numbers.setdefault(digest, len(numbers)))
     return tuple(kinds)
 
 
-def _signature(layer: nn.Module) -> list[str]:
+class _Uses(dict[type, frozenset[str]]):
+    """class -> what `computed_with` says of it, asked once."""
+
+    def __missing__(self, cls: type) -> frozenset[str]:
+        self[cls] = computed_with(cls)
+        return self[cls]
+
+
+def _signature(layer: nn.Module, uses: _Uses) -> list[str]:
     """Everything that the layer's forward can read, but for what merely names the layer and the weights' values."""
     lines = []
     for path, module in layer.named_modules(remove_duplicate=False):
@@ -95,10 +102,25 @@ def _signature(layer: nn.Module) -> list[str]:
         )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             lines.append(f"{path}.{name} {_tensor(tensor)}")
+        names_only = NAMING - uses[cls]
         for name, value in sorted(module.__dict__.items()):
-            if name not in MARKS and name not in _NAMING and name not in _TABLES and name != "training":
-                lines.append(f"{path}.{name} {_describe(value)}")
+            if name in MARKS or name in names_only or name in _TABLES or name == "training":
+                continue
+            if name.endswith("_hooks") and isinstance(value, dict):
+                value = list(without_inert(value).values())
+            lines.append(f"{path}.{name} {_describe(value)}")
     return lines
+
+
+def why_distinct(stack: LayerStack) -> str:
+    """What keeps the stack's layers apart, shown on two neighbours of different kinds."""
+    uses = _Uses()
+    for index, (one, other) in enumerate(pairwise(stack.layers)):
+        if stack.kinds[index] != stack.kinds[index + 1]:
+            lines = set(_signature(one, uses)) ^ set(_signature(other, uses))
+            shown = "; ".join(sorted(line.strip()[:120] for line in lines)[:2]) or "the config's entries for them"
+            return f"most layers are of a kind of their own: layers {index} and {index + 1} differ in {shown}"
+    return "most layers are of a kind of their own"
 
 
 def _code(module: nn.Module) -> str:

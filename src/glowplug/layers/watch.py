@@ -78,8 +78,8 @@ class Watch:
             elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
                 self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
         self._add_classes({type(module) for module in modules.values()}, seen)
-        for name in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; private, torch 2.11 and 2.13
-            self._add("torch's hooks of every module", vars(torch.nn.modules.module), name, seen)
+        for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
+            self._add("torch's hooks of every module", vars(torch.nn.modules.module), table, seen)
         for path, module in modules.items():
             # A module's own `forward` is what wrappers replace; the root's is glowplug's.
             always = {"training", "forward"} if path else {"training"}
@@ -90,9 +90,9 @@ class Watch:
         """The functions of the modules' classes: libraries patch modeling code."""
         for cls in {base for leaf in classes for base in leaf.__mro__}:
             if not cls.__module__.startswith(_OWN):
-                for name, value in vars(cls).items():
-                    if isinstance(value, types.FunctionType) and not name.startswith("__"):
-                        self._add(f"the class {cls.__qualname__}", vars(cls), name, seen)
+                for method, value in vars(cls).items():
+                    if isinstance(value, types.FunctionType) and not method.startswith("__"):
+                        self._add(f"the class {cls.__qualname__}", vars(cls), method, seen)
 
     def _add(self, owner: str, table: Mapping[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
         if (id(table), key) not in seen and not isinstance(table.get(key), nn.Module):
@@ -115,7 +115,7 @@ class Watch:
         if not _equal(self._live, self._copies):
             for index, (owner, table, live) in enumerate(self._tables):
                 before = self._copies[index]
-                if table.endswith("_hooks") and _without_inert(live) == _without_inert(before):
+                if table.endswith("_hooks") and without_inert(live) == without_inert(before):
                     self._copies[index] = dict(live)
                 elif not _equal(live, before):
                     return f"{table.strip('_').replace('_', ' ')} of {owner or 'the model'} changed"
@@ -131,7 +131,7 @@ class Watch:
 _MISSING = object()
 
 
-def _without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
+def without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
     """Hooks without those that transformers leaves behind once hidden states or attentions were asked for: they do
     nothing unless a call asks again, and such a call runs eager."""
     return {k: hook for k, hook in hooks.items() if getattr(hook, "__module__", None) != _INERT_HOOKS}

@@ -1,4 +1,4 @@
-"""From a captured graph to a program: split, fingerprint, compile each distinct piece once, bind."""
+"""From a captured graph to a program: split, fingerprint, stamp, compile each distinct piece once, bind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glowplug.compilers.base import PieceCompiler
+from glowplug.compilers.eager import EagerCompiler
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
 from glowplug.graph.split import OpStep, Piece, Step, split
+from glowplug.graph.stamp import Bind, Locations, Own, Stamped, reads, stamp
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.program import Program, StepOutline, emit
+from glowplug.program.emit import Runners, emit
+from glowplug.program.loop import emit_stamped
+from glowplug.program.program import Program, StepOutline
 from glowplug.progress import piece_progress
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
@@ -28,6 +32,38 @@ class PieceCache:
     lock: Any = field(default_factory=threading.RLock)
 
 
+@dataclass(frozen=True)
+class Stamping:
+    """How to stamp a template over a stack.
+
+    Attributes:
+        locations: where the template's inputs lie.
+        template: the kinds of the template's layers.
+        kinds: the kinds of all layers.
+        bind: finds the object that a layer has at a path.
+        path: qualified name of the stack, for reports.
+    """
+
+    locations: Locations
+    template: tuple[int, ...]
+    kinds: tuple[int, ...]
+    bind: Bind
+    path: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build gives.
+
+    Attributes:
+        program: the program.
+        uncompiled: of a stamped program, the same steps with uncompiled pieces, to compare with eager closely.
+    """
+
+    program: Program
+    uncompiled: Program | None = None
+
+
 def build_program(
     captured: Captured,
     *,
@@ -37,40 +73,76 @@ def build_program(
     arguments: Mapping[str, str],
     bound: Mapping[str, Any],
     check: Callable[[Sequence[Step], Captured], None] | None = None,
-) -> Program:
+    stamping: Stamping | None = None,
+) -> Built:
     """Build the program of a captured graph, inside its capture.
 
     Args:
-        captured: the graph.
+        captured: the graph; a template's, with `stamping`.
         compiler: compiles each piece whose fingerprint is new.
         report: receives counts and seconds.
         cache: compiled pieces so far; grows.
         arguments: graph value -> source, for what is handed in at each call.
         bound: graph value -> object, for what is bound now.
         check: may refuse the steps by raising.
+        stamping: stamp the steps over a stack.
 
     Raises:
         CaptureError: the graph can't be cut.
+        NotStampableError: with `stamping`: the graph does not show how to run the whole stack. Nothing was compiled.
+        CompileError: the compiler failed.
     """
     with report.phase("split"):
-        steps, outputs = split(captured)
+        fixed = {entry.node for entry in captured.inputs if entry.node not in arguments and entry.kind != "symint"}
+        steps, outputs = split(captured, fixed or None)
         check_traced_order(captured.gm)
         if check is not None:
             check(steps, captured)
+    used = {name for step in steps for name in reads(step)} | set(outputs)
+    arguments = {name: source for name, source in arguments.items() if name in used}
     with report.phase("fingerprint"):
         prints = [fingerprint(step.gm) if isinstance(step, Piece) else None for step in steps]
+    stamped: Stamped | None = None
+    if stamping is not None:
+        with report.phase("stamp"):
+            stamped = stamp(
+                captured,
+                steps,
+                prints,
+                outputs,
+                locations=stamping.locations,
+                template=stamping.template,
+                kinds=stamping.kinds,
+            )
     with report.phase("compile"), cache.lock:
         runners = _compile(steps, prints, compiler, cache, captured)
+
+    def write(pieces: Runners) -> Program:
+        if stamped is None or stamping is None:
+            return emit(steps, prints, pieces, outputs, arguments, bound)
+        return emit_stamped(stamped, prints[: len(stamped.head)], pieces, arguments, bound, stamping.bind)
+
     with report.phase("bind"):
-        program = emit(steps, runners, outputs, arguments, bound)
-        program = replace(program, outline=_outline(steps, prints, captured))
-    known = [found for found in prints if found is not None]
-    report.pieces += len(known)
+        program = write(runners)
+        uncompiled = None
+        if stamped is not None and not isinstance(compiler, EagerCompiler):
+            uncompiled = write({found: step.gm.forward for step, found in _pieces(steps, prints)})
+        outline = _outline(steps, prints, captured)
+        if stamped is not None and stamping is not None:
+            outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.path)
+        program = replace(program, outline=outline)
+    report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
+    report.sources.append(program.source)
     log_pieces(steps, prints, program.source)
-    return program
+    return Built(program, uncompiled)
+
+
+def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:
+    pairs = zip(steps, prints, strict=True)
+    return [(step, found) for step, found in pairs if isinstance(step, Piece) and found is not None]
 
 
 def _compile(
@@ -79,14 +151,13 @@ def _compile(
     compiler: PieceCompiler,
     cache: PieceCache,
     captured: Captured,
-) -> list[Callable[..., Any] | None]:
+) -> dict[Fingerprint, Callable[..., Any]]:
     guards = captured.fake_mode.shape_env.guards if captured.fake_mode.shape_env else []
     local: list[Fingerprint] = []
-    new = {p: s for p, s in zip(prints, steps, strict=True) if p is not None and p not in cache.compiled}
+    # Later duplicates overwrite earlier ones in `new`; any instance of a piece stands for all of them.
+    new = {found: step for step, found in _pieces(steps, prints) if found not in cache.compiled}
     with piece_progress(len(new)) as advance:
-        # Later duplicates overwrite earlier ones in `new`; any instance of a piece stands for all of them.
         for found, step in new.items():
-            assert isinstance(step, Piece)
             inputs = [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"]
             relations = len(guards)
             try:
@@ -99,7 +170,7 @@ def _compile(
             if len(guards) > relations:
                 local.append(found)
             advance()
-    runners = [cache.compiled[found] if found is not None else None for found in prints]
+    runners = {found: cache.compiled[found] for found in prints if found is not None}
     for found in local:  # it relies on relations between sizes that only this capture has written down
         del cache.compiled[found]
     return runners
@@ -121,9 +192,14 @@ def _outline(
     return tuple(outline)
 
 
-def op_steps(steps: Sequence[Step], name: str) -> list[OpStep]:
-    """The calls of one splitting op, in order."""
-    return [step for step in steps if isinstance(step, OpStep) and step.op.name == name]
+def _stamped_outline(stamped: Stamped, head: tuple[StepOutline, ...], path: str) -> tuple[StepOutline, ...]:
+    outline = list(head)
+    for layer, unit in enumerate(stamped.sequence):
+        for step in stamped.units[unit].steps:
+            names = tuple(f"{path}.{layer + r.offset}.{r.path}" for r in step.wiring if isinstance(r, Own))
+            op = step.step.op.name if isinstance(step.step, OpStep) else None
+            outline.append(StepOutline(op, step.found, names))
+    return tuple(outline)
 
 
 def _brief(exc: Exception) -> str:

@@ -1,0 +1,321 @@
+"""Stamping: from the steps of a template to the steps of the deep model, by rewriting where each input comes from.
+
+A **unit** is what runs from the first op of one layer up to the first op of the next: a layer's back and the next
+layer's front. What lies before the first unit is the **head**. A value that a unit reads is its own, of the unit right
+before it, or from outside the stack; anything else can't be stamped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from glowplug.errors import NotStampableError
+from glowplug.graph.capture import Captured
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.split import OpStep, Piece, Step
+
+
+@dataclass(frozen=True)
+class Own:
+    """A weight or handle of the unit's own layer (`offset` 0) or of the next one (1), by its path in the layer."""
+
+    offset: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Local:
+    """An output of an earlier step of the same unit."""
+
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Previous:
+    """An output of a step of the unit right before."""
+
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A value from before the stack, an argument of the program, or a weight outside the stack, by its graph name."""
+
+    name: str
+
+
+Reference = Own | Local | Previous | Outside
+
+
+@dataclass(frozen=True)
+class UnitStep:
+    """One step of a unit.
+
+    Attributes:
+        step: the template's piece or op step.
+        found: the piece's fingerprint; None for an op step.
+        inputs: graph value -> where it comes from, for every value that the step reads, in order.
+        constants: the constant arguments of an op step, in canonical text.
+    """
+
+    step: Step
+    found: Fingerprint | None
+    inputs: Mapping[str, Reference]
+    constants: str
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        """What the step computes, and how many outputs others read: without where its inputs come from."""
+        what = self.found.digest if self.found is not None else f"{self.step.op.name} {self.constants}"  # type: ignore[union-attr]
+        return what, tuple(name is not None for name in self.step.outputs)
+
+    @property
+    def wiring(self) -> tuple[Reference, ...]:
+        """Where its inputs come from."""
+        return tuple(self.inputs.values())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The steps from one layer's first op up to the next layer's first op."""
+
+    steps: tuple[UnitStep, ...]
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        """See `UnitStep.code`."""
+        return tuple(step.code for step in self.steps)
+
+    @property
+    def owned(self) -> tuple[Own, ...]:
+        """The layers' own weights and handles that it reads, in order."""
+        return tuple(ref for step in self.steps for ref in step.wiring if isinstance(ref, Own))
+
+    @property
+    def wiring(self) -> tuple[tuple[Reference, ...], ...]:
+        """See `UnitStep.wiring`."""
+        return tuple(step.wiring for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """The steps of a deep model, as units of its template.
+
+    Attributes:
+        head: the steps before the stack's first op.
+        units: the template's units, one a layer of the template.
+        sequence: for each layer of the deep model, the unit that runs it.
+        outputs: where the program's outputs come from, as seen by the last unit.
+    """
+
+    head: tuple[Step, ...]
+    units: tuple[Unit, ...]
+    sequence: tuple[int, ...]
+    outputs: tuple[Reference, ...]
+
+
+@dataclass(frozen=True)
+class Locations:
+    """Where a template's inputs lie in the model.
+
+    Attributes:
+        own: graph value -> (layer of the stack, path in the layer), for weights and handles in the stack.
+        outside: graph values that come from outside the stack: arguments, other weights.
+    """
+
+    own: Mapping[str, tuple[int, str]]
+    outside: frozenset[str]
+
+
+def stamp(
+    captured: Captured,
+    steps: Sequence[Step],
+    prints: Sequence[Fingerprint | None],
+    outputs: Sequence[str],
+    *,
+    locations: Locations,
+    template: Sequence[int],
+    kinds: Sequence[int],
+) -> Stamped:
+    """Stamp a template over the full depth.
+
+    Args:
+        captured: the template's graph.
+        steps: its steps, and `prints` the fingerprint of each piece.
+        outputs: names of the graph's outputs.
+        locations: where its inputs lie.
+        template: the kinds of the template's layers.
+        kinds: the kinds of all layers, which begin with `template`.
+
+    Raises:
+        NotStampableError: the template does not show how to run the rest; the message says why, with the layers.
+    """
+    nodes = {node.name: node for node in captured.gm.graph.nodes}
+    starts = _starts(steps, locations, len(template))
+    head = tuple(steps[: starts[0]])
+    reader = _Reader(nodes, locations, head)
+    units = []
+    for layer, (start, stop) in enumerate(zip(starts, [*starts[1:], len(steps)], strict=True)):
+        units.append(reader.unit(layer, steps[start:stop], prints[start:stop]))
+    sequence = _sequence(template, kinds)
+    _check_alike(units, template)
+    _check_joints(units, sequence)
+    last = len(units) - 1
+    returned = tuple(reader.reference(last, name) for name in outputs)
+    if any(isinstance(ref, (Previous, Own)) for ref in returned):
+        raise NotStampableError("the model returns a value of a layer before its last")
+    return Stamped(head, tuple(units), sequence, returned)
+
+
+def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int]:
+    """The index of the first op of each layer."""
+    starts: list[int] = []
+    for index, step in enumerate(steps):
+        if not isinstance(step, OpStep):
+            continue
+        where = locations.own.get(getattr(step.args[0], "name", ""))
+        if where is None:
+            raise NotStampableError(f"{step.op.name} is called for a layer outside the stack")
+        layer = where[0]
+        if layer == len(starts):
+            starts.append(index)
+        elif layer != len(starts) - 1:
+            raise NotStampableError(
+                f"layer {layer} runs after layer {len(starts) - 1}: the stack does not run once, in order", (layer,)
+            )
+    if len(starts) != depth:
+        raise NotStampableError(f"{len(starts)} of the template's {depth} layers ran", tuple(range(len(starts), depth)))
+    return starts
+
+
+class _Reader:
+    """Finds out where each value comes from, as seen by the unit that reads it."""
+
+    def __init__(self, nodes: Mapping[str, fx.Node], locations: Locations, head: Sequence[Step]) -> None:
+        self.nodes = nodes
+        self.locations = locations
+        self.produced: dict[str, tuple[int, int, int]] = {}
+        self.head = {name for step in head for name in step.outputs if name is not None}
+        self.inside: dict[fx.Node, bool] = {}
+
+    def unit(self, layer: int, steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> Unit:
+        """Describe the steps of one layer's unit."""
+        made = []
+        for index, (step, found) in enumerate(zip(steps, prints, strict=True)):
+            inputs = {name: self.reference(layer, name) for name in reads(step)}
+            made.append(UnitStep(step, found, inputs, _constants(step)))
+            for slot, name in enumerate(step.outputs):
+                if name is not None:
+                    self.produced[name] = (layer, index, slot)
+        return Unit(tuple(made))
+
+    def reference(self, layer: int, name: str) -> Reference:
+        """Where the value comes from, seen from a layer's unit."""
+        if name in self.produced:
+            unit, step, slot = self.produced[name]
+            if unit == layer:
+                return Local(step, slot)
+            if unit == layer - 1:
+                return Previous(step, slot)
+            raise NotStampableError(f"layer {layer} or {layer + 1} reads a value that layer {unit} made", (unit, layer))
+        own = self.locations.own.get(name)
+        if own is not None:
+            if own[0] - layer not in (0, 1):
+                raise NotStampableError(f"layer {layer} reads {own[1]} of layer {own[0]}", (layer, own[0]))
+            return Own(own[0] - layer, own[1])
+        if name in self.head:
+            if layer > 0 and self._made_inside(self.nodes[name]):
+                raise NotStampableError(f"layer {layer} or {layer + 1} reads a value that layer 0 made", (0, layer))
+            return Outside(name)
+        if name in self.locations.outside:
+            return Outside(name)
+        raise NotStampableError(f"layer {layer} reads {name}, whose place in the model is unknown", (layer,))
+
+    def _made_inside(self, node: fx.Node) -> bool:
+        """Whether a layer of the stack had a part in a value."""
+        if node not in self.inside:
+            self.inside[node] = False
+            self.inside[node] = node.name in self.locations.own or any(map(self._made_inside, node.all_input_nodes))
+        return self.inside[node]
+
+
+def reads(step: Step) -> list[str]:
+    """Names of the graph values that a step reads, in order."""
+    return list(step.inputs) if isinstance(step, Piece) else [node.name for node in _nodes(step.args)]
+
+
+def _nodes(arg: Any) -> list[fx.Node]:
+    if isinstance(arg, (tuple, list)):
+        return [node for item in arg for node in _nodes(item)]
+    return [arg] if isinstance(arg, fx.Node) else []
+
+
+def _constants(step: Step) -> str:
+    def text(arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return "%"
+        if isinstance(arg, (tuple, list)):
+            return f"[{', '.join(map(text, arg))}]"
+        return repr(arg)
+
+    return text(step.args) if isinstance(step, OpStep) else ""
+
+
+def _sequence(template: Sequence[int], kinds: Sequence[int]) -> tuple[int, ...]:
+    """For each layer of the deep model, the layer of the template that shows how to run it."""
+    last, depth = len(template) - 1, len(kinds)
+    shown: dict[tuple[int, ...], int] = {}
+    for index in range(1, last):
+        shown.setdefault(tuple(template[index - 1 : index + 2]), index)
+    sequence = [0]
+    for layer in range(1, depth - 1):
+        found = shown.get(tuple(kinds[layer - 1 : layer + 2]))
+        if found is None:
+            raise NotStampableError(f"the template does not show the neighbours of layer {layer}", (layer,))
+        sequence.append(found)
+    return (*sequence, last)
+
+
+def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
+    """Layers of equal kinds between equal kinds must have given equal units: a layer that looks like another but
+    computes something else is found out here."""
+    by_pair: dict[tuple[int, ...], int] = {}
+    by_triple: dict[tuple[int, ...], int] = {}
+    for layer in range(len(units) - 1):
+        first = by_pair.setdefault(tuple(template[layer : layer + 2]), layer)
+        if units[layer].code != units[first].code or units[layer].owned != units[first].owned:
+            raise NotStampableError(
+                f"layers {first} and {layer} look alike, but compute different things", (first, layer)
+            )
+        if layer > 0:
+            first = by_triple.setdefault(tuple(template[layer - 1 : layer + 2]), layer)
+            if units[layer].wiring != units[first].wiring:
+                raise NotStampableError(
+                    f"layers {first} and {layer} look alike, but read different values", (first, layer)
+                )
+    ops: dict[int, tuple[int, list[Any]]] = {}
+    for layer, unit in enumerate(units):
+        calls = [step.code for step in unit.steps if step.found is None]
+        first, expected = ops.setdefault(template[layer], (layer, calls))
+        if calls != expected:
+            raise NotStampableError(
+                f"layers {first} and {layer} look alike, but call their ops differently", (first, layer)
+            )
+
+
+def _check_joints(units: Sequence[Unit], sequence: Sequence[int]) -> None:
+    """A unit must find, in the unit that now runs before it, what it read from the one before it in the template."""
+    for layer in range(1, len(sequence)):
+        unit, before = sequence[layer], sequence[layer - 1]
+        if before != unit - 1 and units[before].code != units[unit - 1].code:
+            raise NotStampableError(f"layer {layer} does not fit behind layer {layer - 1}", (layer - 1, layer))
+
+
+Bind = Callable[[int, Own], Any]
+"""`bind(layer, own)`: the very object that a layer of the deep model has at a path."""

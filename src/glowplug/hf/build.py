@@ -1,0 +1,173 @@
+"""Builds the program of a transformers model: stamped from a template, or else from a full trace; then compares it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from glowplug.compilers import PieceCompiler, warm_up
+from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError
+from glowplug.graph.capture import Captured, capture
+from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.hf import experts as hf_experts
+from glowplug.hf import interfaces, trace, verify
+from glowplug.hf import template as templates
+from glowplug.hf.call import Call
+from glowplug.hf.masks import mask_sources
+from glowplug.hf.served import Served
+from glowplug.hf.template import Template
+from glowplug.layers.registry import LayerRegistry, register_layers
+from glowplug.layers.watch import Watch
+from glowplug.options import Options
+from glowplug.program import Built, PieceCache, build_program
+from glowplug.report import Report
+
+
+class Builder:
+    """Builds the programs of one model, one for each signature of its calls.
+
+    Args:
+        model: the model.
+        options: how to compile it.
+        compiler: compiles pieces.
+        report: receives everything that happens.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: Options, compiler: PieceCompiler, report: Report) -> None:
+        self.model = model
+        self.options = options
+        self.compiler = compiler
+        self.report = report
+        self.registry: LayerRegistry | None = None
+        self.watch: Watch | None = None
+        self.check_order = True
+        self._pieces = PieceCache()
+        self._reads: set[str] = set()
+
+    def build(self, call: Call) -> Served | str:
+        """A program that serves calls like this one, compared with eager; or why there is none.
+
+        Raises:
+            CaptureError, CompileError: as the reason.
+            NotServableError: with `strict`, when the model can't be stamped.
+        """
+        warm_up(self.compiler, call.inputs.device.type)
+        plan = hf_experts.plan(self.model, self.options.experts)
+        if self.registry is None:
+            self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
+            for op, names in plan.orders.items():
+                self.registry.set_order(op, names)
+        self.report.experts = plan.kind
+        served = self._stamped(call, plan)
+        if served is None:
+            self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
+            served = self._capture(call, plan, None)
+            problem = self._verify(served, call)
+            if problem is not None:
+                return problem.reason
+        return served
+
+    def _stamped(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | None:
+        """A program stamped from a template; None when the model must be traced in full."""
+        if self.options.stamp == "off" or self.options.resolved_identity != "hoisted":
+            return None
+        template: Template | None = None
+        try:
+            template = templates.choose(self.model)
+            if template is None:
+                return None
+            served = self._capture(call, plan, template)
+        except NotStampableError as exc:
+            self._step_down(str(exc), template.layer_names(exc.layers) if template is not None else ())
+            return None
+        except (CaptureError, LayerLookupError):
+            return None  # the full trace meets the same, or knows better
+        problem = self._verify(served, call)
+        if problem is not None:
+            near = () if problem.layer is None else tuple(range(max(problem.layer - 1, 0), problem.layer + 1))
+            where = f"; the keys of layer {problem.layer} are the first that differ" if near else ""
+            self._step_down(
+                f"the stamped program is not equal to eager: {problem.reason}{where}", template.layer_names(near)
+            )
+            return None
+        self.report.strategy, self.report.template_layers = "stamped", template.length
+        return served
+
+    def _step_down(self, reason: str, layers: tuple[str, ...]) -> None:
+        reason = f"can't stamp the layers: {reason}"
+        if self.options.strict:
+            raise NotServableError(f"{reason} (strict=True: no step down)")
+        self.report.fall_back(reason, layers, to="hoisted")
+
+    def _capture(self, call: Call, plan: hf_experts.ExpertsPlan, template: Template | None) -> Served:
+        model, report, registry = self.model, self.report, self.registry
+        assert registry is not None
+        mask_names = set(mask_sources(call.masks))
+        start = time.perf_counter()
+
+        def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
+            report.phases["trace"] += time.perf_counter() - start
+            arguments, bound = trace.sort_inputs(captured, mask_names)
+            how = None
+            if template is not None:
+                how = templates.stamping(model, template, captured, arguments, registry)
+            built = build_program(
+                captured,
+                compiler=self.compiler,
+                report=report,
+                cache=self._pieces,
+                arguments=arguments,
+                bound=bound,
+                check=lambda steps, graph: trace.check_steps(steps, graph, mask_names),
+                stamping=how,
+            )
+            return built, read_assumptions(captured, set(trace.VARYING))
+
+        with interfaces.in_force(model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed):
+            layers: dict[int, Any] = {}
+            for layer in interfaces.attention_layers(model).values():
+                layers[layer.layer_idx] = layer  # type: ignore[index]
+            traced = templates.short_model(model, template) if template is not None else model
+            built, assumptions = capture(*trace.example(traced, call, layers), consume, self._reads)
+        return Served(built.program, assumptions, verify.output_type(model), built.uncompiled)
+
+    def _verify(self, served: Served, call: Call) -> verify.Problem | None:
+        """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
+        for attempt in range(2):
+            self.watch = Watch(self.model, self._reads)
+            if self.options.verify == "off":
+                break
+            with self.report.phase("verify"):
+                problem = self._compare(served, call)
+            if problem is not None:
+                return problem
+            changed = self.watch.change()
+            if changed is None:
+                break
+            if attempt == 1:  # the first run may set up what later ones find
+                return verify.Problem(f"the model's own forward changes the model each time that it runs: {changed}")
+        served.uncompiled = None
+        return None
+
+    def _compare(self, served: Served, call: Call) -> verify.Problem | None:
+        registry = self.registry
+        assert registry is not None
+
+        def run(ready: Call) -> Any:
+            return served.run(ready, registry, check_order=self.check_order)
+
+        def run_uncompiled(ready: Call) -> Any:
+            return served.run(ready, registry, uncompiled=True)
+
+        candidates = [verify.Candidate(run, exact=False)]
+        if served.uncompiled is not None:
+            candidates.insert(0, verify.Candidate(run_uncompiled, exact=True))
+        elif self.compiler.name == "eager":
+            candidates = [verify.Candidate(run, exact=True), verify.Candidate(run)]
+
+        def note(found: type) -> None:
+            served.output_type = found
+
+        return verify.compare(self.model, call, candidates, note)

@@ -1,0 +1,84 @@
+"""A program that serves calls of a transformers model: what its calls must fulfil, and how they run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from glowplug.graph.shapes import ShapeAssumptions
+from glowplug.hf.call import Call
+from glowplug.hf.masks import mask_sources
+from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.registry import LayerRegistry
+from glowplug.program import Program
+
+SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
+"""Sources of sizes that a call gives."""
+
+
+@dataclass
+class Served:
+    """A program and what its calls must fulfil.
+
+    Attributes:
+        program: the program.
+        assumptions: what its trace assumed of sizes.
+        output_type: the class of the model's output.
+        uncompiled: of a stamped program, the same steps with uncompiled pieces; dropped once it was compared.
+        checked: sizes of a call -> why they break an assumption, or None.
+    """
+
+    program: Program
+    assumptions: ShapeAssumptions
+    output_type: type
+    uncompiled: Program | None = None
+    checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
+
+    def run(self, call: Call, registry: LayerRegistry, *, check_order: bool = True, uncompiled: bool = False) -> Any:
+        """Run a call that the program can serve; returns what the model's forward would."""
+        program = self.uncompiled if uncompiled and self.uncompiled is not None else self.program
+        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order)):
+            (logits,) = program.run(*_arguments(program.arguments, call))
+        output = self.output_type(logits=logits, past_key_values=call.cache)
+        return output.to_tuple() if call.return_tuple else output
+
+    def broken_by(self, call: Call) -> str | None:
+        """Why the sizes of a call can't be served; None when they can."""
+        kept = call.keep.shape[0] if call.keep is not None else 0
+        key = (*call.inputs.shape, kept)
+        if key not in self.checked:
+            shapes = {"L['inputs']": tuple(call.inputs.shape), "L['position_ids']": tuple(call.position_ids.shape)}
+            if call.keep is not None:
+                shapes["L['keep']"] = tuple(call.keep.shape)
+            self.checked[key] = self.assumptions.broken_by(shapes)
+        return self.checked[key]
+
+
+def _arguments(sources: Sequence[str], call: Call) -> list[Any]:
+    return [_READERS[source](call) if source in _READERS else _read_other(source, call) for source in sources]
+
+
+_READERS: dict[str, Any] = {
+    "L['inputs']": lambda call: call.inputs,
+    "L['position_ids']": lambda call: call.position_ids,
+    "L['keep']": lambda call: call.keep,
+    "L['inputs'].size()[0]": lambda call: call.inputs.shape[0],
+    "L['inputs'].size()[1]": lambda call: call.inputs.shape[1],
+    "L['keep'].size()[0]": lambda call: call.keep.shape[0],
+}
+
+
+def _read_other(source: str, call: Call) -> Any:
+    if source.startswith("L['cache']"):
+        return int(call.cache.get_seq_length()) if call.cache is not None else 0
+    size = SIZE.fullmatch(source)
+    if size is not None:
+        return getattr(call, size[1]).shape[int(size[2])]
+    for name, key in mask_sources(call.masks).items():
+        if name == source:
+            return call.masks if key is None else call.masks[key]  # type: ignore[index]
+    raise KeyError(source)

@@ -1,0 +1,134 @@
+"""What a capture of a transformers model traces: its forward as a function of tensors, and its example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.errors import CaptureError
+from glowplug.graph.capture import Captured
+from glowplug.graph.split import Piece, Step
+from glowplug.hf import interfaces
+from glowplug.hf.call import Call, Signature
+from glowplug.hf.masks import stand_ins
+from glowplug.hf.served import SIZE
+
+_BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
+"""Sizes of the capture: at least 2 and all different, so that none is taken for another."""
+
+VARYING = frozenset({"L['inputs']", "L['position_ids']", "L['keep']"})
+"""Sources of the tensors that change from call to call, besides masks."""
+
+
+def example(model: nn.Module, call: Call, layers: dict[int, nn.Module]) -> tuple[Any, tuple[Any, ...]]:
+    """The function to trace and its example arguments.
+
+    Args:
+        model: the model, or a short model of its template.
+        call: a call that the program is to serve.
+        layers: layer index -> attention module.
+
+    Raises:
+        CaptureError: no function fits the call.
+    """
+    signature, device = call.signature, call.inputs.device
+    inputs = _inputs(signature, call, device)
+    lead = signature.position_lead
+    positions = torch.arange(_TOKENS, device=device).expand(*lead, _BATCH, _TOKENS).contiguous()
+    torch._dynamo.mark_dynamic(positions, len(lead))
+    torch._dynamo.mark_dynamic(positions, len(lead) + 1)
+    keep = torch.arange(_KEPT, device=device) if signature.keeps else None
+    extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST, device=device)
+    for tensor in (extent, past, *((keep,) if keep is not None else ())):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    cache = interfaces.CaptureCache(layers, extent, past)
+    if signature.embeds and not signature.keeps:
+        raise CaptureError("inputs_embeds for a model without logits_to_keep")
+    traced = _embeds if signature.embeds else (_ids if signature.keeps else _ids_all)
+    return traced, (model, inputs, positions, stand_ins(call.masks, _BATCH, _TOKENS, device), cache, keep)
+
+
+def _inputs(signature: Signature, call: Call, device: torch.device) -> Tensor:
+    tail = (call.inputs.shape[-1],) if signature.embeds else ()
+    made = torch.zeros(_BATCH, _TOKENS, *tail, dtype=signature.dtype, device=device)
+    torch._dynamo.mark_dynamic(made, 0)
+    torch._dynamo.mark_dynamic(made, 1)
+    return made
+
+
+def _ids(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
+    return (
+        type(model)
+        .forward(
+            model,
+            input_ids=inputs,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        .logits
+    )
+
+
+def _embeds(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
+    return (
+        type(model)
+        .forward(
+            model,
+            inputs_embeds=inputs,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        .logits
+    )
+
+
+def _ids_all(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
+    return (
+        type(model)
+        .forward(
+            model,
+            input_ids=inputs,
+            attention_mask=masks,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        .logits
+    )
+
+
+def sort_inputs(captured: Captured, masks: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Tell what is handed in at each call (graph value -> source) from what is bound now (graph value -> object)."""
+    arguments: dict[str, str] = {}
+    bound: dict[str, Any] = {}
+    for entry in captured.inputs:
+        if entry.source in VARYING or entry.source in masks or SIZE.fullmatch(entry.source):
+            arguments[entry.node] = entry.source
+        elif entry.kind != "symint":  # other sizes are those of tensors in the program, which give them
+            bound[entry.node] = entry.value
+    return arguments, bound
+
+
+def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> None:
+    """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention."""
+    mask_nodes = {entry.node for entry in captured.inputs if entry.source in masks}
+    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not SIZE.fullmatch(e.source)}
+    for step in steps:
+        if isinstance(step, Piece):
+            used = bool(mask_nodes & set(step.inputs))
+            for name in sizes.keys() & set(step.inputs):
+                raise CaptureError(f"a piece depends on a size that no tensor of it has: {sizes[name]}")
+        else:
+            mask = step.args[4] if step.op.name == "glowplug::attention" else None
+            used = mask is not None and getattr(mask, "name", None) not in mask_nodes
+        if used:
+            raise CaptureError("the model computes with its attention mask inside its layers")
