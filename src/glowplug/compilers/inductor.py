@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from glowplug.errors import UnsupportedTorchError
 
 try:
     from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensor
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
     raise UnsupportedTorchError(
         f"this torch has no torch._inductor.standalone_compile ({exc}). Install torch>=2.11."
@@ -43,11 +45,26 @@ class InductorCompiler:
         """See `PieceCompiler.compile`."""
         if _probe.cache_info().currsize:
             _probe().join()
-        artifact = standalone_compile(
-            piece, list(inputs), dynamic_shapes="from_tracing_context", options=dict(self.options)
-        )
+        with _scalars_allowed(inputs):
+            artifact = standalone_compile(
+                piece, list(inputs), dynamic_shapes="from_tracing_context", options=dict(self.options)
+            )
         # The artifact's own __call__ adds a frame and nothing else.
         return getattr(artifact, "_compiled_fn", artifact)
+
+
+@contextmanager
+def _scalars_allowed(inputs: Sequence[Any]) -> Iterator[None]:
+    """Let a piece ask a tensor for its number: Dynamo turns a Python float that changed into such a tensor."""
+    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)][:1]
+    before = [mode.allow_scalar_outputs for mode in modes]
+    for mode in modes:
+        mode.allow_scalar_outputs = True
+    try:
+        yield
+    finally:
+        for mode, allowed in zip(modes, before, strict=True):
+            mode.allow_scalar_outputs = allowed
 
 
 @lru_cache(maxsize=1)

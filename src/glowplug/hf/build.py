@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from glowplug.compilers import PieceCompiler, warm_up
@@ -15,13 +17,14 @@ from glowplug.hf import experts as hf_experts
 from glowplug.hf import interfaces, trace, verify
 from glowplug.hf import template as templates
 from glowplug.hf.call import Call
+from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.served import Served
 from glowplug.hf.template import Template
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Built, PieceCache, build_program
+from glowplug.program import Built, PieceCache, Program, build_program
 from glowplug.report import Report
 
 
@@ -86,14 +89,31 @@ class Builder:
             return None  # the full trace meets the same, or knows better
         problem = self._verify(served, call)
         if problem is not None:
-            near = () if problem.layer is None else tuple(range(max(problem.layer - 1, 0), problem.layer + 1))
-            where = f"; the keys of layer {problem.layer} are the first that differ" if near else ""
+            layer = self._first_layer(served, template, problem)
+            where = f"; layer {layer} is the first that differs" if layer is not None else ""
             self._step_down(
-                f"the stamped program is not equal to eager: {problem.reason}{where}", template.layer_names(near)
+                f"the stamped program is not equal to eager: {problem.reason}{where}",
+                template.layer_names((layer,) if layer is not None else ()),
             )
             return None
         self.report.strategy, self.report.template_layers = "stamped", template.length
         return served
+
+    def _first_layer(self, served: Served, template: Template, problem: verify.Problem) -> int | None:
+        """The first layer that differs, for the report."""
+        if problem.call is None:
+            return None
+        (call, arguments), registry = problem.call, self.registry
+        assert registry is not None
+
+        def run_program(program: Program) -> Any:
+            return dataclasses.replace(served, program=program, uncompiled=None).run(call, registry)
+
+        def run_eager() -> Any:
+            with torch.no_grad():
+                return type(self.model).forward(self.model, **arguments)
+
+        return first_layer(served.uncompiled or served.program, template.stack, run_program, run_eager)
 
     def _step_down(self, reason: str, layers: tuple[str, ...]) -> None:
         reason = f"can't stamp the layers: {reason}"
@@ -109,6 +129,7 @@ class Builder:
 
         def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
             report.phases["trace"] += time.perf_counter() - start
+            trace.check_outputs(captured)
             arguments, bound = trace.sort_inputs(captured, mask_names)
             how = None
             if template is not None:
@@ -122,6 +143,7 @@ class Builder:
                 bound=bound,
                 check=lambda steps, graph: trace.check_steps(steps, graph, mask_names),
                 stamping=how,
+                drop_unused=True,
             )
             return built, read_assumptions(captured, set(trace.VARYING))
 

@@ -118,6 +118,13 @@ def sort_inputs(captured: Captured, masks: set[str]) -> tuple[dict[str, str], di
     return arguments, bound
 
 
+def check_outputs(captured: Captured) -> None:
+    """Refuse a model that keeps tensors elsewhere than in its output: a program would not keep them."""
+    output = next(node for node in reversed(captured.gm.graph.nodes) if node.op == "output")
+    if len(output.args[0]) != 1:
+        raise CaptureError("the model's forward keeps tensors outside of its output, which a program would not do")
+
+
 def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> None:
     """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention."""
     mask_nodes = {entry.node for entry in captured.inputs if entry.source in masks}

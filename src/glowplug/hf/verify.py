@@ -8,6 +8,7 @@ with uncompiled pieces, which does the same arithmetic as eager and so may diffe
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,12 @@ class Problem:
 
     Attributes:
         reason: in words.
-        layer: index of the first layer whose keys differ, counted by the cache; None when none does, or unknown.
+        call: the call that showed it, with a cache of the steps before it, and the same as arguments of the model's
+            own forward; None when no logits were compared.
     """
 
     reason: str
-    layer: int | None = None
+    call: tuple[Call, dict[str, Any]] | None = None
 
 
 def output_type(model: PreTrainedModel) -> type:
@@ -116,6 +118,7 @@ def _compare_steps(
         }
         if signature.keeps and start > 0:
             kwargs["logits_to_keep"] = 1
+        before = copy.deepcopy(expected_cache)
         expected = type(model).forward(model, **kwargs, past_key_values=expected_cache)
         extra = [name for name in expected if name not in ("logits", "past_key_values")]
         if extra:
@@ -130,7 +133,9 @@ def _compare_steps(
             logits = candidate.run(ready).logits
             reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
             if reason is not None:
-                return Problem(reason, _first_layer(cache, expected_cache, candidate.exact))
+                again = {**kwargs, "past_key_values": before}
+                ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
+                return Problem(reason, None if isinstance(ready, str) else (ready, again))
         start = stop
     return None
 
@@ -167,15 +172,4 @@ def _differs(actual: Tensor, expected: Tensor, what: str, exact: bool) -> str | 
     error, allowed = _error(actual, expected), _allowed(expected.dtype, exact)
     if not error <= allowed:
         return f"the compiled program differs from eager by {error:.1e} (allowed {allowed:.0e}) for {what}"
-    return None
-
-
-def _first_layer(actual: DynamicCache, expected: DynamicCache, exact: bool) -> int | None:
-    """The first layer of the caches whose keys differ."""
-    for index, (one, other) in enumerate(zip(actual.layers, expected.layers, strict=False)):
-        keys, wanted = getattr(one, "keys", None), getattr(other, "keys", None)
-        if not (isinstance(keys, Tensor) and isinstance(wanted, Tensor)) or wanted.numel() == 0:
-            continue
-        if keys.shape != wanted.shape or not _error(keys, wanted) <= _allowed(wanted.dtype, exact):
-            return index
     return None

@@ -74,6 +74,7 @@ def build_program(
     bound: Mapping[str, Any],
     check: Callable[[Sequence[Step], Captured], None] | None = None,
     stamping: Stamping | None = None,
+    drop_unused: bool = False,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -86,6 +87,7 @@ def build_program(
         bound: graph value -> object, for what is bound now.
         check: may refuse the steps by raising.
         stamping: stamp the steps over a stack.
+        drop_unused: leave out arguments that no step reads.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -98,8 +100,9 @@ def build_program(
         check_traced_order(captured.gm)
         if check is not None:
             check(steps, captured)
-    used = {name for step in steps for name in reads(step)} | set(outputs)
-    arguments = {name: source for name, source in arguments.items() if name in used}
+    if drop_unused:
+        used = {name for step in steps for name in reads(step)} | set(outputs)
+        arguments = {name: source for name, source in arguments.items() if name in used}
     with report.phase("fingerprint"):
         prints = [fingerprint(step.gm) if isinstance(step, Piece) else None for step in steps]
     stamped: Stamped | None = None
@@ -131,6 +134,7 @@ def build_program(
         if stamped is not None and stamping is not None:
             outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.path)
         program = replace(program, outline=outline)
+        uncompiled = replace(uncompiled, outline=outline) if uncompiled is not None else None
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
