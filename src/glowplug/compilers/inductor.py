@@ -15,6 +15,7 @@ from torch import fx
 from glowplug.errors import UnsupportedTorchError
 
 try:
+    from torch._guards import TracingContext
     from torch._inductor import standalone_compile
     from torch._subclasses.fake_tensor import FakeTensor
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
@@ -56,7 +57,10 @@ class InductorCompiler:
 @contextmanager
 def _scalars_allowed(inputs: Sequence[Any]) -> Iterator[None]:
     """Let a piece ask a tensor for its number: Dynamo turns a Python float that changed into such a tensor."""
-    modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)][:1]
+    context = TracingContext.try_get()
+    found = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    found += [context.fake_mode] if context is not None and context.fake_mode is not None else []
+    modes = list({id(mode): mode for mode in found}.values())
     before = [mode.allow_scalar_outputs for mode in modes]
     for mode in modes:
         mode.allow_scalar_outputs = True
