@@ -144,6 +144,7 @@ class Builder:
                 check=lambda steps, graph: trace.check_steps(steps, graph, mask_names),
                 stamping=how,
                 drop_unused=True,
+                both=self.options.verify == "once",
             )
             return built, read_assumptions(captured, set(trace.VARYING))
 

@@ -28,7 +28,7 @@ class Served:
         program: the program.
         assumptions: what its trace assumed of sizes.
         output_type: the class of the model's output.
-        uncompiled: of a stamped program, the same steps with uncompiled pieces; dropped once it was compared.
+        uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         checked: sizes of a call -> why they break an assumption, or None.
     """
 

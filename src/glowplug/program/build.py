@@ -57,7 +57,8 @@ class Built:
 
     Attributes:
         program: the program.
-        uncompiled: of a stamped program, the same steps with uncompiled pieces, to compare with eager closely.
+        uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none, or
+            when the pieces of `program` are uncompiled anyway.
     """
 
     program: Program
@@ -75,6 +76,7 @@ def build_program(
     check: Callable[[Sequence[Step], Captured], None] | None = None,
     stamping: Stamping | None = None,
     drop_unused: bool = False,
+    both: bool = False,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -88,6 +90,7 @@ def build_program(
         check: may refuse the steps by raising.
         stamping: stamp the steps over a stack.
         drop_unused: leave out arguments that no step reads.
+        both: also bind the steps with uncompiled pieces.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -128,7 +131,7 @@ def build_program(
     with report.phase("bind"):
         program = write(runners)
         uncompiled = None
-        if stamped is not None and not isinstance(compiler, EagerCompiler):
+        if both and not isinstance(compiler, EagerCompiler):
             uncompiled = write({found: step.gm.forward for step, found in _pieces(steps, prints)})
         outline = _outline(steps, prints, captured)
         if stamped is not None and stamping is not None:
