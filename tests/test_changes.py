@@ -370,3 +370,13 @@ def test_changes_midway_are_visible_at_all() -> None:
         if not torch.equal(changed_midway(families.build("gpt_oss", layers=2), change), untouched)
     ]
     assert len(seen) >= len(MIDWAY) - 3, seen
+
+
+@pytest.mark.parametrize("experts", ["inline", "opaque"])
+def test_generate_may_switch_experts_implementations(experts: str) -> None:
+    """As transformers does between prefill and decode on a GPU: they compute the same, and nothing runs eager."""
+    model = compiled(experts=experts)
+    for implementation in ("grouped_mm", "batched_mm", "eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(quiet(model), eager(model), rtol=1e-4, atol=1e-4)
+    assert glowplug.report(model).fallbacks == []

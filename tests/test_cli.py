@@ -221,7 +221,7 @@ def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
     result = run("demo")
     assert result.exit_code == 0, result.output
-    assert "eager, torch-regional, baked, ordered, hoisted wrote:" in result.stdout
+    assert "eager, torch-regional, baked, ordered, hoisted, stamped wrote:" in result.stdout
     assert "ordered, checks off: garbage, and no error" in result.stdout
     assert "[GARBAGE]" in result.stdout
     assert "ordered: refused" in result.stdout

@@ -24,6 +24,9 @@ from glowplug.options import Options
 from glowplug.report import Report
 
 
+_SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
+
+
 class Engine:
     """Stands in for `model.forward`. Made by `glowplug.compile`.
 
@@ -139,7 +142,9 @@ class Engine:
 
     def _read_implementations(self) -> tuple[Any, ...]:
         config = self.model.config.get_text_config()
-        return config._attn_implementation, getattr(config, "_experts_implementation", None)
+        experts = getattr(config, "_experts_implementation", None)
+        # generate() itself switches between these on a GPU; they compute the same.
+        return config._attn_implementation, None if experts in _SAME_EXPERTS else experts
 
     # -- building ---------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from glowplug.hf.call import Call, Signature, read_call
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest ||program - eager|| / ||eager|| by dtype for compiled pieces. Half precision: 0.5, as rounding grows from layer
+"""Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.5, as rounding grows from layer
 to layer (0.11 after 36 layers of random weights in bfloat16, as much as other compilers give) and a wrong layer gives
 about 1; that the layers are the right ones is proved more closely by the uncompiled pieces."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
