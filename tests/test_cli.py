@@ -227,3 +227,10 @@ def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> N
     assert "ordered: refused" in result.stdout
     assert "a layer ran twice" in result.stdout
     assert "hoisted: eager's text" in result.stdout
+
+
+def test_explain_prints_the_program() -> None:
+    result = run("explain", "gpt-oss-120b", "--depth", "12", "--program")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("def run(")
+    assert "in LAYERS_1_TO_10:" in result.stdout

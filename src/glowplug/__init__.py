@@ -14,7 +14,7 @@ try:
         NotServableError,
         UsageError,
     )
-    from glowplug.explain import Explanation, explain
+    from glowplug.explain import Explanation, explain, explain_program
     from glowplug.layers import (
         ForwardContext,
         LayerHandle,
@@ -52,6 +52,7 @@ __all__ = [
     "compile",
     "current_context",
     "explain",
+    "explain_program",
     "forward_context",
     "kv_cache_update",
     "layer_op",

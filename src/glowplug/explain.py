@@ -126,6 +126,19 @@ def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str =
     return summarise(steps, options.resolved_identity, report, _kinds(model))
 
 
+def explain_program(model: nn.Module, *args: Any, identity: str = "auto", experts: str = "auto", **kwargs: Any) -> str:
+    """The Python text of the program that runs a model: stamped where it can be, its layers then a loop.
+
+    Nothing is compiled; the model is left as it was. Arguments and errors as for `explain`.
+    """
+    options = Options(identity=identity, experts=experts, compiler="eager", verify="off")  # type: ignore[arg-type]
+    report = _run(model, options, args, kwargs)
+    if not report.sources:
+        reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
+        raise CaptureError(f"the model can't be captured: {reasons}")
+    return str(report.sources[-1])
+
+
 def _kinds(model: nn.Module) -> tuple[int, ...]:
     """The kinds of the layers of a transformers model's stack."""
     from glowplug.api import is_causal_lm

@@ -17,9 +17,13 @@ def explain(
     depth: Annotated[int | None, typer.Option(help="Layers. Default: the model's own.")] = None,
     identity: Annotated[str, typer.Option(help="hoisted, ordered or baked.")] = "hoisted",
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
+    program: Annotated[bool, typer.Option("--program", help="Print the program that runs the model.")] = False,
 ) -> None:
     """Show a model's pieces, which layers share them, and which argument keeps two apart. Nothing is compiled."""
     quiet_transformers()
+    if program:
+        print(glowplug.explain_program(load_model(model, depth=depth), identity=identity, experts=experts))
+        return
     explanation = glowplug.explain(load_model(model, depth=depth), identity=identity, experts=experts)
     if hasattr(explanation, "__rich__"):
         make_console().print(explanation)

@@ -23,7 +23,6 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.report import Report
 
-
 _SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
 
 

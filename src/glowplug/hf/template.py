@@ -47,8 +47,11 @@ def choose(model: PreTrainedModel) -> Template | None:
         NotStampableError: the model is deep, but its layers differ too much, or it has no stack.
     """
     config: Any = model.config
-    stack = find_stack(model, list(attention_layers(model).values()), config.get_text_config())
+    attentions = list(attention_layers(model).values())
+    stack = find_stack(model, attentions, config.get_text_config())
     if stack is None:
+        if len(attentions) <= 4:
+            return None
         raise NotStampableError("the model has no list of layers with one attention each")
     length = choose_template(stack.kinds)
     if length is not None:
