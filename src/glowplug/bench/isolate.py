@@ -39,6 +39,9 @@ def run_isolated(module: str, argument: str, *, timeout_s: float) -> dict[str, A
         environment = dict(os.environ)
         for name in _CACHES:
             environment[name] = str(Path(folder) / name.lower())
+        # Inductor keeps precompiled headers in the folder for temporary files, whatever its cache folder is.
+        environment["TMPDIR"] = str(Path(folder) / "tmp")
+        Path(environment["TMPDIR"]).mkdir()
         environment["HF_HUB_OFFLINE"] = "1"
         environment["TOKENIZERS_PARALLELISM"] = "false"
         # Files, not pipes: a compile worker that outlives the process would hold a pipe open.

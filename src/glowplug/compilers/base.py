@@ -30,3 +30,20 @@ class PieceCompiler(Protocol):
             size that the symbols stand for, not only those of the trace, and be safe to call from several threads.
         """
         ...
+
+
+@runtime_checkable
+class StoringCompiler(PieceCompiler, Protocol):
+    """A compiler whose compiled pieces can be stored, and so be made by another process."""
+
+    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+        """Whether pieces of these inputs may be compiled in forks of this process; called right before."""
+        ...
+
+    def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
+        """As `compile`, but the compiled piece is returned in a form that can be stored."""
+        ...
+
+    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
+        """The callable of a stored piece. Runs code that the artifact holds."""
+        ...

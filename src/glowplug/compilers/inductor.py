@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-import threading
+import importlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import fx
 
+from glowplug.compilers.toolchain import cpu_toolchain
 from glowplug.errors import UnsupportedTorchError
+from glowplug.graph.capture import is_restart
 
 try:
     from torch._guards import TracingContext
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
+    from torch._inductor.standalone_compile import CompiledArtifact
     from torch._subclasses.fake_tensor import FakeTensor
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
     raise UnsupportedTorchError(
@@ -37,21 +40,72 @@ class InductorCompiler:
         self.options = dict(options or {})
 
     def warm_up(self, device_type: str) -> None:
-        """Begin what Inductor does once a process, beside the trace: on a CPU it builds and loads small programs to
-        find the instruction set, for seconds, mostly in processes of their own."""
+        """Begin what Inductor does once a process, beside the trace."""
         if device_type == "cpu":
-            _probe()
+            cpu_toolchain()
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
-        if _probe.cache_info().currsize:
-            _probe().join()
+        return _callable(self._compile_or_retry(piece, inputs))
+
+    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+        """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""
+        single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
+        if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
+            return False
+        cpu_toolchain().join()
+        importlib.import_module("torch._inductor.compile_fx")  # once, here, and not in each fork
+        return True
+
+    def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
+        """See `StoringCompiler.compile_to_bytes`."""
+        artifact = self._compile_or_retry(piece, inputs, compile_threads=1)
+        with tempfile.TemporaryDirectory(prefix="glowplug-") as folder:
+            path = os.path.join(folder, "artifact")
+            artifact.save(path=path, format="binary")
+            with open(path, "rb") as file:
+                return file.read()
+
+    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
+        """See `StoringCompiler.load`."""
+        with tempfile.TemporaryDirectory(prefix="glowplug-") as folder:
+            path = os.path.join(folder, "artifact")
+            with open(path, "wb") as file:
+                file.write(artifact)
+            return _callable(CompiledArtifact.load(path=path, format="binary"))
+
+    def _compile_or_retry(self, piece: fx.GraphModule, inputs: Sequence[Any], **patches: Any) -> Any:
+        try:
+            return self._compile(piece, inputs, patches)
+        except Exception as exc:
+            # Retried only if something was taken on trust, and Dynamo does not ask for another trace.
+            if is_restart(exc) or not (on_cpu(inputs) and cpu_toolchain().distrust()):
+                raise
+        return self._compile(piece, inputs, patches)
+
+    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Any:
+        patches = {**self.options, **patches}
+        if on_cpu(inputs):
+            cpu_toolchain().wait()
+            patches = {**cpu_toolchain().options(), **patches}
         with _scalars_allowed(inputs):
-            artifact = standalone_compile(
-                piece, list(inputs), dynamic_shapes="from_tracing_context", options=dict(self.options)
+            return standalone_compile(
+                piece,
+                list(inputs),
+                dynamic_shapes="from_tracing_context",
+                options={"config_patches": patches},
             )
-        # The artifact's own __call__ adds a frame and nothing else.
-        return getattr(artifact, "_compiled_fn", artifact)
+
+
+def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
+    # The artifact's own __call__ adds a frame and nothing else.
+    run: Callable[..., Sequence[Any]] = getattr(artifact, "_compiled_fn", artifact)
+    return run
+
+
+def on_cpu(inputs: Sequence[Any]) -> bool:
+    """Whether a piece of these inputs runs on a CPU."""
+    return all(value.device.type == "cpu" for value in inputs if isinstance(value, FakeTensor))
 
 
 @contextmanager
@@ -69,29 +123,3 @@ def _scalars_allowed(inputs: Sequence[Any]) -> Iterator[None]:
     finally:
         for mode, allowed in zip(modes, before, strict=True):
             mode.allow_scalar_outputs = allowed
-
-
-@lru_cache(maxsize=1)
-def _probe() -> threading.Thread:
-    """Start the probe of the instruction set, once. Inductor keeps its result."""
-    thread = threading.Thread(target=_probe_instruction_set, name="glowplug-probe", daemon=True)
-    thread.start()
-    return thread
-
-
-def _probe_instruction_set() -> None:
-    """Ask Inductor which vector instruction sets work, several at a time; a failure is found again, and reported, when
-    a piece is compiled. Uses its list of them (private; checked on torch 2.11 and 2.13)."""
-    try:
-        from torch._inductor import cpu_vec_isa
-
-        if platform.machine() in ("x86_64", "AMD64"):
-            flags = cpu_vec_isa.x86_isa_checker()
-            candidates = [
-                isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())
-            ]
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(bool, candidates))
-        cpu_vec_isa.valid_vec_isa_list()
-    except Exception:
-        return

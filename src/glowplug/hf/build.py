@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError
 from glowplug.graph.capture import Captured, capture
@@ -57,6 +58,10 @@ class Builder:
             NotServableError: with `strict`, when the model can't be stamped.
         """
         warm_up(self.compiler, call.inputs.device.type)
+        with collector_paused():
+            return self._build(call)
+
+    def _build(self, call: Call) -> Served | str:
         plan = hf_experts.plan(self.model, self.options.experts)
         if self.registry is None:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)

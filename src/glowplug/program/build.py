@@ -9,6 +9,7 @@ from typing import Any
 
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
+from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
@@ -163,20 +164,24 @@ def _compile(
     local: list[Fingerprint] = []
     # Later duplicates overwrite earlier ones in `new`; any instance of a piece stands for all of them.
     new = {found: step for step, found in _pieces(steps, prints) if found not in cache.compiled}
+    jobs = [
+        Job(step.gm, [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"])
+        for step in new.values()
+    ]
     with piece_progress(len(new)) as advance:
-        for found, step in new.items():
-            inputs = [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"]
-            relations = len(guards)
-            try:
-                cache.compiled[found] = compiler.compile(step.gm, inputs)
-            except Exception as exc:
-                if is_restart(exc):
-                    raise
-                raise CompileError(f"{compiler.name} can't compile piece {found.digest[:12]}: {_brief(exc)}") from exc
-            cache.order.append(found)
-            if len(guards) > relations:
-                local.append(found)
-            advance()
+        results = compile_jobs(compiler, jobs, lambda: len(guards), advance)
+    for found, result in zip(new, results, strict=False):
+        if result.error is not None:
+            if is_restart(result.error):
+                raise result.error
+            what = f"{compiler.name} can't compile piece {found.digest[:12]}: {_brief(result.error)}"
+            raise CompileError(what) from result.error
+        if result.run is None:  # given up, as another piece failed
+            continue
+        cache.compiled[found] = result.run
+        cache.order.append(found)
+        if result.local:
+            local.append(found)
     runners = {found: cache.compiled[found] for found in prints if found is not None}
     for found in local:  # it relies on relations between sizes that only this capture has written down
         del cache.compiled[found]

@@ -1,0 +1,236 @@
+"""Compiles distinct pieces side by side, on Linux CPUs: the process forks once a core, each child takes pieces off a
+common list and leaves artifacts in files, and this process, which takes pieces too, loads them.
+
+A fork has the whole trace in memory at once; a new process would have to import torch and be sent graphs. It must not
+touch a GPU, so pieces for one are compiled here, one after the other (Triton compiles their kernels side by side).
+Whatever goes wrong in a child, its pieces are compiled here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from glowplug.compilers.base import PieceCompiler, StoringCompiler
+
+_PATIENCE_S = 60.0
+"""How much longer than this process a child may take, before its pieces are compiled here."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece to compile.
+
+    Attributes:
+        piece: its graph.
+        inputs: its inputs, as for `PieceCompiler.compile`.
+    """
+
+    piece: fx.GraphModule
+    inputs: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A compiled piece.
+
+    Attributes:
+        run: the callable; None when a child did not deliver.
+        local: whether compiling it wrote down further relations between sizes, which hold in this capture alone.
+        error: what the compiler raised.
+    """
+
+    run: Callable[..., Any] | None = None
+    local: bool = False
+    error: Exception | None = None
+
+
+def compile_jobs(
+    compiler: PieceCompiler, jobs: Sequence[Job], relations: Callable[[], int], advance: Callable[[], None]
+) -> list[Done]:
+    """Compile pieces, side by side where that is safe.
+
+    Args:
+        compiler: the compiler; one that can store what it compiles may be run in several processes.
+        jobs: the pieces.
+        relations: how many relations between sizes the capture has written down so far.
+        advance: called once a piece.
+
+    Returns:
+        One result a job, in order. After an error the rest may be missing.
+    """
+    workers = _workers(len(jobs), _cores())
+    if workers < 2 or not isinstance(compiler, StoringCompiler) or not compiler.forks([job.inputs for job in jobs]):
+        return _compile_here(compiler, jobs, relations, advance, {})
+    with tempfile.TemporaryDirectory(prefix="glowplug-pieces-", ignore_cleanup_errors=True) as folder:
+        shelf = _Shelf(Path(folder), jobs)
+        children = [_fork(lambda: _work(compiler, shelf, relations)) for _ in range(workers - 1)]
+        try:
+            done: dict[int, Done] = {}
+            start = time.monotonic()
+            for index in shelf.claims():
+                done[index] = _compile_one(compiler, jobs[index], relations)
+                advance()
+                if done[index].error is not None:
+                    return [done.get(number, Done()) for number in range(len(jobs))]
+            deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
+            for child in children:
+                child.wait(deadline)
+        finally:
+            for child in children:
+                child.stop()
+        for index in range(len(jobs)):
+            found = shelf.collect(index, compiler) if index not in done else None
+            if found is not None:
+                done[index] = found
+                advance()
+    return _compile_here(compiler, jobs, relations, advance, done)
+
+
+def _compile_here(
+    compiler: PieceCompiler,
+    jobs: Sequence[Job],
+    relations: Callable[[], int],
+    advance: Callable[[], None],
+    done: dict[int, Done],
+) -> list[Done]:
+    results = []
+    for index, job in enumerate(jobs):
+        result = done.get(index)
+        if result is None:
+            result = _compile_one(compiler, job, relations)
+            advance()
+        results.append(result)
+        if result.error is not None:
+            break
+    return results
+
+
+def _compile_one(compiler: PieceCompiler, job: Job, relations: Callable[[], int]) -> Done:
+    before = relations()
+    try:
+        run = compiler.compile(job.piece, job.inputs)
+    except Exception as exc:
+        return Done(error=exc)
+    return Done(run, local=relations() > before)
+
+
+class _Shelf:
+    """The folder where workers claim pieces and leave artifacts."""
+
+    def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
+        self.folder = folder
+        self.jobs = jobs
+        sizes = [len(job.piece.graph.nodes) for job in jobs]
+        self.order = sorted(range(len(jobs)), key=lambda index: -sizes[index])
+
+    def claims(self) -> Any:
+        """Indices of pieces that no other worker has taken, the largest first."""
+        for index in self.order:
+            try:
+                os.close(os.open(self.folder / f"{index}.claim", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            yield index
+
+    def leave(self, index: int, local: bool, artifact: bytes) -> None:
+        """Store an artifact, whole or not at all."""
+        part = self.folder / f"{index}.part"
+        part.write_bytes(pickle.dumps((local, artifact)))
+        part.rename(self.folder / f"{index}.artifact")
+
+    def collect(self, index: int, compiler: StoringCompiler) -> Done | None:
+        """What a child left for a piece; None if nothing that can be loaded."""
+        try:
+            local, artifact = pickle.loads((self.folder / f"{index}.artifact").read_bytes())
+            return Done(compiler.load(artifact), local=local)
+        except Exception:
+            return None
+
+
+def _work(compiler: StoringCompiler, shelf: _Shelf, relations: Callable[[], int]) -> None:
+    """What a child does."""
+    torch.set_num_threads(1)  # the parent's threads do not exist here
+    for index in shelf.claims():
+        before = relations()
+        artifact = compiler.compile_to_bytes(shelf.jobs[index].piece, shelf.jobs[index].inputs)
+        shelf.leave(index, relations() > before, artifact)
+
+
+@dataclass
+class _Child:
+    """A forked process."""
+
+    pid: int
+    ended: bool = False
+
+    def wait(self, deadline: float) -> None:
+        """Until it has ended, or the deadline is over."""
+        pause = 0.001
+        while not self._poll() and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def stop(self) -> None:
+        """End it if it has not."""
+        if not self._poll():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self.ended = True
+
+    def _poll(self) -> bool:
+        if not self.ended:
+            try:
+                self.ended = os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
+            except ChildProcessError:  # somebody else has waited for it
+                self.ended = True
+        return self.ended
+
+
+def _fork(work: Callable[[], None]) -> _Child:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads. The child touches none of their locks, and is waited for in time.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:  # the child; never returns
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with open(os.devnull, "w") as quiet:
+                os.dup2(quiet.fileno(), 1)
+                os.dup2(quiet.fileno(), 2)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return _Child(pid)
+
+
+def _workers(jobs: int, cores: int) -> int:
+    """How many processes to compile in.
+
+    A piece alone already keeps two cores busy at times, as Inductor compiles its kernels side by side, and every
+    process has its own first piece to get over. On 2 cores, 3 pieces took 4.8 s in one process and 5.1 s in two, 4
+    pieces the same in both, 11 pieces 13 % less in two.
+    """
+    return 1 if cores <= 2 and jobs <= 4 else min(jobs, cores)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1

@@ -1,0 +1,88 @@
+"""What Inductor does once a process, and once a machine, before its first CPU kernel: find the vector instruction set,
+precompile its header. Begun in a thread beside the trace, as most of it happens in processes of its own.
+
+Uses Inductor's list of instruction sets, its code cache and `cpp.vec_isa_ok` (private; checked on torch 2.11 and 2.13).
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* out) {
+    at::vec::Vectorized<float>(1).exp().store(out);
+}
+"""
+"""A kernel as Inductor writes them: whoever compiles and loads it has shown that the instruction set works."""
+
+
+class CpuToolchain:
+    """The C++ side of Inductor in this process.
+
+    Inductor finds out which instruction sets work by compiling a test program for each, for seconds. The processor
+    says by itself which it has, so only the compiler is in doubt: `trusted` takes its word and skips the tests, and one
+    kernel is compiled and loaded to see. Should that fail, the tests are made after all.
+    """
+
+    def __init__(self) -> None:
+        self.trusted = _is_x86()
+        self._known = threading.Event()
+        self._thread = threading.Thread(target=self._prepare, name="glowplug-toolchain", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the instruction set is known. The header may still be on its way."""
+        self._known.wait()
+
+    def join(self) -> None:
+        """Until everything is prepared."""
+        self._thread.join()
+
+    def options(self) -> dict[str, Any]:
+        """Inductor options to compile with."""
+        return {"cpp.vec_isa_ok": True} if self.trusted else {}
+
+    def distrust(self) -> bool:
+        """Forget what was taken on trust; returns whether anything was, so that trying again can help."""
+        if not self.trusted:
+            return False
+        self.trusted = False
+        from torch._inductor import cpu_vec_isa
+
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            clear = getattr(type(isa).__bool__, "cache_clear", None)
+            if clear is not None:
+                clear()
+        return True
+
+    def _prepare(self) -> None:
+        try:
+            from torch._inductor import config, cpu_vec_isa
+            from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+            trusting: Any = config.patch(self.options())
+            with trusting:
+                cpu_vec_isa.valid_vec_isa_list()
+                self._known.set()
+                CppPythonBindingsCodeCache.load_pybinding(["float*"], _KERNEL)
+        except Exception:
+            self.distrust()  # a real fault is found again, and reported, when a piece is compiled
+        finally:
+            self._known.set()
+
+
+@lru_cache(maxsize=1)
+def cpu_toolchain() -> CpuToolchain:
+    """The toolchain of this process; the first call begins its preparation and returns at once."""
+    return CpuToolchain()
+
+
+def _is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(torch._inductor.config.cpp, "vec_isa_ok")
