@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import families
 from glowplug.ops import moe
+from glowplug.ops.inside import INSIDE_ATTR, Inside
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,11 +60,11 @@ def test_a_compiled_inside_is_used(block: nn.Module) -> None:
     x, index, weights = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
     seen: list[Tensor] = []
 
-    def inside(*arguments: Tensor) -> Tensor:
+    def piece(*arguments: Tensor) -> tuple[Tensor]:
         seen.extend(arguments)
-        return torch.zeros(3, 64)
+        return (torch.zeros(3, 64),)
 
-    block.experts.__dict__[moe.EXPERTS_FN_ATTR] = inside
+    block.experts.__dict__[INSIDE_ATTR] = Inside(block.experts, piece, ("a0", "a1", "a2"), tokens=3)
     assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
     assert [a is b for a, b in zip(seen, (x, index, weights), strict=True)] == [True] * 3
 

@@ -4,7 +4,7 @@ from glowplug.errors import UnsupportedTorchError, check_torch, exit_if_command_
 
 try:
     check_torch()
-    from glowplug.api import compile, report
+    from glowplug.api import compile, report, settle
     from glowplug.errors import (
         CaptureError,
         CompileError,
@@ -25,7 +25,7 @@ try:
     )
     from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
     from glowplug.options import Options
-    from glowplug.report import Fallback, Report
+    from glowplug.report import Fallback, InsideReport, Report
 except UnsupportedTorchError as exc:
     exit_if_command_line(exc)
     raise
@@ -39,6 +39,7 @@ __all__ = [
     "Fallback",
     "ForwardContext",
     "GlowplugError",
+    "InsideReport",
     "LayerHandle",
     "LayerLookupError",
     "LayerOrderError",
@@ -60,4 +61,5 @@ __all__ = [
     "moe_forward_shared",
     "register_layers",
     "report",
+    "settle",
 ]

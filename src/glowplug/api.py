@@ -24,6 +24,7 @@ def compile(
     strict: bool = False,
     verify: str = "once",
     stamp: str = "auto",
+    inside: str = "auto",
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -40,6 +41,7 @@ def compile(
         strict: raise instead of running eager.
         verify: `"once"` or `"off"`; see `Options`.
         stamp: `"auto"` or `"off"`; see `Options`.
+        inside: `"auto"`, `"compiled"` or `"eager"`; see `Options`.
 
     Returns:
         `model` itself.
@@ -61,6 +63,7 @@ def compile(
         strict=strict,
         verify=verify,  # type: ignore[arg-type]
         stamp=stamp,  # type: ignore[arg-type]
+        inside=inside,  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
@@ -85,6 +88,18 @@ def report(model: nn.Module) -> Report:
     if not isinstance(found, Report):
         raise UsageError("this model was not compiled by glowplug; call glowplug.compile(model) first")
     return found
+
+
+def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
+    """Wait for what is compiled beside serving (see `Options.inside`), and put it to use. For measurements.
+
+    Args:
+        model: a compiled model; where nothing is under way, returns at once.
+        timeout_s: seconds to wait at most.
+    """
+    wait: Any = getattr(model.__dict__.get("forward"), "settle", None)
+    if wait is not None:
+        wait(timeout_s)
 
 
 def is_causal_lm(model: nn.Module) -> bool:

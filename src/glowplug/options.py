@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "strict": (True, False),
     "verify": ("once", "off"),
     "stamp": ("auto", "off"),
+    "inside": ("auto", "compiled", "eager"),
 }
 
 
@@ -36,6 +37,9 @@ class Options:
             a layer that behaves like no other of its kind, without it showing in the layer, then goes unnoticed.
         stamp: `"auto"`: trace a short template and stamp it over the full depth, where identity is hoisted and the
             model allows it. `"off"`: trace every layer.
+        inside: of opaque experts. `"auto"`: their inside is compiled once a kind beside serving, where that costs the
+            start nothing (on Linux CPUs), and used from the next sequence on where a trial finds it faster.
+            `"compiled"`: before the first answer, on any device. `"eager"`: never.
 
     Raises:
         UsageError: a value is not allowed, or `identity` contradicts `fast_moe_cold_start`.
@@ -48,6 +52,7 @@ class Options:
     strict: bool = False
     verify: Literal["once", "off"] = "once"
     stamp: Literal["auto", "off"] = "auto"
+    inside: Literal["auto", "compiled", "eager"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 logger = logging.getLogger("glowplug")
@@ -30,6 +30,27 @@ class Fallback:
     to: str = "eager"
 
 
+@dataclass(frozen=True)
+class InsideReport:
+    """The compiled inside of opaque experts of one kind.
+
+    Attributes:
+        op: the op that the layers are called by.
+        layers: their qualified names.
+        seconds: what it took to capture and compile.
+        tokens: it serves steps of up to so many tokens; 0: none, as the layers' own forward is faster; None: any.
+        eager_us: microseconds of a layer's own forward for one token, as measured here.
+        compiled_us: the same compiled.
+    """
+
+    op: str
+    layers: tuple[str, ...]
+    seconds: float
+    tokens: int | None
+    eager_us: float
+    compiled_us: float
+
+
 @dataclass
 class Report:
     """What happened to one model. `glowplug.report(model)` returns it; it grows as the model is used.
@@ -44,6 +65,7 @@ class Report:
         fallbacks: each step down the ladder, once, with its reason.
         template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
         programs: how many programs were built (one for each signature of inputs, normally one).
+        insides: the compiled insides of opaque experts.
         outlines: the steps of each program, for `glowplug.explain`.
         sources: the Python text of each program.
     """
@@ -57,6 +79,7 @@ class Report:
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
     template_layers: int = 0
+    insides: list[InsideReport] = field(default_factory=list)
     outlines: list[Any] = field(default_factory=list, repr=False, compare=False)
     sources: list[str] = field(default_factory=list, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -92,6 +115,7 @@ class Report:
             "programs": self.programs,
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
+            "insides": [{**asdict(inside), "layers": len(inside.layers)} for inside in self.insides],
             "fallbacks": [
                 {"reason": fallback.reason, "layers": list(fallback.layers), "to": fallback.to}
                 for fallback in self.fallbacks
@@ -105,5 +129,9 @@ class Report:
             f"{self.pieces} pieces, {self.distinct_pieces} distinct",
             phases,
         ]
+        for inside in self.insides:
+            used = {0: "not used", None: "used"}.get(inside.tokens, f"used up to {inside.tokens} tokens")
+            times = f"{inside.compiled_us:.0f} us, eager {inside.eager_us:.0f} us"
+            lines.append(f"inside of {inside.op} ({len(inside.layers)} layers): {times}; {used}")
         lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)

@@ -94,6 +94,7 @@ def measure(spec: Spec) -> Record:
         record["max_rel_err"] = max(_relative_error(a, e) for a, e in zip(actual, expected, strict=True))
         if strategy.compiles_by == "glowplug":
             _add_report(record, model)
+        glowplug.settle(model)
         record["steady_ms"] = {
             "decode": _decode_ms(model, text, spec),
             "prefill128": _prefill_ms(model, text, spec),

@@ -8,23 +8,20 @@ Whatever goes wrong in a child, its pieces are compiled here.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
+from glowplug.compilers.fork import fork
 
 _PATIENCE_S = 60.0
 """How much longer than this process a child may take, before its pieces are compiled here."""
@@ -77,7 +74,8 @@ def compile_jobs(
         return _compile_here(compiler, jobs, relations, advance, {})
     with tempfile.TemporaryDirectory(prefix="glowplug-pieces-", ignore_cleanup_errors=True) as folder:
         shelf = _Shelf(Path(folder), jobs)
-        children = [_fork(lambda: _work(compiler, shelf, relations)) for _ in range(workers - 1)]
+        forked = [fork(lambda: _work(compiler, shelf, relations)) for _ in range(workers - 1)]
+        children = [child for child in forked if child is not None]
         try:
             done: dict[int, Done] = {}
             start = time.monotonic()
@@ -163,63 +161,10 @@ class _Shelf:
 
 def _work(compiler: StoringCompiler, shelf: _Shelf, relations: Callable[[], int]) -> None:
     """What a child does."""
-    torch.set_num_threads(1)  # the parent's threads do not exist here
     for index in shelf.claims():
         before = relations()
         artifact = compiler.compile_to_bytes(shelf.jobs[index].piece, shelf.jobs[index].inputs)
         shelf.leave(index, relations() > before, artifact)
-
-
-@dataclass
-class _Child:
-    """A forked process."""
-
-    pid: int
-    ended: bool = False
-
-    def wait(self, deadline: float) -> None:
-        """Until it has ended, or the deadline is over."""
-        pause = 0.001
-        while not self._poll() and time.monotonic() < deadline:
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.02)
-
-    def stop(self) -> None:
-        """End it if it has not."""
-        if not self._poll():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
-            self.ended = True
-
-    def _poll(self) -> bool:
-        if not self.ended:
-            try:
-                self.ended = os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
-            except ChildProcessError:  # somebody else has waited for it
-                self.ended = True
-        return self.ended
-
-
-def _fork(work: Callable[[], None]) -> _Child:
-    with warnings.catch_warnings():
-        # Python 3.12 warns of forks beside threads. The child touches none of their locks, and is waited for in time.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:  # the child; never returns
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            with open(os.devnull, "w") as quiet:
-                os.dup2(quiet.fileno(), 1)
-                os.dup2(quiet.fileno(), 2)
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return _Child(pid)
 
 
 def _workers(jobs: int, cores: int) -> int:

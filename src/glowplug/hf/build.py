@@ -15,9 +15,10 @@ from glowplug.errors import CaptureError, LayerLookupError, NotServableError, No
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import interfaces, trace, verify
+from glowplug.hf import insides, interfaces, trace, verify
 from glowplug.hf import template as templates
 from glowplug.hf.call import Call
+from glowplug.hf.insides import Insides
 from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.served import Served
@@ -47,6 +48,8 @@ class Builder:
         self.registry: LayerRegistry | None = None
         self.watch: Watch | None = None
         self.check_order = True
+        self.insides: Insides | None = None
+        self._slots: dict[str, insides.Slots] = {}
         self._pieces = PieceCache()
         self._reads: set[str] = set()
 
@@ -59,7 +62,10 @@ class Builder:
         """
         warm_up(self.compiler, call.inputs.device.type)
         with collector_paused():
-            return self._build(call)
+            served = self._build(call)
+            if isinstance(served, Served) and self.insides is None:
+                self._compile_insides()
+        return served
 
     def _build(self, call: Call) -> Served | str:
         plan = hf_experts.plan(self.model, self.options.experts)
@@ -67,6 +73,7 @@ class Builder:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
             for op, names in plan.orders.items():
                 self.registry.set_order(op, names)
+            insides.forget(list(plan.layers.values()))
         self.report.experts = plan.kind
         served = self._stamped(call, plan)
         if served is None:
@@ -76,6 +83,19 @@ class Builder:
             if problem is not None:
                 return problem.reason
         return served
+
+    def _compile_insides(self) -> None:
+        """Compile the inside of opaque experts, now or beside."""
+        registry, choice = self.registry, self.options.inside
+        if not self._slots or choice == "eager" or self.compiler.name == "eager" or registry is None:
+            return
+        layers = {op: {name: registry[name] for name in registry.order(op)} for op in self._slots}
+        self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report)
+        if choice == "auto":
+            self.insides.compile_beside()
+            return
+        with self.report.phase("inside"):
+            self.insides.compile_here()
 
     def _stamped(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | None:
         """A program stamped from a template; None when the model must be traced in full."""
@@ -135,6 +155,7 @@ class Builder:
         def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
             report.phases["trace"] += time.perf_counter() - start
             trace.check_outputs(captured)
+            self._slots |= insides.read_slots(captured)
             arguments, bound = trace.sort_inputs(captured, mask_names)
             how = None
             if template is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import time
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class Engine:
         if broken is not None:
             return self._eager(broken, args, kwargs)
         assert self.registry is not None
+        if self.builder.insides is not None and self.builder.insides.pending and not _begun(call):
+            self.builder.insides.poll()
         return served.run(call, self.registry, check_order=self.check_order)
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,6 +97,11 @@ class Engine:
             raise NotServableError(f"{reason} (strict=True: nothing runs eager)")
         self.report.fall_back(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for what is compiled beside serving, and put it to use."""
+        if self.builder.insides is not None:
+            self.builder.insides.poll(time.monotonic() + timeout_s)
 
     def outline_only(self) -> Report:
         """Capture and cut the model for token ids, without running it."""
@@ -163,6 +171,11 @@ class Engine:
                 self._watch = self.builder.watch
                 self._implementations = self._read_implementations()
             return found
+
+
+def _begun(call: Call) -> bool:
+    """Whether the call goes on with a sequence."""
+    return call.cache is not None and int(call.cache.get_seq_length()) > 0
 
 
 def attach(model: PreTrainedModel, options: Options) -> None:

@@ -68,6 +68,11 @@ def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None
     return LayerStack(path, model.get_submodule(owner_path), attribute, layers, _kinds(layers, config))
 
 
+def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
+    """The kind of each module, as a number: equal numbers mean the same function of (inputs, own weights)."""
+    return _kinds(layers, None)
+
+
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
     table: list[list[Any]] = []
     for value in vars(config).values() if config is not None else ():

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glowplug.ops.inside import INSIDE_ATTR, Inside
 from glowplug.ops.layer_op import layer_op
-
-EXPERTS_FN_ATTR = "_glowplug_experts_fn"
-"""Where a layer keeps a compiled inside, `fn(hidden_states, top_k_index, top_k_weights)`; absent: its own forward."""
 
 SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 """What the shared experts of a mixture-of-experts block are called in public models."""
@@ -33,11 +31,13 @@ def moe_forward(
     Returns:
         `[tokens, hidden]`, of the dtype of `hidden_states`.
     """
-    compiled = layer.__dict__.get(EXPERTS_FN_ATTR)
-    if top_k_index is None:
+    inside: Inside | None = layer.__dict__.get(INSIDE_ATTR)
+    if inside is not None and inside.serves(layer, hidden_states):
+        output = inside.run(hidden_states, *(() if top_k_index is None else (top_k_index, top_k_weights)))
+    elif top_k_index is None:
         output = type(layer).forward(layer, hidden_states)
     else:
-        output = (compiled or layer)(hidden_states, top_k_index, top_k_weights)
+        output = layer(hidden_states, top_k_index, top_k_weights)
     return output if output.is_contiguous() else output.contiguous()
 
 
@@ -55,7 +55,10 @@ def moe_forward_shared(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     Returns:
         The block's output, of the shape and dtype of `hidden_states`.
     """
-    if hidden_states.device.type != "cuda":
+    inside: Inside | None = layer.__dict__.get(INSIDE_ATTR)
+    if inside is not None and inside.serves(layer, hidden_states):
+        output = inside.run(hidden_states)
+    elif hidden_states.device.type != "cuda":
         output = type(layer).forward(layer, hidden_states)
     else:
         output = _with_shared_on_side_stream(layer, hidden_states)

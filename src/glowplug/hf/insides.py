@@ -1,0 +1,295 @@
+"""Compiles the inside of opaque experts, once for all layers of a kind, and uses it where it is faster.
+
+An opaque op keeps the experts out of the graph, and so uncompiled. Their inside is captured from one layer of each
+kind, with the experts implementation that compiles best on the device, and bound to the weights of the others. On a
+CPU it is compiled in a fork, while the model serves already; it takes over when a sequence begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.compilers import PieceCompiler
+from glowplug.compilers.base import StoringCompiler
+from glowplug.compilers.fork import Child, fork
+from glowplug.errors import CaptureError
+from glowplug.graph.capture import Captured, capture, tracing_lock
+from glowplug.graph.split import Piece, split
+from glowplug.hf.interfaces import configs
+from glowplug.hf.trials import Verdict, judge
+from glowplug.layers.stack import kinds_of
+from glowplug.ops.inside import INSIDE_ATTR, Inside
+from glowplug.ops.layer_op import find_layer_op
+from glowplug.report import InsideReport, Report
+
+OPS = ("glowplug::moe_forward", "glowplug::moe_forward_shared")
+IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
+"""The experts implementation whose inside is worth compiling. On a CPU a compiled `batched_mm` took half the time of
+`grouped_mm`, at one token; on an H200 a compiled `grouped_mm` three fifths, for gpt-oss-120b."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor that an op is called with: its sizes (None for one that varies), and its dtype."""
+
+    sizes: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def example(self, tokens: int, device: torch.device) -> Tensor:
+        """A tensor of zeros of that form; the last of the sizes that vary is the number of tokens, others are 2."""
+        varying = [dim for dim, size in enumerate(self.sizes) if size is None]
+        sizes = [2 if size is None else size for size in self.sizes]
+        if varying:
+            sizes[varying[-1]] = tokens
+        tensor = torch.zeros(sizes, dtype=self.dtype, device=device)
+        for dim in varying:
+            torch._dynamo.mark_dynamic(tensor, dim)
+        return tensor
+
+
+Slots = tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers that one compiled inside serves.
+
+    Attributes:
+        op: the op that they are called by.
+        names: their qualified names.
+        layers: themselves.
+        slots: what the op is called with.
+    """
+
+    op: str
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+    slots: Slots
+
+
+@dataclass(frozen=True)
+class Made:
+    """A compiled inside, unbound.
+
+    Attributes:
+        run: the callable, or an artifact of it.
+        order: see `Inside`.
+        seconds: what it took.
+    """
+
+    run: Any
+    order: tuple[str, ...]
+    seconds: float
+
+
+def read_slots(captured: Captured) -> dict[str, Slots]:
+    """What each op of experts is called with, by name of the op."""
+    found: dict[str, Slots] = {}
+    for node in captured.gm.graph.nodes:
+        op = find_layer_op(node.target) if node.op == "call_function" else None
+        if op is not None and op.name in OPS:
+            found.setdefault(op.name, tuple(_slot(arg) for arg in node.args[1:] if arg is not None))
+    return found
+
+
+def _slot(arg: Any) -> Slot:
+    fake = arg.meta["example_value"]
+    return Slot(tuple(size if isinstance(size, int) else None for size in fake.shape), fake.dtype)
+
+
+class Insides:
+    """The insides of one model.
+
+    Args:
+        model: the model.
+        layers: qualified name -> layer, of each op.
+        slots: what each op is called with.
+        compiler: compiles them.
+        report: receives what was found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, dict[str, nn.Module]],
+        slots: dict[str, Slots],
+        compiler: PieceCompiler,
+        report: Report,
+    ) -> None:
+        self.model = model
+        self.compiler = compiler
+        self.report = report
+        self.kinds: list[Kind] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._child: Child | None = None
+        self._lock = threading.Lock()
+        for op, named in layers.items():
+            groups: dict[int, list[str]] = {}
+            for name, kind in zip(named, kinds_of(list(named.values())), strict=True):
+                groups.setdefault(kind, []).append(name)
+            for names in groups.values():
+                members = tuple(named[name] for name in names)
+                if len(slots[op]) in _BY_COUNT:
+                    self.kinds.append(Kind(op, tuple(names), members, slots[op]))
+
+    @property
+    def pending(self) -> bool:
+        """Whether insides are being compiled elsewhere."""
+        return self._child is not None
+
+    def compile_here(self) -> None:
+        """Compile and judge them all, now."""
+        for kind in self.kinds:
+            with contextlib.suppress(CaptureError):
+                self._install(kind, self._make(kind, self.compiler.compile))
+
+    def compile_beside(self) -> None:
+        """Begin to compile them in a fork, if the compiler's pieces can be made in one."""
+        compiler = self.compiler
+        device = next(self.model.parameters()).device
+        if not self.kinds or device.type != "cpu" or not isinstance(compiler, StoringCompiler):
+            return
+        if not compiler.forks([]):
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="glowplug-insides-", ignore_cleanup_errors=True)
+        folder = Path(self._folder.name)
+
+        def work() -> None:
+            os.nice(10)
+            for number, kind in enumerate(self.kinds):
+                with contextlib.suppress(CaptureError):
+                    made = self._make(kind, compiler.compile_to_bytes)
+                    part = folder / f"{number}.part"
+                    part.write_bytes(pickle.dumps(made))
+                    part.rename(folder / f"{number}.inside")
+
+        self._child = fork(work)
+        if self._child is not None:
+            weakref.finalize(self, self._child.stop)
+
+    def poll(self, deadline: float | None = None) -> None:
+        """Put compiled insides to use once the fork has ended.
+
+        Args:
+            deadline: wait for it until then (`time.monotonic()`); None: don't wait.
+        """
+        with self._lock:
+            child, folder, compiler = self._child, self._folder, self.compiler
+            if child is None or folder is None or not isinstance(compiler, StoringCompiler):
+                return
+            if deadline is not None:
+                child.wait(deadline)
+            if not child.poll():
+                return
+            self._child = None
+            for number, kind in enumerate(self.kinds):
+                try:
+                    made: Made = pickle.loads((Path(folder.name) / f"{number}.inside").read_bytes())
+                    run = compiler.load(made.run)
+                except Exception:
+                    continue  # its layers go on as they are
+                self._install(kind, Made(run, made.order, made.seconds))
+            folder.cleanup()
+
+    def _make(self, kind: Kind, compile: Callable[..., Any]) -> Made:
+        """Capture and compile the inside of a kind's first layer."""
+        start = time.perf_counter()
+        layer = kind.layers[0]
+        device = next(layer.parameters()).device
+        examples = [slot.example(8, device) for slot in kind.slots]
+
+        def consume(captured: Captured) -> tuple[Any, tuple[str, ...]]:
+            piece, order = _only_piece(captured, layer)
+            inputs = [node.meta["example_value"] for node in piece.gm.graph.nodes if node.op == "placeholder"]
+            return compile(piece.gm, inputs), order
+
+        with tracing_lock, _implementation(self.model, IMPLEMENTATION.get(device.type)):
+            run, order = capture(_BY_COUNT[len(examples)], (layer, *examples), consume)
+        return Made(run, order, time.perf_counter() - start)
+
+    def _install(self, kind: Kind, made: Made) -> None:
+        """Give a kind's layers their inside, for as many tokens as it is faster for."""
+
+        def bind(layer: nn.Module, tokens: int | None) -> Inside:
+            return Inside(layer, made.run, made.order, tokens)
+
+        device = next(kind.layers[0].parameters()).device
+        verdict: Verdict = judge(kind.op, kind.layers[0], kind.slots, bind, limited=device.type == "cpu")
+        if verdict.tokens != 0:
+            for layer in kind.layers:
+                object.__setattr__(layer, INSIDE_ATTR, bind(layer, verdict.tokens))
+        self.report.insides.append(
+            InsideReport(kind.op, kind.names, made.seconds, verdict.tokens, verdict.eager_us, verdict.compiled_us)
+        )
+
+
+def forget(layers: Sequence[nn.Module]) -> None:
+    """Let layers run their own forward again."""
+    for layer in layers:
+        layer.__dict__.pop(INSIDE_ATTR, None)
+
+
+def _inside_1(layer: Any, a0: Tensor) -> Tensor:
+    return type(layer).forward(layer, a0)
+
+
+def _inside_3(layer: Any, a0: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
+    return type(layer).forward(layer, a0, a1, a2)
+
+
+_BY_COUNT: dict[int, Callable[..., Tensor]] = {1: _inside_1, 3: _inside_3}
+
+
+def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str, ...]]:
+    """The one piece that an inside consists of, and where its inputs come from, as `Inside` wants it.
+
+    Raises:
+        CaptureError: it is more than one piece, or reads something that is not a weight of the layer.
+    """
+    changing = {entry.node for entry in captured.inputs if entry.source.startswith("L['a")}
+    fixed = {entry.node for entry in captured.inputs} - changing
+    steps, outputs = split(captured, fixed)
+    if len(steps) != 1 or not isinstance(steps[0], Piece) or steps[0].outputs != outputs or len(outputs) != 1:
+        raise CaptureError("the inside is not one piece with one output")
+    paths = {id(tensor): name for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+    sources = {entry.node: entry for entry in captured.inputs}
+    order = []
+    for name in steps[0].inputs:
+        entry = sources.get(name)
+        if entry is None:
+            raise CaptureError(f"the inside reads {name}, which is no input")
+        if name in changing:
+            order.append(entry.source.replace("L['", "").replace("']", "", 1).replace(".size()", ".shape"))
+        elif id(entry.value) in paths:
+            order.append(f"@{paths[id(entry.value)]}")
+        else:
+            raise CaptureError(f"the inside reads {entry.source}, which is no weight of the layer")
+    return steps[0], tuple(order)
+
+
+@contextmanager
+def _implementation(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Put an experts implementation in force."""
+    saved = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs(model)]
+    try:
+        for config, _ in saved:
+            if name is not None:
+                config._experts_implementation_internal = name
+        yield
+    finally:
+        for config, before in saved:
+            config._experts_implementation_internal = before

@@ -1,0 +1,198 @@
+"""The compiled inside of opaque experts: right, used where it is faster, never inherited, never stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import families
+import glowplug
+from glowplug.compilers.eager import EagerCompiler
+from glowplug.hf import trials
+from glowplug.hf.insides import Slot
+from glowplug.ops.inside import INSIDE_ATTR, Inside
+
+OPAQUE = ["gpt_oss", "glm4_moe", "qwen3_moe", "mixtral", "deepseek_v3", "llama4"]
+
+
+class Uncompiled(EagerCompiler):
+    """Runs pieces uncompiled, without saying so: insides are made and judged as with a real compiler."""
+
+    name = "uncompiled"
+
+
+@pytest.fixture
+def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_FASTER", 1e9)
+
+
+def compiled(family: str, **options: Any) -> Any:
+    model = families.build(family)
+    glowplug.compile(model, experts="opaque", compiler=Uncompiled(), **options)
+    return model
+
+
+def with_insides(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module.__dict__.get(INSIDE_ATTR) is not None]
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("family", OPAQUE)
+def test_equal_to_eager(family: str) -> None:
+    eager, model = families.build(family), compiled(family, inside="compiled")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+        assert with_insides(model)
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+    expected, output = (m.generate(ids, max_new_tokens=16, do_sample=False) for m in (eager, model))
+    assert torch.equal(output, expected)
+    report = glowplug.report(model)
+    assert report.fallbacks == []
+    assert sum(len(inside.layers) for inside in report.insides) == len(with_insides(model))
+    assert "inside of glowplug::moe_forward" in str(report)
+
+
+@pytest.mark.usefixtures("always_faster")
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe"])
+def test_every_layer_is_bound_to_its_own_weights(family: str) -> None:
+    model, eager = compiled(family, inside="compiled"), families.build(family)
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        inside = with_insides(model)
+        names = [name for name, module in model.named_modules() if module in inside]
+        assert len(names) > 1
+        for number, name in enumerate(names):
+            for one in (model, eager):
+                for parameter in one.get_submodule(name).parameters():
+                    parameter.mul_(1 + 0.1 * (number + 1))
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_copy_and_a_pickle_have_none() -> None:
+    model = compiled("gpt_oss", inside="compiled")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        layer = with_insides(model)[0]
+        assert with_insides(copy.deepcopy(layer)) == []
+        assert with_insides(pickle.loads(pickle.dumps(layer))) == []
+        shallow = copy.copy(layer)
+        assert not shallow.__dict__[INSIDE_ATTR].serves(shallow, torch.zeros(1, 64))
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_compiling_again_forgets_them() -> None:
+    model = compiled("gpt_oss", inside="compiled")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        assert with_insides(model)
+        glowplug.compile(model, experts="opaque", compiler="eager")
+        model(ids)
+        assert with_insides(model) == []
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_a_replaced_weight_is_not_missed() -> None:
+    model, eager = compiled("gpt_oss", inside="compiled"), families.build("gpt_oss")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        name = next(name for name, module in model.named_modules() if module in with_insides(model))
+        for one in (model, eager):
+            experts = one.get_submodule(name)
+            experts.down_proj = nn.Parameter(experts.down_proj * 2, requires_grad=False)
+        inside = model.get_submodule(name)
+        arguments = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+        expected = eager.get_submodule(name)(*arguments)
+        torch.testing.assert_close(inside.__dict__[INSIDE_ATTR].run(*arguments), expected)
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_eager_and_inline_have_none() -> None:
+    ids = families.prompt(2, 5)
+    for options in ({"inside": "eager", "experts": "opaque"}, {"inside": "compiled", "experts": "inline"}):
+        model = families.build("gpt_oss")
+        glowplug.compile(model, compiler=Uncompiled(), **options)
+        with torch.no_grad():
+            model(ids)
+        assert with_insides(model) == []
+
+
+def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses a GPU does not fork")
+    eager, model = families.build("glm4_moe"), families.build("glm4_moe")
+    glowplug.compile(model, experts="opaque")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        insides = model.forward.builder.insides
+        assert insides.pending
+        assert insides._child is not None
+        insides._child.wait(time.monotonic() + 120)
+        model(ids[:, :1], past_key_values=cache)  # goes on with a sequence: nothing changes under it
+        assert insides.pending
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+        assert not insides.pending
+        assert glowplug.report(model).insides
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+    glowplug.settle(model)
+
+
+class Doubling(nn.Module):
+    """Stands for experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2, 4, 4), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return x * self.weight[0, 0, 0]
+
+
+def judged(piece: Callable[..., Sequence[Tensor]]) -> trials.Verdict:
+    layer = Doubling()
+    slots = (Slot((1, None, 4), torch.float32),)
+
+    def bind(layer: nn.Module, tokens: int | None) -> Inside:
+        return Inside(layer, piece, ("a0", "@weight"), tokens)
+
+    return trials.judge("op", layer, slots, bind, limited=True)
+
+
+def test_a_faster_inside_is_used() -> None:
+    assert judged(lambda x, weight: (x * weight[0, 0, 0],)).tokens == 512
+
+
+def test_a_wrong_inside_is_not_used() -> None:
+    assert judged(lambda x, weight: (x * 2.01,)).tokens == 0
+    assert judged(lambda x, weight: (x[:, :, :2],)).tokens == 0
+
+
+def test_a_slower_inside_is_not_used() -> None:
+    def slow(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        time.sleep(0.004)
+        return (x * weight[0, 0, 0],)
+
+    assert judged(slow).tokens == 0
+
+
+def test_an_inside_that_is_faster_for_few_tokens_only() -> None:
+    def sometimes(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        if x.shape[1] > 8:
+            time.sleep(0.004)
+        return (x * weight[0, 0, 0],)
+
+    assert judged(sometimes).tokens == 8
