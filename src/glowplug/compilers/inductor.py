@@ -43,6 +43,8 @@ class InductorCompiler:
         """Begin what Inductor does once a process, beside the trace."""
         if device_type == "cpu":
             cpu_toolchain()
+        else:  # as torch.compile does: the processes that compile Triton kernels start beside the trace
+            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
