@@ -145,10 +145,10 @@ def _kinds(model: nn.Module) -> tuple[int, ...]:
 
     if not is_causal_lm(model):
         return ()
-    from glowplug.hf.interfaces import attention_layers
+    from glowplug.hf.interfaces import token_mixers
 
     config: Any = model.config
-    stack = find_stack(model, list(attention_layers(model).values()), config.get_text_config())
+    stack = find_stack(model, list(token_mixers(model).values()), config.get_text_config())
     return stack.kinds if stack is not None else ()
 
 

@@ -13,6 +13,7 @@ from glowplug.cli.bench import bench
 from glowplug.cli.demo import demo
 from glowplug.cli.explain import explain
 from glowplug.cli.generate import generate
+from glowplug.cli.sweep import sweep_command
 from glowplug.errors import GlowplugError
 
 # typer bundles click from some version on, so click's own class may be another one.
@@ -61,6 +62,7 @@ app.command()(bench)
 app.command()(generate)
 app.command()(explain)
 app.command()(demo)
+app.command("sweep")(sweep_command)
 
 
 def main() -> None:

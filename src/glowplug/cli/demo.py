@@ -33,7 +33,7 @@ def demo(
     started = _run(console, start(folder, compiler))
     console.print()
     console.print(_start_table(started))
-    console.print(f"{START} has too few layers to stamp: here `stamped` traces them all, as `hoisted` does.", markup=False)
+    console.print(f"{START} is too short to stamp: here `stamped` traces every layer, as `hoisted` does.", markup=False)
     _print_texts(console, started)
     console.print(
         f"\n{ORDER} creates text and vision experts, and text runs only half of them, "

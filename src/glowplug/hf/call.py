@@ -131,7 +131,7 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _masks_usable(masks: Any) -> bool:
     values = masks.values() if isinstance(masks, dict) else [masks]
-    return all(mask is None or (isinstance(mask, Tensor) and mask.dim() == 4) for mask in values)
+    return all(mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)) for mask in values)
 
 
 def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:

@@ -35,21 +35,22 @@ class ExpertsPlan:
 
 def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
     """Decide, from the option and from what the model is."""
-    attention = interfaces.attention_layers(model)
+    attention, mixers = interfaces.attention_layers(model), interfaces.token_mixers(model)
     experts = interfaces.experts_layers(model)
     routed_only = interfaces.routed_experts_layers(model)
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
+    orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
     if not experts and not routed_only:
-        return ExpertsPlan("none", None, {}, {}, attention, orders)
+        return ExpertsPlan("none", None, {}, {}, mixers, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
     if choice == "inline" or (choice == "auto" and (own in _TRACEABLE or not experts)):
         implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
-        return ExpertsPlan("inline", implementation, {}, {}, attention, orders)
+        return ExpertsPlan("inline", implementation, {}, {}, mixers, orders)
     blocks = interfaces.shared_blocks(model, model.config.get_text_config().hidden_size)
     covered = {id(module) for block in blocks.values() for module in block.modules()}
     behind = {**experts, **routed_only}
     routed = {name: m for name, m in model.named_modules() if name in behind and id(m) not in covered}
     orders["glowplug::moe_forward"] = list(routed)
     orders["glowplug::moe_forward_shared"] = list(blocks)
-    layers = {name: m for name, m in model.named_modules() if name in attention or name in routed or name in blocks}
+    layers = {name: m for name, m in model.named_modules() if name in mixers or name in routed or name in blocks}
     return ExpertsPlan("opaque", interfaces.NAME if experts else None, blocks, routed_only, layers, orders)

@@ -20,27 +20,21 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
+from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
+from glowplug.ops.mixer import mixer
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 NAME = "glowplug"
+_CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value"}
 
 
 def _attention_entry(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function that traces see: hands everything to `glowplug::attention`."""
-    tensors: list[Tensor] = []
-    options: list[str] = []
-    for name, option in kwargs.items():
-        if isinstance(option, Tensor):
-            options.append(f"{name}=@{len(tensors)}")
-            tensors.append(option)
-        elif option is None or isinstance(option, (bool, int, float)):
-            options.append(f"{name}={option!r}")
-        else:
-            raise CaptureError(f"attention got {name} of a type that glowplug can't pass on")
-    return attention(module, query, key, value, attention_mask, tensors, ";".join(options)), None
+    tensors, options = encode(kwargs)
+    return attention(module, query, key, value, attention_mask, tensors, options), None
 
 
 def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -97,6 +91,32 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     }
+
+
+def mixer_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that mix tokens by states of their own in the cache, other than by keys and values, by name."""
+    with_index = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    outer = {name.rpartition(".")[0] for name in with_index}
+    outer |= {parent for name in list(outer) for parent in _parents(name)}
+    return {
+        name: module
+        for name, module in with_index.items()
+        if name not in outer
+        and not hasattr(module, "is_causal")
+        and _CACHE_ARGUMENTS & set(inspect.signature(type(module).forward).parameters)
+    }
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention layers and other mixers, by name, in the model's order."""
+    found = attention_layers(model).keys() | mixer_layers(model).keys()
+    return {name: module for name, module in model.named_modules() if name in found}
 
 
 def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -177,7 +197,7 @@ def in_force(
         (config, config._attn_implementation_internal, getattr(config, "_experts_implementation_internal", None))
         for config in configs(model)
     ]
-    functions = {}
+    functions, mixers = {}, mixer_layers(model)
     for name, layer in attention_layers(model).items():
         config = getattr(layer, "config", model.config)
         function = attention_function(layer, config._attn_implementation_internal)
@@ -194,13 +214,32 @@ def in_force(
             object.__setattr__(block, "forward", types.MethodType(_block_entry, block))
         for layer in routed.values():
             object.__setattr__(layer, "forward", types.MethodType(_routed_entry, layer))
+        for layer in mixers.values():
+            object.__setattr__(layer, "forward", types.MethodType(_mixer_entry(type(layer)), layer))
         yield
     finally:
         for config, attn, moe in saved:
             config._attn_implementation_internal = attn
             config._experts_implementation_internal = moe
-        for module in (*blocks.values(), *routed.values()):
+        for module in (*blocks.values(), *routed.values(), *mixers.values()):
             module.__dict__.pop("forward", None)
+
+
+@functools.lru_cache(maxsize=256)
+def _mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
+    """What traces see in the place of a mixer's forward."""
+    names = tuple(forward_parameters(cls))
+    several = "tuple" in str(inspect.signature(cls.forward).return_annotation).lower()
+
+    def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False))
+        given.update(kwargs)
+        hidden_states, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+        tensors, options = encode(given, Cache)
+        output = mixer(layer, hidden_states, mask, tensors, options)
+        return (output, None) if several else output
+
+    return entry
 
 
 def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:

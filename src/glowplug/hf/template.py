@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from glowplug.errors import NotStampableError
 from glowplug.graph.capture import Captured
 from glowplug.graph.stamp import Bind, Locations, Own
-from glowplug.hf.interfaces import attention_layers
+from glowplug.hf.interfaces import token_mixers
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, find_stack, why_distinct
 from glowplug.program import Stamping
@@ -47,12 +47,12 @@ def choose(model: PreTrainedModel) -> Template | None:
         NotStampableError: the model is deep, but its layers differ too much, or it has no stack.
     """
     config: Any = model.config
-    attentions = list(attention_layers(model).values())
-    stack = find_stack(model, attentions, config.get_text_config())
+    mixers = list(token_mixers(model).values())
+    stack = find_stack(model, mixers, config.get_text_config())
     if stack is None:
-        if len(attentions) <= 4:
+        if len(mixers) <= 4:
             return None
-        raise NotStampableError("the model has no list of layers with one attention each")
+        raise NotStampableError("the model has no list of layers with one token mixer each")
     length = choose_template(stack.kinds)
     if length is not None:
         return Template(stack, length)

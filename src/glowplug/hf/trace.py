@@ -19,6 +19,9 @@ from glowplug.hf.served import SIZE
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
 
+_MASK_AT = {"glowplug::attention": 4, "glowplug::mixer": 2}
+"""Which argument of an op is the mask."""
+
 VARYING = frozenset({"L['inputs']", "L['position_ids']", "L['keep']"})
 """Sources of the tensors that change from call to call, besides masks."""
 
@@ -135,7 +138,7 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> N
             for name in sizes.keys() & set(step.inputs):
                 raise CaptureError(f"a piece depends on a size that no tensor of it has: {sizes[name]}")
         else:
-            mask = step.args[4] if step.op.name == "glowplug::attention" else None
+            mask = step.args[_MASK_AT[step.op.name]] if step.op.name in _MASK_AT else None
             used = mask is not None and getattr(mask, "name", None) not in mask_nodes
         if used:
             raise CaptureError("the model computes with its attention mask inside its layers")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from glowplug.layers.context import current_context
+from glowplug.ops.arguments import decode
 from glowplug.ops.layer_op import layer_op
 
 ATTENTION_FN_ATTR = "_glowplug_attention_fn"
@@ -39,25 +38,14 @@ def attention(
         value: `[batch, kv_heads, kv_tokens, value_dim]`.
         mask: boolean or additive, `[batch, 1, tokens, kv_tokens]`, or None for what the function does without one.
         tensors: further tensor arguments of the attention function, such as attention sinks.
-        options: its keyword arguments, `"name=literal"` or `"name=@i"` for the i-th of `tensors`, joined by `;`.
+        options: its other keyword arguments; see `encode`.
 
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
     """
-    constants, named = _parse(options)
-    kwargs = dict(constants)
-    for name, position in named:
-        kwargs[name] = tensors[position]
+    kwargs = decode(options, tensors)
     output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
     return output if output.is_contiguous() else output.contiguous()
-
-
-@lru_cache(maxsize=4096)
-def _parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, int], ...]]:
-    """The constant keyword arguments, and the positions of those that are tensors."""
-    pairs = [option.partition("=") for option in options.split(";") if option]
-    constants = tuple((name, ast.literal_eval(text)) for name, _, text in pairs if not text.startswith("@"))
-    return constants, tuple((name, int(text[1:])) for name, _, text in pairs if text.startswith("@"))
 
 
 def _fake_update(key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:

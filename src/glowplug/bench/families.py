@@ -1,0 +1,156 @@
+"""Every MoE family of transformers that writes text, at tiny widths: the default config, with its sizes made small."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from glowplug.errors import UsageError
+
+VOCAB = 256
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.15,
+    "sliding_window": 8,
+    # experts
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_group": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "zero_expert_num": 2,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_latent_size": 32,
+    "intermediate_size_mlp": 64,
+    "dense_intermediate_size": 64,
+    # latent attention and indexers
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "qk_head_dim": 24,
+    "v_head_dim": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    # linear attention, state space, convolution
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_d_state": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_dt_rank": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_chunk_size": 16,
+    "ssm_state_size": 16,
+    "chunk_size": 16,
+}
+"""What config attributes are set to, where a config has them."""
+
+
+_DEEPEST = 200
+
+
+def _every(period: int, one: str, others: str) -> list[str]:
+    return [one if (layer + 1) % period == 0 else others for layer in range(_DEEPEST)]
+
+
+_LAYERS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": _every(6, "attention", "mamba")},
+    "lfm2_moe": {"layer_types": _every(3, "full_attention", "conv")},
+}
+"""What defaults do not say of each layer; lists are cut to the depth."""
+
+
+def families() -> dict[str, str]:
+    """Model type -> class name, of every family whose config speaks of experts."""
+    found = {}
+    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if kind.endswith("_assistant"):
+            continue
+        try:
+            names = _names(CONFIG_MAPPING[kind])
+        except (KeyError, ImportError, ValueError):
+            continue
+        if any("expert" in name for name in names) and isinstance(name, str):
+            found[kind] = name
+    return found
+
+
+def _names(cls: type[PreTrainedConfig]) -> set[str]:
+    """Attributes of a config class, those of its text part included."""
+    names = set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+    text = getattr(cls, "sub_configs", {}).get("text_config")
+    return names | (_names(text) if text is not None and text is not cls else set())
+
+
+def build_family(kind: str, depth: int) -> PreTrainedModel:
+    """A tiny model of a family with seeded random weights, in eval mode.
+
+    Args:
+        kind: a model type, such as `"qwen3_next"`.
+        depth: layers.
+
+    Raises:
+        UsageError: no such family.
+        Exception: its config does not take the small sizes.
+    """
+    known = families()
+    if kind not in known:
+        raise UsageError(f"no MoE family {kind!r} in this transformers; there are {', '.join(known)}")
+    config = _tiny_config(CONFIG_MAPPING[kind], depth, _LAYERS.get(kind, {}))
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, known[kind])(config)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _tiny_config(cls: type[PreTrainedConfig], depth: int, layers: Mapping[str, Any]) -> PreTrainedConfig:
+    text = getattr(cls, "sub_configs", {}).get("text_config")
+    if text is not None and text is not cls:
+        return cls(text_config=_tiny_config(text, depth, layers).to_dict())
+    names = set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+    aliases = set(getattr(cls, "attribute_map", {}))
+    sizes = {name: value for name, value in _SIZES.items() if name in names and name not in aliases}
+    sizes |= {"num_hidden_layers" if "num_hidden_layers" in names else "num_layers": depth}
+    if "is_moe" in names:
+        sizes["is_moe"] = True
+    if "enable_moe_block" in names:
+        sizes["enable_moe_block"] = True
+    sizes |= {name: value[:depth] for name, value in layers.items()}
+    return cls(**sizes)

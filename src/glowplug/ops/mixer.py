@@ -1,0 +1,51 @@
+"""`glowplug::mixer`: a token mixer that keeps states of its own in the cache (linear attention, state space, short
+convolution), run whole, at a cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.errors import NotServableError
+from glowplug.layers.context import current_context
+from glowplug.ops.arguments import decode
+from glowplug.ops.layer_op import layer_op
+
+
+def _fake_mixer(hidden_states: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@layer_op("glowplug::mixer", fake=_fake_mixer, splitting=True)
+def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str) -> Tensor:
+    """Run a layer's own forward, with the `ForwardContext`'s cache.
+
+    Args:
+        layer: the mixer; its forward takes `hidden_states`, `attention_mask` and what `options` names.
+        hidden_states: `[batch, tokens, hidden]`.
+        mask: whatever the model gives this kind of layer, such as `[batch, tokens]`, or None.
+        tensors: further tensor arguments.
+        options: its other keyword arguments; see `encode`.
+
+    Returns:
+        `[batch, tokens, hidden]`, contiguous, of the hidden states' dtype. The first, where the forward gives several.
+
+    Raises:
+        NotServableError: the layer's output has another form.
+    """
+    context = current_context()
+    kwargs = decode(options, tensors, context.cache if context is not None else None)
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
+    if isinstance(output, tuple):
+        output = output[0]
+    if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
+        raise NotServableError(
+            f"{type(layer).__name__} gave {tuple(output.shape)} {output.dtype} for hidden states of "
+            f"{tuple(hidden_states.shape)} {hidden_states.dtype}, which a compiled program can't go on with"
+        )
+    output = output.contiguous()
+    return output.clone() if output is hidden_states else output

@@ -1,0 +1,65 @@
+"""The sweep over transformers' MoE families, and its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from glowplug.bench.families import build_family, families
+from glowplug.bench.sweep import Case, Row, markdown, try_family
+from glowplug.cli import app
+from glowplug.errors import UsageError
+
+
+def test_families_are_the_moe_ones() -> None:
+    found = families()
+    assert {"gpt_oss", "mixtral", "deepseek_v3", "qwen3_next", "llama4_text"} <= set(found)
+    assert not {"llama", "gpt2", "qwen3"} & set(found)
+
+
+def test_a_small_model_of_a_family() -> None:
+    model = build_family("deepseek_v3", 5)
+    assert model.config.num_hidden_layers == 5
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    with pytest.raises(UsageError, match="no MoE family 'llama'"):
+        build_family("llama", 5)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_next", "jamba", "granitemoehybrid", "lfm2_moe", "ernie4_5_moe"])
+def test_stamped_and_equal(family: str) -> None:
+    row = try_family(Case(family=family, depth=24))
+    assert row.reasons == []
+    assert row.strategy == "stamped"
+    assert row.template < 24
+    assert row.error is not None and row.error < 1e-5
+
+
+def test_the_page() -> None:
+    row = Row(family="mixtral", depth=16, strategy="stamped", kinds=1, template=3, pieces=17, distinct=3, error=2e-7)
+    text = markdown([row, Row(family="odd", depth=16, reasons=["a | b"])], "torch 9")
+    assert "1 of 2 families stamped at 16 layers" in text
+    assert "| mixtral | stamped | 1 | 3 | 17 | 3 | 2e-07 |  |" in text
+    assert "a \\| b" in text
+
+
+def test_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "families.md"
+    result = CliRunner().invoke(app, ["sweep", "--families", "mixtral", "--depth", "6", "--markdown", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "stamped" in result.stdout
+    assert "| mixtral | stamped |" in page.read_text()
+
+
+def test_wrong_input() -> None:
+    for arguments, words in (
+        (["--families", "llama"], "no MoE family llama"),
+        (["--depth", "0"], "--depth must be 1 or more"),
+        (["--experts", "all"], "experts must be one of"),
+        (["--timeout", "0"], "--timeout must be more"),
+        (["--markdown", "/no/such/folder/x.md"], "can't write"),
+    ):
+        result = CliRunner().invoke(app, ["sweep", *arguments])
+        assert result.exit_code == 2
+        assert words in result.stderr
