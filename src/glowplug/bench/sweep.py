@@ -147,7 +147,8 @@ def markdown(rows: list[Row], versions: str) -> str:
     lines = [
         "# Every MoE family of transformers",
         "",
-        f"{stamped} of {len(rows)} families stamped at {rows[0].depth} layers, tiny widths, uncompiled pieces; {versions}.",
+        f"{stamped} of {len(rows)} families stamped at {rows[0].depth} layers, tiny widths, uncompiled pieces; "
+        f"{versions}.",
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
         "",

@@ -215,7 +215,7 @@ def in_force(
         for layer in routed.values():
             object.__setattr__(layer, "forward", types.MethodType(_routed_entry, layer))
         for layer in mixers.values():
-            object.__setattr__(layer, "forward", types.MethodType(_mixer_entry(type(layer)), layer))
+            object.__setattr__(layer, "forward", types.MethodType(_mixer_entry(type(layer)), layer))  # type: ignore[arg-type]
         yield
     finally:
         for config, attn, moe in saved:
@@ -228,7 +228,7 @@ def in_force(
 @functools.lru_cache(maxsize=256)
 def _mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
     """What traces see in the place of a mixer's forward."""
-    names = tuple(forward_parameters(cls))
+    names = tuple(forward_parameters(cls))  # type: ignore[arg-type]
     several = "tuple" in str(inspect.signature(cls.forward).return_annotation).lower()
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
