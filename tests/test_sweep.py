@@ -27,13 +27,21 @@ def test_a_small_model_of_a_family() -> None:
         build_family("llama", 5)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_next", "jamba", "granitemoehybrid", "lfm2_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["olmoe", "qwen3_next", "jamba", "granitemoehybrid", "lfm2_moe", "llama4_text", "deepseek_v2"]
+)
 def test_stamped_and_equal(family: str) -> None:
     row = try_family(Case(family=family, depth=24))
     assert row.reasons == []
     assert row.strategy == "stamped"
     assert row.template < 24
     assert row.error is not None and row.error < 1e-5
+
+
+def test_what_is_no_tensor_between_pieces_runs_eager_with_a_reason() -> None:
+    row = try_family(Case(family="jetmoe", depth=4))
+    assert (row.strategy, row.error) == ("eager", 0)
+    assert "something besides tensors and sizes" in row.reasons[0]
 
 
 def test_the_page() -> None:

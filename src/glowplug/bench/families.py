@@ -92,13 +92,14 @@ def _every(period: int, one: str, others: str) -> list[str]:
 
 _LAYERS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _every(6, "attention", "mamba")},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": _every(3, "full_attention", "conv")},
 }
-"""What defaults do not say of each layer; lists are cut to the depth."""
+"""What a family needs besides; lists say something of each layer, and are cut to the depth."""
 
 
 def families() -> dict[str, str]:
-    """Model type -> class name, of every family whose config speaks of experts."""
+    """Model type -> class name, of every family whose config speaks of experts. Of two alike, the text-only one."""
     found = {}
     for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind.endswith("_assistant"):
@@ -109,7 +110,7 @@ def families() -> dict[str, str]:
             continue
         if any("expert" in name for name in names) and isinstance(name, str):
             found[kind] = name
-    return found
+    return {kind: name for kind, name in found.items() if f"{kind}_text" not in found}
 
 
 def _names(cls: type[PreTrainedConfig]) -> set[str]:
@@ -148,9 +149,11 @@ def _tiny_config(cls: type[PreTrainedConfig], depth: int, layers: Mapping[str, A
     aliases = set(getattr(cls, "attribute_map", {}))
     sizes = {name: value for name, value in _SIZES.items() if name in names and name not in aliases}
     sizes |= {"num_hidden_layers" if "num_hidden_layers" in names else "num_layers": depth}
+    if "kv_lora_rank" in names:  # latent attention has as many keys as queries
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if "is_moe" in names:
         sizes["is_moe"] = True
     if "enable_moe_block" in names:
         sizes["enable_moe_block"] = True
-    sizes |= {name: value[:depth] for name, value in layers.items()}
+    sizes |= {name: value[:depth] if isinstance(value, list) else value for name, value in layers.items()}
     return cls(**sizes)

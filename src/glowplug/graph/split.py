@@ -234,6 +234,13 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     return OpStep(segment.op, call.target, call.args, tuple(outputs), False)
 
 
+def _example(node: fx.Node) -> dict[str, Any]:
+    """What a copy of a node is to know of its value."""
+    if "example_value" not in node.meta:
+        raise CaptureError(f"the graph computes something besides tensors and sizes: {node.target} in {node.name}")
+    return {"example_value": node.meta["example_value"]}
+
+
 def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Node], bound: Collection[str]) -> Piece:
     """Copy `nodes` into a graph of their own."""
     body, reads = _closure(nodes)
@@ -245,11 +252,11 @@ def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Nod
     sizes: dict[str, fx.Node] = {}
     for position, node in enumerate([*varying, *fixed]):
         copies[node] = graph.placeholder(f"a{position}")
-        copies[node].meta = {"example_value": node.meta["example_value"]}
+        copies[node].meta = _example(node)
         sizes.setdefault(_expression(node), copies[node])
     for node, (tensor, dim) in derived.items():
         copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
-        copies[node].meta = {"example_value": node.meta["example_value"]}
+        copies[node].meta = _example(node)
         sizes.setdefault(_expression(node), copies[node])
 
     def copy_of(node: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
     table: list[list[Any]] = []
     for value in vars(config).values() if config is not None else ():
-        if isinstance(value, (list, tuple)) and len(value) == len(layers):
+        counting = list(range(len(layers)))  # a list of the layers of some sort, when that is all of them
+        if isinstance(value, (list, tuple)) and len(value) == len(layers) and list(value) != counting:
             table.append(list(value))
     uses = _Uses()
     numbers: dict[str, int] = {}
@@ -155,6 +157,8 @@ def _describe(value: Any) -> str:
         return f"tensor {_tensor(value)}"
     if isinstance(value, nn.Module):
         return f"module {type(value).__qualname__}"
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(_describe, (value.func, value.args, value.keywords)))})"
     shared = getattr(value, "__qualname__", None)
     return f"{type(value).__qualname__} {shared or id(value)}"
 
