@@ -13,7 +13,7 @@ from transformers import BertConfig, T5Config, ViTConfig
 from glowplug.bench import plot, runner
 from glowplug.bench.environment import describe_environment
 from glowplug.bench.isolate import IsolatedError, run_isolated
-from glowplug.bench.measure import _relative_error, measure
+from glowplug.bench.measure import measure, relative_error
 from glowplug.bench.models import check_model, load_model, true_depth
 from glowplug.bench.presets import build_model
 from glowplug.bench.record import empty_record, error_record
@@ -154,11 +154,11 @@ def test_hoisting_leaves_fewer_distinct_pieces_than_baking() -> None:
 
 def test_a_wrong_result_is_no_measurement() -> None:
     ones = torch.ones(1, 2, 3)
-    assert _relative_error(ones * 1.5, ones) == pytest.approx(0.5)
+    assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
     with pytest.raises(RuntimeError, match="not finite"):
-        _relative_error(ones * float("nan"), ones)
+        relative_error(ones * float("nan"), ones)
     with pytest.raises(RuntimeError, match="shape"):
-        _relative_error(ones[:, :1], ones)
+        relative_error(ones[:, :1], ones)
 
 
 @pytest.mark.inductor

@@ -14,7 +14,6 @@ from torch import nn
 
 from glowplug.errors import CaptureError, UsageError
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.layers.stack import find_stack
 from glowplug.options import Options
 from glowplug.program.program import StepOutline
 from glowplug.report import Report
@@ -145,10 +144,9 @@ def _kinds(model: nn.Module) -> tuple[int, ...]:
 
     if not is_causal_lm(model):
         return ()
-    from glowplug.hf.interfaces import token_mixers
+    from glowplug.hf.template import stack_of
 
-    config: Any = model.config
-    stack = find_stack(model, list(token_mixers(model).values()), config.get_text_config())
+    stack = stack_of(model)
     return stack.kinds if stack is not None else ()
 
 

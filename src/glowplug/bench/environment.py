@@ -36,7 +36,7 @@ def describe_environment(device: str = "cpu") -> dict[str, Any]:
         "glowplug": _version("glowplug"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["glowplug", *sys.argv[1:]]),
+        "command": shlex.join(["glowplug", *map(_without_folder, sys.argv[1:])]),
     }
 
 
@@ -45,6 +45,11 @@ def machine_line(environment: dict[str, Any]) -> str:
     cpu = f"{environment['cpu']}, {environment['cores']} cores"
     place = environment["gpu"] or cpu
     return f"{place}, torch {environment['torch']}"
+
+
+def _without_folder(argument: str) -> str:
+    """An argument as a record keeps it: of an absolute path the name alone, as its folder says nothing elsewhere."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _cores() -> int:

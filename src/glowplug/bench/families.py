@@ -115,9 +115,18 @@ def families() -> dict[str, str]:
 
 def _names(cls: type[PreTrainedConfig]) -> set[str]:
     """Attributes of a config class, those of its text part included."""
-    names = set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
-    text = getattr(cls, "sub_configs", {}).get("text_config")
-    return names | (_names(text) if text is not None and text is not cls else set())
+    text = _text_part(cls)
+    return _own_names(cls) | (_names(text) if text is not None else set())
+
+
+def _own_names(cls: type[PreTrainedConfig]) -> set[str]:
+    return set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+
+
+def _text_part(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig] | None:
+    """The class of a config's text part; None when the config is one for text itself."""
+    text: type[PreTrainedConfig] | None = getattr(cls, "sub_configs", {}).get("text_config")
+    return text if text is not cls else None
 
 
 def build_family(kind: str, depth: int) -> PreTrainedModel:
@@ -142,10 +151,10 @@ def build_family(kind: str, depth: int) -> PreTrainedModel:
 
 
 def _tiny_config(cls: type[PreTrainedConfig], depth: int, layers: Mapping[str, Any]) -> PreTrainedConfig:
-    text = getattr(cls, "sub_configs", {}).get("text_config")
-    if text is not None and text is not cls:
+    text = _text_part(cls)
+    if text is not None:
         return cls(text_config=_tiny_config(text, depth, layers).to_dict())
-    names = set(inspect.signature(cls).parameters) | set(getattr(cls, "__dataclass_fields__", ()))
+    names = _own_names(cls)
     aliases = set(getattr(cls, "attribute_map", {}))
     sizes = {name: value for name, value in _SIZES.items() if name in names and name not in aliases}
     sizes |= {"num_hidden_layers" if "num_hidden_layers" in names else "num_layers": depth}

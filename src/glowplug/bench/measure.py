@@ -91,7 +91,7 @@ def measure(spec: Spec) -> Record:
         actual = _two_tokens(model, text, spec.prefill)
         _finish(model.device)
         record["cold_start_s"] = round(time.perf_counter() - start, 4)
-        record["max_rel_err"] = max(_relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+        record["max_rel_err"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
         if strategy.compiles_by == "glowplug":
             _add_report(record, model)
         glowplug.settle(model)
@@ -119,7 +119,7 @@ def _two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> list[Tensor
     return logits
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max|actual - expected| / max|expected|.
 
     Raises:

@@ -8,23 +8,27 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import glowplug
-from glowplug.bench.families import VOCAB, build_family, families
+from glowplug.bench.families import build_family, families
 from glowplug.bench.isolate import IsolatedError, run_isolated
+from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
 from glowplug.errors import UsageError
-from glowplug.hf.interfaces import token_mixers
-from glowplug.layers.stack import find_stack
+from glowplug.hf.template import stack_of
 
+_BAR = "\\|"
+"""A bar inside a cell of a Markdown table."""
 _STEPS = (9, 1, 3)
 """Tokens of each step, one after the other on one cache."""
+
+
+COLUMNS = ("family", "runs", "kinds", "template", "pieces", "distinct", "error", "why not stamped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ class Row:
     error: float | None = None
     reasons: list[str] = field(default_factory=list)
 
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, one cell for each of `COLUMNS`."""
+        error = "" if self.error is None else f"{self.error:.0e}"
+        counts = (self.kinds, self.template or "all", self.pieces, self.distinct)
+        return (self.family, self.strategy or "-", *map(str, counts), error, "; ".join(self.reasons))
+
 
 def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Iterator[Row]:
     """Try families, each in a process of its own; a family that fails is a row with its reason.
@@ -103,8 +113,7 @@ def try_family(case: Case) -> Row:
     except Exception as exc:
         row.reasons.append(f"no tiny model of it: {type(exc).__name__}: {one_line(exc)}")
         return row
-    mixers = list(token_mixers(model).values())
-    stack = find_stack(model, mixers, model.config.get_text_config())
+    stack = stack_of(model)
     row.kinds = len(set(stack.kinds)) if stack is not None else 0
     with torch.no_grad():
         try:
@@ -115,9 +124,7 @@ def try_family(case: Case) -> Row:
         glowplug.compile(model, experts=case.experts, compiler="eager")
         actual = _steps(model)
     report = glowplug.report(model)
-    row.error = max(
-        float((a - e).abs().max() / e.abs().max().clamp(min=1e-30)) for a, e in zip(actual, expected, strict=True)
-    )
+    row.error = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
     row.strategy, row.template = report.strategy, report.template_layers
     row.pieces, row.distinct = report.pieces, report.distinct_pieces
     row.reasons = [fallback.reason for fallback in report.fallbacks]
@@ -126,19 +133,8 @@ def try_family(case: Case) -> Row:
 
 def _steps(model: PreTrainedModel) -> list[Tensor]:
     """The logits of a prefill, a decode step and a few tokens more."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, VOCAB, (1, sum(_STEPS)), generator=generator)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits, start = [], 0
-    for tokens in _STEPS:
-        part = slice(start, start + tokens)
-        positions = torch.arange(start, start + tokens)[None]
-        output: Any = model(
-            input_ids=ids[:, part].contiguous(), position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        logits.append(output.logits)
-        start += tokens
-    return logits
+    sequence = Sequence(model, Text.make(model, sum(_STEPS)))
+    return [sequence.step(tokens) for tokens in _STEPS]
 
 
 def markdown(rows: list[Row], versions: str) -> str:
@@ -152,23 +148,10 @@ def markdown(rows: list[Row], versions: str) -> str:
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
         "",
-        "| family | runs | kinds | template | pieces | distinct | error | why not stamped |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
     ]
-    for row in rows:
-        error = "" if row.error is None else f"{row.error:.0e}"
-        why = "; ".join(row.reasons).replace("|", "\\|")
-        cells = (
-            row.family,
-            row.strategy or "-",
-            row.kinds,
-            row.template or "all",
-            row.pieces,
-            row.distinct,
-            error,
-            why,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [f"| {' | '.join(cell.replace('|', _BAR) for cell in row.cells())} |" for row in rows]
     return "\n".join([*lines, ""])
 
 

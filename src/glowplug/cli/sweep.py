@@ -11,7 +11,7 @@ from rich.text import Text
 
 from glowplug.bench.environment import describe_environment, machine_line
 from glowplug.bench.runner import check_writable
-from glowplug.bench.sweep import Row, markdown, sweep
+from glowplug.bench.sweep import COLUMNS, Row, markdown, sweep
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 from glowplug.options import Options
@@ -55,11 +55,9 @@ def _brief(row: Row) -> str:
 
 def _table(rows: list[Row]) -> Table:
     table = Table()
-    for name in ("family", "runs", "kinds", "template", "pieces", "distinct", "error"):
-        table.add_column(name, justify="left" if name in ("family", "runs") else "right")
-    table.add_column("why not stamped", overflow="fold", max_width=70)
+    for name in COLUMNS:
+        words = name in ("family", "runs", "why not stamped")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", max_width=70)
     for row in rows:
-        error = "" if row.error is None else f"{row.error:.0e}"
-        numbers = (str(row.kinds), str(row.template or "all"), str(row.pieces), str(row.distinct), error)
-        table.add_row(row.family, row.strategy or "-", *numbers, Text("; ".join(row.reasons)))
+        table.add_row(*map(Text, row.cells()))
     return table

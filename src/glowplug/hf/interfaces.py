@@ -96,8 +96,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 def mixer_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that mix tokens by states of their own in the cache, other than by keys and values, by name."""
     with_index = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)}
-    outer = {name.rpartition(".")[0] for name in with_index}
-    outer |= {parent for name in list(outer) for parent in _parents(name)}
+    outer = {parent for name in with_index for parent in _parents(name)}
     return {
         name: module
         for name, module in with_index.items()
@@ -108,6 +107,7 @@ def mixer_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _parents(name: str) -> Iterator[str]:
+    """Names of the modules that a module lies in."""
     while name:
         name = name.rpartition(".")[0]
         yield name
@@ -228,7 +228,7 @@ def in_force(
 @functools.lru_cache(maxsize=256)
 def _mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
     """What traces see in the place of a mixer's forward."""
-    names = tuple(forward_parameters(cls))  # type: ignore[arg-type]
+    names = forward_parameters(cls)  # type: ignore[arg-type]
     several = "tuple" in str(inspect.signature(cls.forward).return_annotation).lower()
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -40,17 +40,21 @@ class Template:
         return tuple(f"{self.stack.path}.{layer}" for layer in layers)
 
 
+def stack_of(model: nn.Module) -> LayerStack | None:
+    """The stack of a transformers model: each of its layers mixes tokens."""
+    config: Any = model.config
+    return find_stack(model, list(token_mixers(model).values()), config.get_text_config())
+
+
 def choose(model: PreTrainedModel) -> Template | None:
     """The template of a model; None when the model is no deeper than its template would be.
 
     Raises:
         NotStampableError: the model is deep, but its layers differ too much, or it has no stack.
     """
-    config: Any = model.config
-    mixers = list(token_mixers(model).values())
-    stack = find_stack(model, mixers, config.get_text_config())
+    stack = stack_of(model)
     if stack is None:
-        if len(mixers) <= 4:
+        if len(token_mixers(model)) <= 4:
             return None
         raise NotStampableError("the model has no list of layers with one token mixer each")
     length = choose_template(stack.kinds)

@@ -76,8 +76,8 @@ def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
 
 def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
     table: list[list[Any]] = []
+    counting = list(range(len(layers)))  # a list of the layers of some sort, when that is all of them
     for value in vars(config).values() if config is not None else ():
-        counting = list(range(len(layers)))  # a list of the layers of some sort, when that is all of them
         if isinstance(value, (list, tuple)) and len(value) == len(layers) and list(value) != counting:
             table.append(list(value))
     uses = _Uses()
