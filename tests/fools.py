@@ -91,6 +91,21 @@ def look_up(layer: nn.Module, x: Tensor) -> Tensor:
     return x * TABLE[layer.layer_idx]
 
 
+class OwnName(Scaled):
+    """Looks something up by the name that it holds of itself."""
+
+    def change(self, x: Tensor) -> Tensor:
+        return x * 1.001 if self.name in SPECIAL else x
+
+
+class OwnNameInDict(Scaled):
+    def change(self, x: Tensor) -> Tensor:
+        return x * 1.001 if self.settings["name"] in SPECIAL else x
+
+
+SPECIAL = ("model.layers.7",)
+
+
 class FloatScale(Scaled):
     def change(self, x: Tensor) -> Tensor:
         return x * self.scale
@@ -355,7 +370,18 @@ def run_as(cls: type[nn.Module]) -> Callable[[PreTrainedModel], None]:
     return prepare
 
 
-STAMPED = [run_as(Straight), run_as(Embedding), one_mlp_for_all, shared_weight_outside_the_template, become(Scaled)]
+own_name = with_attribute(OwnName, "name", lambda index: f"model.layers.{index}")
+own_name_in_dict = with_attribute(OwnNameInDict, "settings", lambda index: {"name": f"model.layers.{index}"})
+unread_name = with_attribute(Scaled, "name", lambda index: f"model.layers.{index}")
+
+STAMPED = [
+    unread_name,
+    run_as(Straight),
+    run_as(Embedding),
+    one_mlp_for_all,
+    shared_weight_outside_the_template,
+    become(Scaled),
+]
 """Nothing in these is wrong with stamping."""
 FOOLS = [
     with_attribute(Flag, "special", lambda index: index == 9),
@@ -367,6 +393,8 @@ FOOLS = [
     become(Slightly),
     become(LookedUp),
     become(LookedUpElsewhere),
+    own_name,
+    own_name_in_dict,
     with_attribute(FloatScale, "scale", lambda index: 1.0 + 0.1 * index),
     become(Chain),
     become(Counter),

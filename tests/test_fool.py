@@ -25,6 +25,8 @@ from fools import (
     SkippingDeep,
     Slightly,
     become,
+    own_name,
+    own_name_in_dict,
     run_as,
     with_attribute,
 )
@@ -77,6 +79,16 @@ def test_what_only_the_comparison_can_see(prepare: Callable[[PreTrainedModel], N
     report = glowplug.report(model)
     assert report.strategy != "stamped"
     assert report.fallbacks and "stamp" in report.fallbacks[0].reason
+
+
+@pytest.mark.parametrize("prepare", [own_name, own_name_in_dict], ids=lambda p: p.__name__)
+def test_a_layer_that_reads_its_own_name_is_found_by_its_trace(prepare: Callable[[PreTrainedModel], None]) -> None:
+    model = glowplug.compile(prepared(prepare), compiler="eager", verify="off")
+    with torch.no_grad():
+        model(families.prompt(1, 3))
+    report = glowplug.report(model)
+    assert report.strategy == "hoisted"
+    assert "read their own name" in report.fallbacks[0].reason
 
 
 def test_the_first_layer_that_differs_is_named() -> None:

@@ -29,6 +29,7 @@ def compile(
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
     A transformers causal language model keeps its whole interface: `model(...)`, `model.generate(...)`, any cache.
+    A PEFT model is compiled with its adapters; compile it anew after attaching, switching or merging them.
     Any other `nn.Module` whose forward takes and returns tensors works as well. What the compiled program can't serve
     runs eager, with the reason in `glowplug.report(model)`.
 
@@ -67,10 +68,11 @@ def compile(
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
-    if is_causal_lm(model):
+    served = adapted(model)
+    if is_causal_lm(served):
         from glowplug.hf.engine import attach
 
-        attach(model, options)
+        attach(served, options)
     else:
         from glowplug.module import attach_module
 
@@ -84,7 +86,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         UsageError: the model was not compiled by `glowplug.compile`.
     """
-    found: Any = getattr(model.__dict__.get("forward"), "report", None)
+    found: Any = getattr(adapted(model).__dict__.get("forward"), "report", None)
     if not isinstance(found, Report):
         raise UsageError("this model was not compiled by glowplug; call glowplug.compile(model) first")
     return found
@@ -97,9 +99,17 @@ def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
         model: a compiled model; where nothing is under way, returns at once.
         timeout_s: seconds to wait at most.
     """
-    wait: Any = getattr(model.__dict__.get("forward"), "settle", None)
+    wait: Any = getattr(adapted(model).__dict__.get("forward"), "settle", None)
     if wait is not None:
         wait(timeout_s)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """Of a PEFT model, the causal language model that holds its adapters: its forward is the one that every call ends
+    in, `generate` too. Any other model: itself."""
+    base: Any = getattr(model, "get_base_model", None)
+    found = base() if callable(base) and type(model).__module__.startswith("peft.") else model
+    return found if isinstance(found, nn.Module) and is_causal_lm(found) else model
 
 
 def is_causal_lm(model: nn.Module) -> bool:

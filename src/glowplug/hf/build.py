@@ -180,6 +180,8 @@ class Builder:
                 layers[layer.layer_idx] = layer  # type: ignore[index]
             traced = templates.short_model(model, template) if template is not None else model
             built, assumptions = capture(*trace.example(traced, call, layers), consume, self._reads)
+        if template is not None:
+            templates.check_reads(template, self._reads)
         return Served(built.program, assumptions, verify.output_type(model), built.uncompiled)
 
     def _verify(self, served: Served, call: Call) -> verify.Problem | None:

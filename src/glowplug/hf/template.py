@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,22 @@ def short_model(model: nn.Module, template: Template) -> nn.Module:
     at._modules[attribute] = layers = _shallow(_child(at, attribute))
     layers._modules = {str(index): layer for index, layer in enumerate(template.stack.layers[: template.length])}
     return short
+
+
+def check_reads(template: Template, reads: Collection[str]) -> None:
+    """Refuse a template whose trace read a name that its layers' kinds leave out.
+
+    Args:
+        template: the template.
+        reads: sources of what the trace read.
+
+    Raises:
+        NotStampableError: it read one.
+    """
+    for attribute in template.stack.named_by:
+        place = re.compile(rf"_modules\['{template.stack.attribute}'\].*\.{attribute}\b")
+        if any(map(place.search, reads)):
+            raise NotStampableError(f"the layers read their own name in {attribute}")
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:

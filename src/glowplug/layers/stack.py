@@ -29,6 +29,8 @@ class LayerStack:
         attribute: its name there.
         layers: the layers, in order.
         kinds: the kind of each, as a number; equal numbers mean the same function of (inputs, own weights, own handle).
+        named_by: attributes that hold a module's own qualified name. Kinds leave that name out, so a trace that reads
+            one of them must not be stamped.
     """
 
     path: str
@@ -36,6 +38,7 @@ class LayerStack:
     attribute: str
     layers: tuple[nn.Module, ...]
     kinds: tuple[int, ...]
+    named_by: frozenset[str] = frozenset()
 
     def index_of(self, name: str) -> tuple[int, str] | None:
         """The layer that a qualified name lies in, and the rest of the name; None when it lies outside the stack."""
@@ -66,42 +69,53 @@ def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None
     _, path, stack = best
     owner_path, _, attribute = path.rpartition(".")
     layers = tuple(stack)
-    return LayerStack(path, model.get_submodule(owner_path), attribute, layers, _kinds(layers, config))
+    uses = _Uses(path)
+    kinds = _kinds(layers, config, uses)
+    return LayerStack(path, model.get_submodule(owner_path), attribute, layers, kinds, frozenset(uses.named_by))
 
 
 def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
     """The kind of each module, as a number: equal numbers mean the same function of (inputs, own weights)."""
-    return _kinds(layers, None)
+    return _kinds(layers, None, _Uses())
 
 
-def _kinds(layers: Sequence[nn.Module], config: Any) -> tuple[int, ...]:
+def _kinds(layers: Sequence[nn.Module], config: Any, uses: _Uses) -> tuple[int, ...]:
     table: list[list[Any]] = []
     counting = list(range(len(layers)))  # a list of the layers of some sort, when that is all of them
     for value in vars(config).values() if config is not None else ():
         if isinstance(value, (list, tuple)) and len(value) == len(layers) and list(value) != counting:
             table.append(list(value))
-    uses = _Uses()
     numbers: dict[str, int] = {}
     kinds = []
     for index, layer in enumerate(layers):
         entries = [_describe(column[index]) for column in table]
-        text = "\n".join([*entries, *_signature(layer, uses)])
+        text = "\n".join([*entries, *_signature(layer, index, uses)])
         digest = hashlib.sha256(text.encode()).hexdigest()
         kinds.append(numbers.setdefault(digest, len(numbers)))
     return tuple(kinds)
 
 
 class _Uses(dict[type, frozenset[str]]):
-    """class -> what `computed_with` says of it, asked once."""
+    """class -> what `computed_with` says of it, asked once.
+
+    Args:
+        path: qualified name of the stack, where the layers' own names are known.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.named_by: set[str] = set()
 
     def __missing__(self, cls: type) -> frozenset[str]:
         self[cls] = computed_with(cls)
         return self[cls]
 
 
-def _signature(layer: nn.Module, uses: _Uses) -> list[str]:
+def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
     """Everything that the layer's forward can read, but for what merely names the layer and the weights' values."""
     lines = []
+    whole = f"{uses.path}.{index}" if uses.path is not None else None
     for path, module in layer.named_modules(remove_duplicate=False):
         cls = type(module)
         lines.append(
@@ -115,16 +129,20 @@ def _signature(layer: nn.Module, uses: _Uses) -> list[str]:
                 continue
             if name.endswith("_hooks") and isinstance(value, dict):
                 value = list(without_inert(value).values())
-            lines.append(f"{path}.{name} {_describe(value)}")
+            described = _describe(value)
+            if whole is not None and repr(own := f"{whole}.{path}".rstrip(".")) in described:
+                uses.named_by.add(name)
+                described = described.replace(repr(own), "its own name")
+            lines.append(f"{path}.{name} {described}")
     return lines
 
 
 def why_distinct(stack: LayerStack) -> str:
     """What keeps the stack's layers apart, shown on two neighbours of different kinds."""
-    uses = _Uses()
+    uses = _Uses(stack.path)
     for index, (one, other) in enumerate(pairwise(stack.layers)):
         if stack.kinds[index] != stack.kinds[index + 1]:
-            lines = set(_signature(one, uses)) ^ set(_signature(other, uses))
+            lines = set(_signature(one, index, uses)) ^ set(_signature(other, index + 1, uses))
             shown = "; ".join(sorted(line.strip()[:120] for line in lines)[:2]) or "the config's entries for them"
             return f"most layers are of a kind of their own: layers {index} and {index + 1} differ in {shown}"
     return "most layers are of a kind of their own"
