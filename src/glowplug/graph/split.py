@@ -1,10 +1,12 @@
-"""Cut a captured graph at its splitting ops into pieces and op steps, in the order in which they run."""
+"""Cut a captured graph at its splitting ops, and where asked at the boundaries of layers, into pieces and op steps, in
+the order in which they run.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ class Piece:
         inputs: names of the values that it reads: first what changes from call to call, then weights and handles,
             each in the order of first use, so that equal pieces have equal signatures.
         outputs: names of the values that later steps read.
+        layer: the layer that it belongs to, where the graph was cut at layers.
     """
 
     gm: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class OpStep:
         args: the call's arguments; values of the graph are `fx.Node`s.
         outputs: the name of each output that later steps read; None for one that nobody reads.
         single: whether the op returns one tensor and not a tuple.
+        layer: as for `Piece`.
     """
 
     op: LayerOp
@@ -48,9 +53,12 @@ class OpStep:
     args: tuple[Any, ...]
     outputs: tuple[str | None, ...]
     single: bool
+    layer: int | None = None
 
 
 Step = Piece | OpStep
+LayerOf = Callable[[fx.Node], int | None]
+"""The layer of a stack that a node was traced in; None outside of it."""
 
 
 @dataclass
@@ -59,14 +67,19 @@ class _Segment:
 
     op: LayerOp | None = None
     nodes: list[fx.Node] = field(default_factory=list)
+    layer: int | None = None
 
 
-def split(captured: Captured, bound: Collection[str] | None = None) -> tuple[list[Step], tuple[str, ...]]:
+def split(
+    captured: Captured, bound: Collection[str] | None = None, layer_of: LayerOf | None = None
+) -> tuple[list[Step], tuple[str, ...]]:
     """Cut the graph.
 
     Args:
         captured: the graph.
         bound: graph inputs that do not change from call to call; None: parameters, buffers and handles.
+        layer_of: cut where this changes, too. What lies between two layers goes with the first of them; what lies
+            behind the last layer is on its own.
 
     Returns:
         The steps in the order in which they run, and the names of the graph's outputs.
@@ -78,15 +91,15 @@ def split(captured: Captured, bound: Collection[str] | None = None) -> tuple[lis
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     if bound is None:
         bound = {entry.node for entry in captured.inputs if _is_bound(entry.source, entry.kind)}
-    segments = _segments(gm)
+    segments = _segments(gm, layer_of)
     home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
     wanted = _wanted_later(segments, home, output)
     steps: list[Step] = []
     for index, segment in enumerate(segments):
         if segment.op is not None:
-            steps.append(_op_step(segment, wanted[index]))
+            steps.append(replace(_op_step(segment, wanted[index]), layer=segment.layer))
         elif wanted[index] or any(may_mutate(node) for node in segment.nodes):
-            steps.append(_piece(gm, segment.nodes, wanted[index], bound))
+            steps.append(replace(_piece(gm, segment.nodes, wanted[index], bound), layer=segment.layer))
     return steps, _names(output.args[0])
 
 
@@ -102,17 +115,22 @@ def _is_bound(source: str, kind: str) -> bool:
     return kind == "handle" or "._parameters[" in source or "._buffers[" in source
 
 
-def _segments(gm: fx.GraphModule) -> list[_Segment]:
+def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
     segments = [_Segment()]
     unpacked: dict[fx.Node, _Segment] = {}
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
+    nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    layers = [layer_of(node) if layer_of is not None else None for node in nodes]
+    last = max((place for place, layer in enumerate(layers) if layer is not None), default=len(nodes))
+    for place, node in enumerate(nodes):
+        layer = layers[place] if layers[place] is not None or place > last else segments[-1].layer
+        if layer != segments[-1].layer and not (node.target is operator.getitem and node.args[0] in unpacked):
+            segments.append(_Segment(layer=layer))
         op = find_layer_op(node.target) if node.op == "call_function" else None
         if op is not None and op.splitting:
-            segment = _Segment(op, [node])
-            _close_gap(segments)
-            segments += [segment, _Segment()]
+            segment = _Segment(op, [node], layer)
+            if layer_of is None:
+                _close_gap(segments)
+            segments += [segment, _Segment(layer=layer)]
             unpacked[node] = segment
         elif node.target is operator.getitem and node.args[0] in unpacked:
             unpacked[node.args[0]].nodes.append(node)

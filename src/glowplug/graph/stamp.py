@@ -1,8 +1,9 @@
 """Stamping: from the steps of a template to the steps of the deep model, by rewriting where each input comes from.
 
 A **unit** is what runs from the first op of one layer up to the first op of the next: a layer's back and the next
-layer's front. What lies before the first unit is the **head**. A value that a unit reads is its own, of the unit right
-before it, or from outside the stack; anything else can't be stamped.
+layer's front; or, where the graph was cut at its layers, one layer. What lies before the first unit is the **head**.
+A value that a unit reads is its own, of the unit right before it, or from outside the stack; anything else can't be
+stamped.
 """
 
 from __future__ import annotations
@@ -174,15 +175,13 @@ def stamp(
 
 
 def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int]:
-    """The index of the first op of each layer."""
+    """The index of the first op of each layer; of its first step, where the graph was cut at layers."""
     starts: list[int] = []
+    at_layers = any(step.layer is not None for step in steps)
     for index, step in enumerate(steps):
-        if not isinstance(step, OpStep):
+        layer = step.layer if at_layers else _called_for(step, locations)
+        if layer is None:
             continue
-        where = locations.own.get(getattr(step.args[0], "name", ""))
-        if where is None:
-            raise NotStampableError(f"{step.op.name} is called for a layer outside the stack")
-        layer = where[0]
         if layer == len(starts):
             starts.append(index)
         elif layer != len(starts) - 1:
@@ -192,6 +191,16 @@ def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int
     if len(starts) != depth:
         raise NotStampableError(f"{len(starts)} of the template's {depth} layers ran", tuple(range(len(starts), depth)))
     return starts
+
+
+def _called_for(step: Step, locations: Locations) -> int | None:
+    """The layer that an op is called for; None for a piece."""
+    if not isinstance(step, OpStep):
+        return None
+    where = locations.own.get(getattr(step.args[0], "name", ""))
+    if where is None:
+        raise NotStampableError(f"{step.op.name} is called for a layer outside the stack")
+    return where[0]
 
 
 class _Reader:

@@ -16,17 +16,18 @@ from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import insides, interfaces, trace, verify
-from glowplug.hf import template as templates
 from glowplug.hf.call import Call
 from glowplug.hf.insides import Insides
 from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.served import Served
-from glowplug.hf.template import Template
+from glowplug.hf.template import choose
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.program import Built, PieceCache, Program, build_program
+from glowplug.program import template as templates
+from glowplug.program.template import Template
 from glowplug.report import Report
 
 
@@ -103,7 +104,7 @@ class Builder:
             return None
         template: Template | None = None
         try:
-            template = templates.choose(self.model)
+            template = choose(self.model)
             if template is None:
                 return None
             served = self._capture(call, plan, template)

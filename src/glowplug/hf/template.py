@@ -1,44 +1,17 @@
-"""The template of a transformers model: a short model that shares its weights, and where they lie in the deep one."""
+"""The layer stack of a transformers model, and its template."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from glowplug.errors import NotStampableError
-from glowplug.graph.capture import Captured
-from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.hf.interfaces import token_mixers
-from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.stack import LayerStack, choose_template, find_stack, why_distinct
-from glowplug.program import Stamping
-
-
-@dataclass(frozen=True)
-class Template:
-    """The layers of a stack that are traced.
-
-    Attributes:
-        stack: the stack.
-        length: how many of its layers, from the first.
-    """
-
-    stack: LayerStack
-    length: int
-
-    @property
-    def kinds(self) -> tuple[int, ...]:
-        """The kinds of its layers."""
-        return self.stack.kinds[: self.length]
-
-    def layer_names(self, layers: tuple[int, ...]) -> tuple[str, ...]:
-        """Qualified names of layers."""
-        return tuple(f"{self.stack.path}.{layer}" for layer in layers)
+from glowplug.layers.stack import LayerStack, find_stack
+from glowplug.program import template as templates
+from glowplug.program.template import Template
 
 
 def stack_of(model: nn.Module) -> LayerStack | None:
@@ -58,127 +31,4 @@ def choose(model: PreTrainedModel) -> Template | None:
         if len(token_mixers(model)) <= 4:
             return None
         raise NotStampableError("the model has no list of layers with one token mixer each")
-    length = choose_template(stack.kinds)
-    if length is not None:
-        return Template(stack, length)
-    depth, distinct = len(stack.kinds), len(set(stack.kinds))
-    if 2 * distinct > depth > 4:
-        raise NotStampableError(why_distinct(stack))
-    if depth > 4 * distinct:
-        raise NotStampableError(f"no part of the {depth} layers shows how all of them follow each other")
-    return None
-
-
-def short_model(model: nn.Module, template: Template) -> nn.Module:
-    """A model of the template's layers alone. It shares every module and weight with `model`, which stays as it is."""
-    *path, attribute = template.stack.path.split(".")
-    short = at = _shallow(model)
-    for part in path:
-        at._modules[part] = child = _shallow(_child(at, part))
-        at = child
-    at._modules[attribute] = layers = _shallow(_child(at, attribute))
-    layers._modules = {str(index): layer for index, layer in enumerate(template.stack.layers[: template.length])}
-    return short
-
-
-def check_reads(template: Template, reads: Collection[str]) -> None:
-    """Refuse a template whose trace read a name that its layers' kinds leave out.
-
-    Args:
-        template: the template.
-        reads: sources of what the trace read.
-
-    Raises:
-        NotStampableError: it read one.
-    """
-    for attribute in template.stack.named_by:
-        place = re.compile(rf"_modules\['{template.stack.attribute}'\].*\.{attribute}\b")
-        if any(map(place.search, reads)):
-            raise NotStampableError(f"the layers read their own name in {attribute}")
-
-
-def _child(module: nn.Module, name: str) -> nn.Module:
-    child = module._modules[name]
-    assert child is not None
-    return child
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """A module with the same attributes and children, in tables of its own."""
-    made: nn.Module = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__["_modules"] = dict(module._modules)
-    return made
-
-
-def stamping(
-    model: nn.Module, template: Template, captured: Captured, arguments: Mapping[str, str], registry: LayerRegistry
-) -> Stamping:
-    """Everything that stamping the template's graph needs to know of the model.
-
-    Raises:
-        NotStampableError: a weight's place can't be told.
-    """
-    stack = template.stack
-    own, handles = _locate(model, stack, captured, arguments)
-    outside = frozenset(entry.node for entry in captured.inputs if entry.node not in own)
-    kinds = (template.kinds, stack.kinds)
-    return Stamping(Locations(own, outside), *kinds, _binder(stack, registry, handles), stack.path)
-
-
-def _locate(
-    model: nn.Module, stack: LayerStack, captured: Captured, arguments: Mapping[str, str]
-) -> tuple[dict[str, tuple[int, str]], frozenset[str]]:
-    """Graph value -> (layer, path in it) for what lies in the stack; and which of the paths are handles."""
-    names = _tensor_names(model)
-    own: dict[str, tuple[int, str]] = {}
-    handles = set()
-    for entry in captured.inputs:
-        if entry.node in arguments or entry.kind == "symint":
-            continue
-        if entry.kind == "handle":
-            place = stack.index_of(entry.value.name)
-            if place is not None:
-                own[entry.node] = place
-                handles.add(place[1])
-            continue
-        aliases = names.get(id(entry.value), [])
-        places = [place for place in map(stack.index_of, aliases) if place is not None]
-        layers = sorted({layer for layer, _ in places})
-        if not aliases and f"_modules['{stack.attribute}']._modules['" in entry.source:
-            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {entry.source}")
-        if len(layers) == 1:
-            own[entry.node] = places[0]
-        elif layers and not all(
-            {(layer, path) for layer in range(len(stack.layers))} <= set(places) for _, path in places
-        ):
-            raise NotStampableError(f"layers {', '.join(map(str, layers))} share {places[0][1]}", tuple(layers))
-    return own, frozenset(handles)
-
-
-def _tensor_names(model: nn.Module) -> dict[int, list[str]]:
-    """id of a tensor -> every qualified name that it has."""
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in _tensors(module):
-            names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-    return names
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for table in (module._parameters, module._buffers, module.__dict__):
-        for name, value in table.items():
-            if isinstance(value, Tensor):
-                yield name, value
-
-
-def _binder(stack: LayerStack, registry: LayerRegistry, handles: frozenset[str]) -> Bind:
-    def bind(layer: int, own: Own) -> Any:
-        index = layer + own.offset
-        if own.path in handles:
-            name = f"{stack.path}.{index}.{own.path}" if own.path else f"{stack.path}.{index}"
-            return registry.handles[name]
-        parent, _, leaf = own.path.rpartition(".")
-        return getattr(stack.layers[index].get_submodule(parent), leaf)
-
-    return bind
+    return templates.choose(stack)

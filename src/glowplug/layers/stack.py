@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,9 +24,7 @@ class LayerStack:
     """The layers of a model that run one after another.
 
     Attributes:
-        path: qualified name of the `nn.ModuleList`.
-        owner: the module that holds it.
-        attribute: its name there.
+        path: qualified name of the `nn.ModuleList` or `nn.Sequential`; empty when it is the model itself.
         layers: the layers, in order.
         kinds: the kind of each, as a number; equal numbers mean the same function of (inputs, own weights, own handle).
         named_by: attributes that hold a module's own qualified name. Kinds leave that name out, so a trace that reads
@@ -34,19 +32,21 @@ class LayerStack:
     """
 
     path: str
-    owner: nn.Module
-    attribute: str
     layers: tuple[nn.Module, ...]
     kinds: tuple[int, ...]
     named_by: frozenset[str] = frozenset()
 
     def index_of(self, name: str) -> tuple[int, str] | None:
         """The layer that a qualified name lies in, and the rest of the name; None when it lies outside the stack."""
-        head = f"{self.path}."
+        head = f"{self.path}." if self.path else ""
         if not name.startswith(head):
             return None
         index, _, rest = name[len(head) :].partition(".")
         return (int(index), rest) if index.isdigit() else None
+
+    def name_of(self, layer: int, rest: str = "") -> str:
+        """The qualified name of a layer, or of what lies at a path in it."""
+        return ".".join(filter(None, (self.path, str(layer), rest)))
 
 
 def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None) -> LayerStack | None:
@@ -66,12 +66,35 @@ def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None
                 best = held, path, module
     if best is None:
         return None
-    _, path, stack = best
-    owner_path, _, attribute = path.rpartition(".")
+    return _describe_stack(best[1], best[2], config)
+
+
+def find_repetition(model: nn.Module) -> LayerStack | None:
+    """The stack of a model that nothing is known of: the one of whose modules most need not be traced, as a prefix
+    shows what they do. None when there is none."""
+    best: tuple[int, LayerStack] | None = None
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or choose_template(_classes(module)) is None:
+            continue
+        if list(module._modules) != [str(index) for index in range(len(module))]:
+            continue
+        stack = _describe_stack(path, module, None)
+        length = choose_template(stack.kinds)
+        saved = sum(len(list(layer.modules())) for layer in stack.layers[length:]) if length is not None else 0
+        if saved > (best[0] if best is not None else 0):
+            best = saved, stack
+    return best[1] if best is not None else None
+
+
+def _classes(stack: Iterable[nn.Module]) -> list[int]:
+    numbers: dict[type, int] = {}
+    return [numbers.setdefault(type(layer), len(numbers)) for layer in stack]
+
+
+def _describe_stack(path: str, stack: Iterable[nn.Module], config: Any) -> LayerStack:
     layers = tuple(stack)
     uses = _Uses(path)
-    kinds = _kinds(layers, config, uses)
-    return LayerStack(path, model.get_submodule(owner_path), attribute, layers, kinds, frozenset(uses.named_by))
+    return LayerStack(path, layers, _kinds(layers, config, uses), frozenset(uses.named_by))
 
 
 def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
@@ -115,7 +138,7 @@ class _Uses(dict[type, frozenset[str]]):
 def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
     """Everything that the layer's forward can read, but for what merely names the layer and the weights' values."""
     lines = []
-    whole = f"{uses.path}.{index}" if uses.path is not None else None
+    whole = f"{uses.path}.{index}".lstrip(".") if uses.path is not None else None
     for path, module in layer.named_modules(remove_duplicate=False):
         cls = type(module)
         lines.append(

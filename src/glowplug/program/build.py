@@ -42,14 +42,14 @@ class Stamping:
         template: the kinds of the template's layers.
         kinds: the kinds of all layers.
         bind: finds the object that a layer has at a path.
-        path: qualified name of the stack, for reports.
+        name_of: the qualified name of what a layer has at a path, for reports.
     """
 
     locations: Locations
     template: tuple[int, ...]
     kinds: tuple[int, ...]
     bind: Bind
-    path: str
+    name_of: Callable[[int, str], str]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def build_program(
             uncompiled = write({found: step.gm.forward for step, found in _pieces(steps, prints)})
         outline = _outline(steps, prints, captured)
         if stamped is not None and stamping is not None:
-            outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.path)
+            outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.name_of)
         program = replace(program, outline=outline)
         uncompiled = replace(uncompiled, outline=outline) if uncompiled is not None else None
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
@@ -204,11 +204,13 @@ def _outline(
     return tuple(outline)
 
 
-def _stamped_outline(stamped: Stamped, head: tuple[StepOutline, ...], path: str) -> tuple[StepOutline, ...]:
+def _stamped_outline(
+    stamped: Stamped, head: tuple[StepOutline, ...], name_of: Callable[[int, str], str]
+) -> tuple[StepOutline, ...]:
     outline = list(head)
     for layer, unit in enumerate(stamped.sequence):
         for step in stamped.units[unit].steps:
-            names = tuple(f"{path}.{layer + r.offset}.{r.path}" for r in step.wiring if isinstance(r, Own))
+            names = tuple(name_of(layer + r.offset, r.path) for r in step.wiring if isinstance(r, Own))
             op = step.step.op.name if isinstance(step.step, OpStep) else None
             outline.append(StepOutline(op, step.found, names))
     return tuple(outline)
