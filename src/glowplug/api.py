@@ -25,6 +25,7 @@ def compile(
     verify: str = "once",
     stamp: str = "auto",
     inside: str = "auto",
+    ends: str = "auto",
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -43,6 +44,7 @@ def compile(
         verify: `"once"` or `"off"`; see `Options`.
         stamp: `"auto"` or `"off"`; see `Options`.
         inside: `"auto"`, `"compiled"` or `"eager"`; see `Options`.
+        ends: `"auto"` or `"compiled"`; see `Options`.
 
     Returns:
         `model` itself.
@@ -65,6 +67,7 @@ def compile(
         verify=verify,  # type: ignore[arg-type]
         stamp=stamp,  # type: ignore[arg-type]
         inside=inside,  # type: ignore[arg-type]
+        ends=ends,  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
@@ -93,7 +96,8 @@ def report(model: nn.Module) -> Report:
 
 
 def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
-    """Wait for what is compiled beside serving (see `Options.inside`), and put it to use. For measurements.
+    """Wait for what is compiled beside serving (see `Options.inside` and `Options.ends`), and put it to use. For
+    measurements.
 
     Args:
         model: a compiled model; where nothing is under way, returns at once.

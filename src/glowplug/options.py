@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "verify": ("once", "off"),
     "stamp": ("auto", "off"),
     "inside": ("auto", "compiled", "eager"),
+    "ends": ("auto", "compiled"),
 }
 
 
@@ -40,6 +41,9 @@ class Options:
         inside: of opaque experts. `"auto"`: their inside is compiled once a kind beside serving, where that costs the
             start nothing (on Linux CPUs), and used from the next sequence on where a trial finds it faster.
             `"compiled"`: before the first answer, on any device. `"eager"`: never.
+        ends: pieces that run seldom in a step, such as a deep model's first and last. `"auto"`: they start uncompiled
+            and are compiled beside serving (on Linux CPUs), to be used from the next sequence on. `"compiled"`: before
+            the first answer; always so with `strict`.
 
     Raises:
         UsageError: a value is not allowed, or `identity` contradicts `fast_moe_cold_start`.
@@ -53,6 +57,7 @@ class Options:
     verify: Literal["once", "off"] = "once"
     stamp: Literal["auto", "off"] = "auto"
     inside: Literal["auto", "compiled", "eager"] = "auto"
+    ends: Literal["auto", "compiled"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -60,7 +60,8 @@ class Report:
         experts: `"inline"`, `"opaque"` or `"none"` (the model has no experts that glowplug recognises).
         compiler: the piece compiler's name.
         pieces: pieces of all programs together.
-        distinct_pieces: how many of them are distinct, and were compiled.
+        distinct_pieces: how many of them are distinct: each is compiled once.
+        pending_pieces: distinct pieces that still run uncompiled, as they are compiled beside serving.
         phases: seconds spent, by phase: trace, split, fingerprint, stamp, compile, bind, verify.
         fallbacks: each step down the ladder, once, with its reason.
         template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
@@ -75,6 +76,7 @@ class Report:
     compiler: str = "inductor"
     pieces: int = 0
     distinct_pieces: int = 0
+    pending_pieces: int = 0
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
@@ -112,6 +114,7 @@ class Report:
             "compiler": self.compiler,
             "pieces": self.pieces,
             "distinct_pieces": self.distinct_pieces,
+            "pending_pieces": self.pending_pieces,
             "programs": self.programs,
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
@@ -122,11 +125,14 @@ class Report:
             ],
         }
 
+    def _pending(self) -> str:
+        return f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""
+
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items())
         lines = [
             f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}",
-            f"{self.pieces} pieces, {self.distinct_pieces} distinct",
+            f"{self.pieces} pieces, {self.distinct_pieces} distinct" + self._pending(),
             phases,
         ]
         for inside in self.insides:

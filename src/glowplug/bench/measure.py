@@ -161,7 +161,7 @@ def _median_ms(step: Callable[[], Tensor], device: torch.device, cap_s: float) -
 def _add_report(record: Record, model: PreTrainedModel) -> None:
     """Take over what glowplug says it did until the second token."""
     report = glowplug.report(model).as_dict()
-    record |= {key: report[key] for key in ("phases", "pieces", "distinct_pieces", "experts")}
+    record |= {key: report[key] for key in ("phases", "pieces", "distinct_pieces", "pending_pieces", "experts")}
 
 
 def _fallbacks(strategy: Strategy, model: PreTrainedModel) -> list[str]:

@@ -81,6 +81,11 @@ def _stamped(model: nn.Module, spec: Spec) -> None:
     glowplug.compile(model, experts=spec.experts, compiler=spec.compiler)
 
 
+def _stamped_whole(model: nn.Module, spec: Spec) -> None:
+    """Stamped, with every piece compiled before the first answer."""
+    glowplug.compile(model, experts=spec.experts, compiler=spec.compiler, ends="compiled")
+
+
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -92,6 +97,7 @@ STRATEGIES: dict[str, Strategy] = {
         _glowplug("ordered"),
         _glowplug("hoisted"),
         Strategy("stamped", "glowplug", _stamped),
+        Strategy("stamped-whole", "glowplug", _stamped_whole),
     )
 }
 

@@ -1,14 +1,18 @@
-"""Forks of this process that compile."""
+"""Forks of this process that compile, while it waits or while it already serves."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import tempfile
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -75,3 +79,55 @@ def fork(work: Callable[[], None]) -> Child | None:
         finally:
             os._exit(code)
     return Child(pid)
+
+
+class Beside:
+    """Work of a fork beside serving, at a low priority. Its results are files in a folder.
+
+    Args:
+        work: called in the fork with the folder; it leaves each file there whole or not at all, see `leave`.
+    """
+
+    def __init__(self, work: Callable[[Path], None]) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="glowplug-beside-", ignore_cleanup_errors=True)
+        self._folder = folder
+        self._lock = threading.Lock()
+
+        def run() -> None:
+            os.nice(10)
+            work(Path(folder.name))
+
+        self._child = fork(run)
+        if self._child is not None:
+            weakref.finalize(self, self._child.stop)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the fork may still be at work, or its results wait to be taken."""
+        return self._child is not None
+
+    def finish(self, take: Callable[[Path], None], deadline: float | None = None) -> None:
+        """Once the fork has ended, call `take` with the folder, once, and delete the folder.
+
+        Args:
+            take: takes the results.
+            deadline: wait for the fork until then (`time.monotonic()`); None: don't wait.
+        """
+        with self._lock:
+            child = self._child
+            if child is None:
+                return
+            if deadline is not None:
+                child.wait(deadline)
+            if not child.poll():
+                return
+            self._child = None
+            take(Path(self._folder.name))
+            self._folder.cleanup()
+
+
+def leave(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.rename(path)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import fx
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
-from glowplug.compilers.fork import fork
+from glowplug.compilers.fork import Beside, fork, leave
 
 _PATIENCE_S = 60.0
 """How much longer than this process a child may take, before its pieces are compiled here."""
@@ -73,7 +73,7 @@ def compile_jobs(
     if workers < 2 or not isinstance(compiler, StoringCompiler) or not compiler.forks([job.inputs for job in jobs]):
         return _compile_here(compiler, jobs, relations, advance, {})
     with tempfile.TemporaryDirectory(prefix="glowplug-pieces-", ignore_cleanup_errors=True) as folder:
-        shelf = _Shelf(Path(folder), jobs)
+        shelf = Shelf(Path(folder), jobs)
         forked = [fork(lambda: _work(compiler, shelf, relations)) for _ in range(workers - 1)]
         children = [child for child in forked if child is not None]
         try:
@@ -126,7 +126,7 @@ def _compile_one(compiler: PieceCompiler, job: Job, relations: Callable[[], int]
     return Done(run, local=relations() > before)
 
 
-class _Shelf:
+class Shelf:
     """The folder where workers claim pieces and leave artifacts."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
@@ -146,20 +146,30 @@ class _Shelf:
 
     def leave(self, index: int, local: bool, artifact: bytes) -> None:
         """Store an artifact, whole or not at all."""
-        part = self.folder / f"{index}.part"
-        part.write_bytes(pickle.dumps((local, artifact)))
-        part.rename(self.folder / f"{index}.artifact")
+        leave(self.folder / f"{index}.artifact", pickle.dumps((local, artifact)))
 
     def collect(self, index: int, compiler: StoringCompiler) -> Done | None:
-        """What a child left for a piece; None if nothing that can be loaded."""
+        """What a child left for a piece; None if nothing that can be loaded, or if compiling it wrote down relations
+        between sizes, which then are not known here."""
         try:
             local, artifact = pickle.loads((self.folder / f"{index}.artifact").read_bytes())
-            return Done(compiler.load(artifact), local=local)
+            return None if local else Done(compiler.load(artifact))
         except Exception:
             return None
 
 
-def _work(compiler: StoringCompiler, shelf: _Shelf, relations: Callable[[], int]) -> None:
+def compile_beside(compiler: StoringCompiler, jobs: Sequence[Job], relations: Callable[[], int]) -> Beside:
+    """Begin to compile pieces in a fork while this process serves. Inside the pieces' capture.
+
+    Args:
+        compiler: the compiler; it has said that it forks.
+        jobs: the pieces.
+        relations: as for `compile_jobs`.
+    """
+    return Beside(lambda folder: _work(compiler, Shelf(folder, jobs), relations))
+
+
+def _work(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int]) -> None:
     """What a child does."""
     for index in shelf.claims():
         before = relations()

@@ -6,8 +6,10 @@ Uses Inductor's list of instruction sets, its code cache and `cpp.vec_isa_ok` (p
 
 from __future__ import annotations
 
+import contextvars
 import platform
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -19,15 +21,15 @@ extern "C" void kernel(float* out) {
     at::vec::Vectorized<float>(1).exp().store(out);
 }
 """
-"""A kernel as Inductor writes them: whoever compiles and loads it has shown that the instruction set works."""
+"""Includes what Inductor's kernels include. It is never compiled: asking for it precompiles its header."""
 
 
 class CpuToolchain:
     """The C++ side of Inductor in this process.
 
     Inductor finds out which instruction sets work by compiling a test program for each, for seconds. The processor
-    says by itself which it has, so only the compiler is in doubt: `trusted` takes its word and skips the tests, and one
-    kernel is compiled and loaded to see. Should that fail, the tests are made after all.
+    says by itself which it has, so only the compiler is in doubt: `trusted` takes its word and skips those tests that
+    can be skipped. Should a piece then fail to compile, the tests are made after all.
     """
 
     def __init__(self) -> None:
@@ -69,13 +71,30 @@ class CpuToolchain:
 
             trusting: Any = config.patch(self.options())
             with trusting:
+                _test_side_by_side(cpu_vec_isa)
                 cpu_vec_isa.valid_vec_isa_list()
                 self._known.set()
-                CppPythonBindingsCodeCache.load_pybinding(["float*"], _KERNEL)
+                CppPythonBindingsCodeCache.load_pybinding_async(["float*"], _KERNEL, submit_fn=_not_now)
         except Exception:
             self.distrust()  # a real fault is found again, and reported, when a piece is compiled
         finally:
             self._known.set()
+
+
+def _test_side_by_side(cpu_vec_isa: Any) -> None:
+    """Make those tests that are made in any case side by side; Inductor, which would make them one after the other,
+    remembers their outcome."""
+    if not _is_x86():
+        return
+    flags = cpu_vec_isa.x86_isa_checker()
+    sets = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())]
+    with ThreadPoolExecutor(max_workers=max(1, len(sets))) as pool:
+        for done in [pool.submit(contextvars.copy_context().run, bool, isa) for isa in sets]:
+            done.result()
+
+
+def _not_now(_compile: Any) -> None:
+    """Stands in for what would compile a kernel in the background."""
 
 
 @lru_cache(maxsize=1)

@@ -68,6 +68,17 @@ class Builder:
                 self._compile_insides()
         return served
 
+    @property
+    def pending(self) -> bool:
+        """Whether something is being compiled beside serving."""
+        return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
+
+    def poll(self, deadline: float | None = None) -> None:
+        """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        self._pieces.poll(self.report, deadline)
+        if self.insides is not None:
+            self.insides.poll(deadline)
+
     def _build(self, call: Call) -> Served | str:
         plan = hf_experts.plan(self.model, self.options.experts)
         if self.registry is None:
@@ -172,6 +183,7 @@ class Builder:
                 stamping=how,
                 drop_unused=True,
                 both=self.options.verify == "once",
+                defer_ends=self.options.ends == "auto" and not self.options.strict,
             )
             return built, read_assumptions(captured, set(trace.VARYING))
 

@@ -88,8 +88,8 @@ class Engine:
         if broken is not None:
             return self._eager(broken, args, kwargs)
         assert self.registry is not None
-        if self.builder.insides is not None and self.builder.insides.pending and not _begun(call):
-            self.builder.insides.poll()
+        if self.builder.pending and not _begun(call):
+            self.builder.poll()
         return served.run(call, self.registry, check_order=self.check_order)
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,8 +100,7 @@ class Engine:
 
     def settle(self, timeout_s: float) -> None:
         """Wait for what is compiled beside serving, and put it to use."""
-        if self.builder.insides is not None:
-            self.builder.insides.poll(time.monotonic() + timeout_s)
+        self.builder.poll(time.monotonic() + timeout_s)
 
     def outline_only(self) -> Report:
         """Capture and cut the model for token ids, without running it."""

@@ -8,12 +8,8 @@ CPU it is compiled in a fork, while the model serves already; it takes over when
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import tempfile
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +21,7 @@ from torch import Tensor, nn
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.fork import Child, fork
+from glowplug.compilers.fork import Beside, leave
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, tracing_lock
 from glowplug.graph.split import Piece, split
@@ -134,9 +130,7 @@ class Insides:
         self.compiler = compiler
         self.report = report
         self.kinds: list[Kind] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._child: Child | None = None
-        self._lock = threading.Lock()
+        self._beside: Beside | None = None
         for op, named in layers.items():
             groups: dict[int, list[str]] = {}
             for name, kind in zip(named, kinds_of(list(named.values())), strict=True):
@@ -149,7 +143,7 @@ class Insides:
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return self._child is not None
+        return self._beside is not None and self._beside.pending
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -165,21 +159,13 @@ class Insides:
             return
         if not compiler.forks([]):
             return
-        self._folder = tempfile.TemporaryDirectory(prefix="glowplug-insides-", ignore_cleanup_errors=True)
-        folder = Path(self._folder.name)
 
-        def work() -> None:
-            os.nice(10)
+        def work(folder: Path) -> None:
             for number, kind in enumerate(self.kinds):
                 with contextlib.suppress(CaptureError):
-                    made = self._make(kind, compiler.compile_to_bytes)
-                    part = folder / f"{number}.part"
-                    part.write_bytes(pickle.dumps(made))
-                    part.rename(folder / f"{number}.inside")
+                    leave(folder / f"{number}.inside", pickle.dumps(self._make(kind, compiler.compile_to_bytes)))
 
-        self._child = fork(work)
-        if self._child is not None:
-            weakref.finalize(self, self._child.stop)
+        self._beside = Beside(work)
 
     def poll(self, deadline: float | None = None) -> None:
         """Put compiled insides to use once the fork has ended.
@@ -187,23 +173,19 @@ class Insides:
         Args:
             deadline: wait for it until then (`time.monotonic()`); None: don't wait.
         """
-        with self._lock:
-            child, folder, compiler = self._child, self._folder, self.compiler
-            if child is None or folder is None or not isinstance(compiler, StoringCompiler):
-                return
-            if deadline is not None:
-                child.wait(deadline)
-            if not child.poll():
-                return
-            self._child = None
-            for number, kind in enumerate(self.kinds):
-                try:
-                    made: Made = pickle.loads((Path(folder.name) / f"{number}.inside").read_bytes())
-                    run = compiler.load(made.run)
-                except Exception:
-                    continue  # its layers go on as they are
-                self._install(kind, Made(run, made.order, made.seconds))
-            folder.cleanup()
+        if self._beside is not None:
+            self._beside.finish(self._take, deadline)
+
+    def _take(self, folder: Path) -> None:
+        compiler = self.compiler
+        assert isinstance(compiler, StoringCompiler)
+        for number, kind in enumerate(self.kinds):
+            try:
+                made: Made = pickle.loads((folder / f"{number}.inside").read_bytes())
+                run = compiler.load(made.run)
+            except Exception:
+                continue  # its layers go on as they are
+            self._install(kind, Made(run, made.order, made.seconds))
 
     def _make(self, kind: Kind, compile: Callable[..., Any]) -> Made:
         """Capture and compile the inside of a kind's first layer."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from glowplug.compilers.base import PieceCompiler
+from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
@@ -17,6 +18,7 @@ from glowplug.graph.split import OpStep, Piece, Step, split
 from glowplug.graph.stamp import Bind, Locations, Own, Stamped, reads, stamp
 from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.emit import Runners, emit
+from glowplug.program.ends import Ends, choose_ends, count_uses
 from glowplug.program.loop import emit_stamped
 from glowplug.program.program import Program, StepOutline
 from glowplug.progress import piece_progress
@@ -26,11 +28,26 @@ from glowplug.trace_log import log_pieces
 
 @dataclass
 class PieceCache:
-    """Compiled pieces of one model, by fingerprint: programs for further signatures reuse them."""
+    """Compiled pieces of one model, by fingerprint: programs for further signatures reuse them.
+
+    Attributes:
+        compiled: the pieces.
+        order: the fingerprint of each distinct piece, those of `ends` too.
+        ends: pieces that run uncompiled for now.
+    """
 
     compiled: dict[Fingerprint, Callable[..., Sequence[Any]]] = field(default_factory=dict)
     order: list[Fingerprint] = field(default_factory=list)
+    ends: list[Ends] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)
+
+    def poll(self, report: Report, deadline: float | None = None) -> None:
+        """Swap in what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        with self.lock:
+            for ends in self.ends:
+                ends.poll(self.compiled.__setitem__, deadline)
+            self.ends = [ends for ends in self.ends if ends.pending]
+            report.pending_pieces = sum(len(ends.runners) for ends in self.ends)
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ def build_program(
     stamping: Stamping | None = None,
     drop_unused: bool = False,
     both: bool = False,
+    defer_ends: bool = False,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -92,6 +110,7 @@ def build_program(
         stamping: stamp the steps over a stack.
         drop_unused: leave out arguments that no step reads.
         both: also bind the steps with uncompiled pieces.
+        defer_ends: pieces that run seldom in a step may start uncompiled, see `glowplug.program.ends`.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -122,7 +141,8 @@ def build_program(
                 kinds=stamping.kinds,
             )
     with report.phase("compile"), cache.lock:
-        runners = _compile(steps, prints, compiler, cache, captured)
+        uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
+        runners, ends = _compile(steps, prints, compiler, cache, captured, uses)
 
     def write(pieces: Runners) -> Program:
         if stamped is None or stamping is None:
@@ -139,6 +159,9 @@ def build_program(
             outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.name_of)
         program = replace(program, outline=outline)
         uncompiled = replace(uncompiled, outline=outline) if uncompiled is not None else None
+        if ends is not None:
+            ends.programs.append(program)
+            report.pending_pieces += len(ends.runners)
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
@@ -159,18 +182,49 @@ def _compile(
     compiler: PieceCompiler,
     cache: PieceCache,
     captured: Captured,
-) -> dict[Fingerprint, Callable[..., Any]]:
-    guards = captured.fake_mode.shape_env.guards if captured.fake_mode.shape_env else []
-    local: list[Fingerprint] = []
+    uses: Counter[Fingerprint] | None,
+) -> tuple[dict[Fingerprint, Callable[..., Any]], Ends | None]:
+    """Compile what is new; with `uses`, how often each piece runs, some of it later."""
     # Later duplicates overwrite earlier ones in `new`; any instance of a piece stands for all of them.
     new = {found: step for step, found in _pieces(steps, prints) if found not in cache.compiled}
-    jobs = [
-        Job(step.gm, [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"])
-        for step in new.values()
-    ]
-    with piece_progress(len(new)) as advance:
-        results = compile_jobs(compiler, jobs, lambda: len(guards), advance)
-    for found, result in zip(new, results, strict=False):
+    jobs = {
+        found: Job(step.gm, [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"])
+        for found, step in new.items()
+    }
+    later = choose_ends(uses, new) if uses is not None and isinstance(compiler, StoringCompiler) else set()
+    deferred = {found: jobs.pop(found) for found in later}
+    local = _compile_jobs(jobs, compiler, cache, captured)
+    ends = None
+    # Asked last: a fork takes with it what compiling the others has loaded.
+    if deferred and isinstance(compiler, StoringCompiler) and compiler.forks([j.inputs for j in deferred.values()]):
+        ends = Ends(compiler, deferred, lambda: len(_guards(captured)))
+        cache.ends.append(ends)
+    else:
+        local += _compile_jobs(deferred, compiler, cache, captured)
+    cache.order += new
+    runners = {found: cache.compiled[found] for found in prints if found in cache.compiled and found is not None}
+    for found in local:  # it relies on relations between sizes that only this capture has written down
+        del cache.compiled[found]
+    return {**runners, **(ends.runners if ends is not None else {})}, ends
+
+
+def _guards(captured: Captured) -> Sequence[Any]:
+    """The relations between sizes that the capture has written down so far."""
+    return captured.fake_mode.shape_env.guards if captured.fake_mode.shape_env else []
+
+
+def _compile_jobs(
+    jobs: Mapping[Fingerprint, Job], compiler: PieceCompiler, cache: PieceCache, captured: Captured
+) -> list[Fingerprint]:
+    """Compile pieces into the cache; returns those that hold in this capture alone.
+
+    Raises:
+        CompileError: the compiler failed.
+    """
+    local: list[Fingerprint] = []
+    with piece_progress(len(jobs)) as advance:
+        results = compile_jobs(compiler, list(jobs.values()), lambda: len(_guards(captured)), advance)
+    for found, result in zip(jobs, results, strict=False):
         if result.error is not None:
             if is_restart(result.error):
                 raise result.error
@@ -179,13 +233,9 @@ def _compile(
         if result.run is None:  # given up, as another piece failed
             continue
         cache.compiled[found] = result.run
-        cache.order.append(found)
         if result.local:
             local.append(found)
-    runners = {found: cache.compiled[found] for found in prints if found is not None}
-    for found in local:  # it relies on relations between sizes that only this capture has written down
-        del cache.compiled[found]
-    return runners
+    return local
 
 
 def _outline(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,14 @@ class Program:
     run: Callable[..., tuple[Any, ...]]
     arguments: tuple[str, ...]
     source: str
-    names: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    names: dict[str, Any] = field(default_factory=dict, repr=False)
     outline: tuple[StepOutline, ...] = field(default=(), repr=False)
+
+    def replace(self, old: Any, new: Any) -> None:
+        """Let each global name that stands for one object stand for another, from the next run of a step on."""
+        for table in (self.names, getattr(self.run, "__globals__", {})):
+            for name in [name for name, value in table.items() if value is old]:
+                table[name] = new
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Pieces that run seldom in a step, such as a model's first and last: their program serves with them uncompiled, a fork
+compiles them meanwhile, and they are swapped in between two sequences.
+
+On two cores a piece takes two to three seconds to compile. One that runs once in a step of dozens of pieces saves less
+in all the steps of those seconds than its compilation would delay the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glowplug.compilers.base import StoringCompiler
+from glowplug.compilers.fork import Beside
+from glowplug.compilers.parallel import Job, Shelf, compile_beside
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.split import Piece, may_mutate
+from glowplug.program.program import Program
+
+logger = logging.getLogger("glowplug")
+
+_SHARE = 1 / 8
+"""Largest share of a program's pieces that may start uncompiled, all of them together."""
+_RUNS = 4
+"""Runs whose inputs are kept, to try the compiled piece on: those of the comparison with eager, mostly."""
+_LARGEST = 2**20
+"""Elements of the inputs kept, not counting weights: at most."""
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest ||compiled - uncompiled|| / ||uncompiled|| of a piece's output. Half precision: 0.05."""
+
+
+def choose_ends(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece]) -> set[Fingerprint]:
+    """The pieces that may start uncompiled: those used least often, as long as all of them together are few.
+
+    Args:
+        uses: how often each distinct piece runs in a step.
+        pieces: one of each.
+    """
+    left = sum(uses.values()) * _SHARE
+    chosen: set[Fingerprint] = set()
+    for count in sorted(set(uses.values())):
+        some = {found for found, often in uses.items() if often == count}
+        left -= count * len(some)
+        if left < 0:
+            break
+        chosen |= some
+    return {found for found in chosen & pieces.keys() if not _writes(pieces[found])}
+
+
+def _writes(piece: Piece) -> bool:
+    return any(may_mutate(node) for node in piece.gm.graph.nodes if node.op not in ("placeholder", "output"))
+
+
+class Uncompiled:
+    """An uncompiled piece that keeps the inputs of its first runs.
+
+    Args:
+        run: the piece.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[Any]]) -> None:
+        self.run = run
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run the piece."""
+        if len(self.seen) < _RUNS and sum(_size(value) for value in args) <= _LARGEST:
+            self.seen.append(args)
+        return self.run(*args)
+
+
+def _size(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) else 0
+
+
+class Ends:
+    """The pieces of one capture that run uncompiled for now. Made inside the capture, once its program compiles.
+
+    Args:
+        compiler: compiles them.
+        jobs: what is to be compiled, by fingerprint.
+        relations: as for `compile_jobs`.
+    """
+
+    def __init__(
+        self, compiler: StoringCompiler, jobs: Mapping[Fingerprint, Job], relations: Callable[[], int]
+    ) -> None:
+        self.compiler = compiler
+        self.jobs = dict(jobs)
+        self.runners = {found: Uncompiled(job.piece.forward) for found, job in jobs.items()}
+        self.programs: list[Program] = []
+        self._beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
+
+    @property
+    def pending(self) -> bool:
+        """Whether they are still being compiled, or wait to be swapped in."""
+        return self._beside.pending
+
+    def poll(self, swapped: Callable[[Fingerprint, Callable[..., Any]], None], deadline: float | None = None) -> None:
+        """Swap in what has been compiled, once all of it has been.
+
+        Args:
+            swapped: called with each piece that runs compiled from now on.
+            deadline: wait for the fork until then (`time.monotonic()`); None: don't wait.
+        """
+
+        def take(folder: Path) -> None:
+            shelf = Shelf(folder, list(self.jobs.values()))
+            for index, (found, runner) in enumerate(self.runners.items()):
+                done = shelf.collect(index, self.compiler)
+                if done is None or done.run is None:
+                    logger.info("glowplug: piece %s stays uncompiled: it was not delivered", found.digest[:12])
+                    continue
+                problem = _try(runner, done.run)
+                if problem is not None:
+                    logger.warning("glowplug: piece %s stays uncompiled: %s", found.digest[:12], problem)
+                    continue
+                for program in self.programs:
+                    program.replace(runner, done.run)
+                swapped(found, done.run)
+            for runner in self.runners.values():
+                runner.seen.clear()
+            self.jobs.clear()
+
+        self._beside.finish(take, deadline)
+
+
+def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | None:
+    """Run a compiled piece on the inputs that the uncompiled one had; why it must not be used, or None."""
+    with torch.no_grad():
+        for args in runner.seen:
+            try:
+                actual, expected = compiled(*args), runner.run(*args)
+            except Exception as exc:
+                return f"it raised {type(exc).__name__}: {exc}"
+            for one, other in zip(actual, expected, strict=True):
+                if isinstance(other, Tensor) and other.is_floating_point():
+                    error = float((one - other).float().norm() / other.float().norm().clamp(min=1e-30))
+                    allowed = _TOLERANCE.get(other.dtype, 0.05)
+                    if one.shape != other.shape or not error <= allowed:
+                        return f"compiled it differs by {error:.1e} from uncompiled (allowed {allowed:.0e})"
+                elif isinstance(other, Tensor) and not torch.equal(one, other):
+                    return "compiled it gives other integers than uncompiled"
+    return None
+
+
+def count_uses(prints: Iterable[Fingerprint | None]) -> Counter[Fingerprint]:
+    """How often each piece runs, from the fingerprint of each step (None: an op)."""
+    return Counter(found for found in prints if found is not None)
