@@ -106,6 +106,11 @@ class Beside:
         """Whether the fork may still be at work, or its results wait to be taken."""
         return self._child is not None
 
+    def wait(self, deadline: float) -> None:
+        """Until the fork has ended, or the deadline (`time.monotonic()`) is over; takes nothing."""
+        if self._child is not None:
+            self._child.wait(deadline)
+
     def finish(self, take: Callable[[Path], None], deadline: float | None = None) -> None:
         """Once the fork has ended, call `take` with the folder, once, and delete the folder.
 

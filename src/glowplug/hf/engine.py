@@ -82,14 +82,14 @@ class Engine:
         served = self._served.get(call.signature)
         if served is None:
             served = self._build(call)
+        elif self.builder.pending and not _begun(call):
+            self.builder.poll()
         if isinstance(served, str):
             return self._eager(served, args, kwargs)
         broken = served.broken_by(call)
         if broken is not None:
             return self._eager(broken, args, kwargs)
         assert self.registry is not None
-        if self.builder.pending and not _begun(call):
-            self.builder.poll()
         return served.run(call, self.registry, check_order=self.check_order)
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

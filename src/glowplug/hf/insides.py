@@ -130,7 +130,7 @@ class Insides:
         self.compiler = compiler
         self.report = report
         self.kinds: list[Kind] = []
-        self._beside: Beside | None = None
+        self.beside: Beside | None = None
         for op, named in layers.items():
             groups: dict[int, list[str]] = {}
             for name, kind in zip(named, kinds_of(list(named.values())), strict=True):
@@ -143,7 +143,7 @@ class Insides:
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return self._beside is not None and self._beside.pending
+        return self.beside is not None and self.beside.pending
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -165,7 +165,7 @@ class Insides:
                 with contextlib.suppress(CaptureError):
                     leave(folder / f"{number}.inside", pickle.dumps(self._make(kind, compiler.compile_to_bytes)))
 
-        self._beside = Beside(work)
+        self.beside = Beside(work)
 
     def poll(self, deadline: float | None = None) -> None:
         """Put compiled insides to use once the fork has ended.
@@ -173,8 +173,8 @@ class Insides:
         Args:
             deadline: wait for it until then (`time.monotonic()`); None: don't wait.
         """
-        if self._beside is not None:
-            self._beside.finish(self._take, deadline)
+        if self.beside is not None:
+            self.beside.finish(self._take, deadline)
 
     def _take(self, folder: Path) -> None:
         compiler = self.compiler

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.fork import Beside
@@ -54,7 +54,22 @@ def choose_ends(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece])
 
 
 def _writes(piece: Piece) -> bool:
-    return any(may_mutate(node) for node in piece.gm.graph.nodes if node.op not in ("placeholder", "output"))
+    """Whether a piece may write to its inputs, or to anything that it did not make: a trial would do so twice."""
+    nodes = list(piece.gm.graph.nodes)
+    given = {storage for node in nodes if node.op == "placeholder" for storage in _storages([node])}
+    for node in nodes:
+        if node.op in ("placeholder", "output") or not may_mutate(node):
+            continue
+        touched = _storages(node.all_input_nodes)
+        if not touched or touched & given:
+            return True
+    return False
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    """The memory that values lie in; views of a tensor lie in its own."""
+    values = [node.meta.get("example_value") for node in nodes]
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}
 
 
 class Uncompiled:
@@ -95,12 +110,12 @@ class Ends:
         self.jobs = dict(jobs)
         self.runners = {found: Uncompiled(job.piece.forward) for found, job in jobs.items()}
         self.programs: list[Program] = []
-        self._beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
+        self.beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
 
     @property
     def pending(self) -> bool:
         """Whether they are still being compiled, or wait to be swapped in."""
-        return self._beside.pending
+        return self.beside.pending
 
     def poll(self, swapped: Callable[[Fingerprint, Callable[..., Any]], None], deadline: float | None = None) -> None:
         """Swap in what has been compiled, once all of it has been.
@@ -128,7 +143,7 @@ class Ends:
                 runner.seen.clear()
             self.jobs.clear()
 
-        self._beside.finish(take, deadline)
+        self.beside.finish(take, deadline)
 
 
 def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | None:
