@@ -77,7 +77,7 @@ def compile(
 
         attach(served, options)
     else:
-        from glowplug.module import attach_module
+        from glowplug.plain.engine import attach_module
 
         attach_module(model, options)
     return model

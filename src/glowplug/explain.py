@@ -159,7 +159,7 @@ def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict
         return Engine(model, options).outline_only()
     if not args and not kwargs:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
-    from glowplug.module import ModuleEngine
+    from glowplug.plain.engine import ModuleEngine
 
     engine = ModuleEngine(model, options)
     with torch.no_grad():

@@ -75,7 +75,7 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
             relations.append(sympy.Le(symbol, bounds.upper))
     relations = [relation for relation in dict.fromkeys(relations) if not _only_excludes_zero_and_one(relation)]
     for relation in relations:
-        if not relation.free_symbols <= symbols and not _is_renaming(relation):
+        if not (relation.free_symbols <= symbols or _is_renaming(relation) or _is_fixing(relation, environment)):
             raise CaptureError(f"the trace relied on {relation}, a relation of sizes that a call does not give")
     return ShapeAssumptions(dims, tuple(r for r in relations if r.free_symbols <= symbols))
 
@@ -111,9 +111,14 @@ def _is_renaming(relation: Any) -> bool:
     return isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol and relation.rhs.is_Symbol
 
 
+def _is_fixing(relation: Any, environment: Any) -> bool:
+    """Whether the relation only says that a symbol is one number, which every shape that had the symbol now shows."""
+    if not (isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol and relation.rhs.is_Integer):
+        return False
+    return bool(environment.replacements.get(relation.lhs) == relation.rhs)
+
+
 def _dim(size: Any) -> Any:
-    return (
-        size.node.expr
-        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
-        else (int(size) if isinstance(size, int) else size.node.expr)
-    )
+    """A fixed size as an int, a symbolic one as its expression."""
+    found = size if isinstance(size, int) else size.node.expr
+    return int(found) if isinstance(found, (int, sympy.Integer)) else found

@@ -8,14 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
-from glowplug.graph.split import OpStep, Piece, Step, split
+from glowplug.graph.split import LayerOf, OpStep, Piece, Step, split
 from glowplug.graph.stamp import Bind, Locations, Own, Stamped, reads, stamp
+from glowplug.layers.handle import LayerHandle
+from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.emit import Runners, emit
 from glowplug.program.ends import Ends, choose_ends, count_uses
@@ -59,6 +63,7 @@ class Stamping:
         template: the kinds of the template's layers.
         kinds: the kinds of all layers.
         bind: finds the object that a layer has at a path.
+        bind_to: the same for a copy of the model, given the copy and its registry.
         name_of: the qualified name of what a layer has at a path, for reports.
     """
 
@@ -66,6 +71,7 @@ class Stamping:
     template: tuple[int, ...]
     kinds: tuple[int, ...]
     bind: Bind
+    bind_to: Callable[[nn.Module, LayerRegistry], Bind]
     name_of: Callable[[int, str], str]
 
 
@@ -77,10 +83,13 @@ class Built:
         program: the program.
         uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none, or
             when the pieces of `program` are uncompiled anyway.
+        bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
+            the id of what is bound to its copy. Only of a stamped program.
     """
 
     program: Program
     uncompiled: Program | None = None
+    bind_to: Callable[..., Program] | None = None
 
 
 def build_program(
@@ -96,6 +105,7 @@ def build_program(
     drop_unused: bool = False,
     both: bool = False,
     defer_ends: bool = False,
+    layer_of: LayerOf | None = None,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -110,6 +120,7 @@ def build_program(
         stamping: stamp the steps over a stack.
         drop_unused: leave out arguments that no step reads.
         both: also bind the steps with uncompiled pieces.
+        layer_of: cut at the boundaries of layers, too.
         defer_ends: pieces that run seldom in a step may start uncompiled, see `glowplug.program.ends`.
 
     Raises:
@@ -119,7 +130,7 @@ def build_program(
     """
     with report.phase("split"):
         fixed = {entry.node for entry in captured.inputs if entry.node not in arguments and entry.kind != "symint"}
-        steps, outputs = split(captured, fixed or None)
+        steps, outputs = split(captured, fixed or None, layer_of)
         check_traced_order(captured.gm)
         if check is not None:
             check(steps, captured)
@@ -144,16 +155,26 @@ def build_program(
         uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
         runners, ends = _compile(steps, prints, compiler, cache, captured, uses)
 
-    def write(pieces: Runners) -> Program:
+    def write(pieces: Runners, values: Mapping[str, Any] = bound, bind: Bind | None = None) -> Program:
         if stamped is None or stamping is None:
-            return emit(steps, prints, pieces, outputs, arguments, bound)
-        return emit_stamped(stamped, prints[: len(stamped.head)], pieces, arguments, bound, stamping.bind)
+            return emit(steps, prints, pieces, outputs, arguments, values)
+        return emit_stamped(stamped, prints[: len(stamped.head)], pieces, arguments, values, bind or stamping.bind)
+
+    def bind_to(model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any], *, uncompiled: bool) -> Program:
+        assert stamping is not None
+        values = {
+            name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
+            for name, value in bound.items()
+        }
+        return write(graphs if uncompiled else runners, values, stamping.bind_to(model, registry))
+
+    graphs: Runners = {found: step.gm.forward for step, found in _pieces(steps, prints)}
 
     with report.phase("bind"):
         program = write(runners)
         uncompiled = None
         if both and not isinstance(compiler, EagerCompiler):
-            uncompiled = write({found: step.gm.forward for step, found in _pieces(steps, prints)})
+            uncompiled = write(graphs)
         outline = _outline(steps, prints, captured)
         if stamped is not None and stamping is not None:
             outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.name_of)
@@ -168,7 +189,7 @@ def build_program(
     report.outlines.append(program.outline)
     report.sources.append(program.source)
     log_pieces(steps, prints, program.source)
-    return Built(program, uncompiled)
+    return Built(program, uncompiled, bind_to if stamped is not None else None)
 
 
 def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:

@@ -171,9 +171,8 @@ class _Writer:
         """The layer that an op is called for."""
         assert isinstance(step.step, OpStep)
         handle, *rest = step.step.args
-        ref = step.inputs[handle.name]
-        assert isinstance(ref, Own)
-        find, _ = step.step.op.resolve(step.step.overload, (self.bind(layer, ref), *rest))
+        found = self.fixed(layer, handle.name, step.inputs[handle.name])
+        find, _ = step.step.op.resolve(step.step.overload, (found, *rest))
         return find()
 
     def is_fixed(self, ref: Reference) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from glowplug.errors import NotStampableError
 from glowplug.graph.capture import Captured
+from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct
+from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
 
 
@@ -82,6 +84,30 @@ def check_reads(template: Template, reads: Collection[str]) -> None:
             raise NotStampableError(f"the layers read their own name in {attribute}")
 
 
+def layer_of(template: Template, captured: Captured) -> LayerOf | None:
+    """Where to cut a template's graph besides its splitting ops: at its layers, unless each of them has such an op."""
+    stack = template.stack
+    handles = {entry.node: stack.index_of(entry.value.name) for entry in captured.inputs if entry.kind == "handle"}
+    cut = set()
+    for node in captured.gm.graph.nodes:
+        op = find_layer_op(node.target) if node.op == "call_function" else None
+        if op is not None and op.splitting:
+            place = handles.get(getattr(node.args[0], "name", ""))
+            cut.add(place[0] if place is not None else None)
+    if cut == set(range(template.length)):
+        return None
+    prefix = "L['model']." + (f"{stack.path}." if stack.path else "")
+
+    def find(node: fx.Node) -> int | None:
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            index = path[len(prefix) :].partition(".")[0] if path.startswith(prefix) else ""
+            if index.isdigit():
+                return int(index)
+        return None
+
+    return find
+
+
 def _source(stack: LayerStack) -> str:
     """What the source of anything that lies in a stack contains."""
     attribute = stack.path.rpartition(".")[2]
@@ -114,7 +140,12 @@ def stamping(
     own, handles = _locate(model, stack, captured, arguments)
     outside = frozenset(entry.node for entry in captured.inputs if entry.node not in own)
     kinds = (template.kinds, stack.kinds)
-    return Stamping(Locations(own, outside), *kinds, _binder(stack, registry, handles), stack.name_of)
+
+    def bind_to(model: nn.Module, registry: LayerRegistry) -> Bind:
+        layers: Any = model.get_submodule(stack.path)
+        return _binder(replace(stack, layers=tuple(layers)), registry, handles)
+
+    return Stamping(Locations(own, outside), *kinds, _binder(stack, registry, handles), bind_to, stack.name_of)
 
 
 def _locate(

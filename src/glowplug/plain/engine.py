@@ -1,20 +1,27 @@
-"""The engine of a plain `nn.Module`: registers its layers and compiles its forward through the glowplug backend."""
+"""The engine of a plain `nn.Module`: registers its layers, stamps its forward where it repeats itself, and otherwise
+compiles it through the glowplug backend, which traces every layer.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from glowplug.backend import glowplug_backend
+from glowplug.compilers import get_compiler
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.ops import order_layers
 from glowplug.options import Options
+from glowplug.plain.stamped import Stamper
 from glowplug.report import Report
 
 try:
@@ -23,10 +30,15 @@ except ImportError:  # pragma: no cover - private; checked on torch 2.11 and 2.1
     _dynamo_counters = {}
 
 
+_entries = itertools.count()
+_CHANGES = 4
+"""How often a module may change and be stamped anew."""
+
+
 class ModuleEngine:
     """Stands in for a module's forward. Made by `glowplug.compile` for modules that transformers can't generate with.
 
-    Dynamo's guards stay in force: a module that changed is traced again.
+    A stamped module is watched, and stamped anew once it changed. In a full trace Dynamo's guards stay in force.
 
     Args:
         model: any module whose forward takes and returns tensors.
@@ -41,11 +53,16 @@ class ModuleEngine:
         self.check_order = True
         self.registry: LayerRegistry | None = None
         self._compiled: Any = None
+        self._stamper: Stamper | None = None
+        self._changes = 0
 
     def _start(self) -> LayerRegistry:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
         self.registry = registry = register_layers(self.model, identity=self.options.resolved_identity)
         order_layers(registry)
+        compiler = get_compiler(self.options.compiler)
+        self.report.compiler = compiler.name
+        self._stamper = Stamper(self.model, registry, self.options, compiler, self.report)
         settings: dict[str, Any] = {
             "compiler": self.options.compiler,
             "report": self.report,
@@ -76,7 +93,31 @@ class ModuleEngine:
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
-        registry = self.registry or self._start()
+        run = self._stamped(args, kwargs)
+        return run() if run is not None else self._traced(args, kwargs)
+
+    def _stamped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+        """What runs the call by a stamped program, or None."""
+        if self._stamper is None:
+            self._start()
+        assert self._stamper is not None
+        changed = self._stamper.changed
+        if changed is not None:
+            self._changes += 1
+            self._start()
+            if self._changes > _CHANGES:
+                self.report.fall_back(f"the module was changed {self._changes} times: {changed}", to="hoisted")
+        return self._stamper.find(args, kwargs) if self._changes <= _CHANGES else None
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for what is compiled beside serving, and put it to use."""
+        if self._stamper is not None:
+            self._stamper.poll(time.monotonic() + timeout_s)
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward, traced in full."""
+        registry = self.registry
+        assert registry is not None
         breaks = dict(_dynamo_counters.get("graph_break", {}))
         programs = self.report.programs
         with _guard_hooks(), forward_context(ForwardContext(registry, None, self.check_order)):
@@ -87,7 +128,7 @@ class ModuleEngine:
                 if cause is not None:
                     raise cause from exc
                 raise
-        if self.report.programs != programs:
+        if self.report.programs != programs and self.report.strategy != "stamped":
             self.report.strategy = self.options.resolved_identity
         found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
         if found or self.report.programs > programs + 1:
@@ -108,13 +149,14 @@ def _guard_hooks() -> Any:
 
 
 def _entry(model: nn.Module) -> types.FunctionType:
-    """A function that runs the module's own forward, with a code object of its own: Dynamo counts recompilations by
-    code object, and other instances of the class must not use up this one's."""
+    """A function that runs the module's own forward, with a code object and a name of its own: Dynamo counts
+    recompilations by code object, and remembers by name which sizes varied; other modules' must not count here."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return type(model).forward(model, *args, **kwargs)
 
-    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    code = run.__code__.replace(co_name=f"run_{next(_entries)}")
+    return types.FunctionType(code, run.__globals__, run.__name__, None, run.__closure__)
 
 
 def _glowplug_cause(exc: BaseException | None) -> GlowplugError | None:
