@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import BertConfig, T5Config, ViTConfig
 
 from glowplug.bench import plot, runner
 from glowplug.bench.environment import describe_environment
-from glowplug.bench.isolate import IsolatedError, run_isolated
+from glowplug.bench.isolate import Isolated, IsolatedError, run_isolated
 from glowplug.bench.measure import measure, relative_error
 from glowplug.bench.models import check_model, load_model, true_depth
 from glowplug.bench.presets import build_model
@@ -20,6 +21,7 @@ from glowplug.bench.record import empty_record, error_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import DEFAULT_STRATEGIES, STRATEGIES, hit_recompile_limit, layer_stack
 from glowplug.bench.table import hoisted_cold_start, record_line, results_table
+from glowplug.bench.turns import FOLDER, Turner, take_turns
 from glowplug.errors import UsageError
 
 
@@ -260,6 +262,33 @@ def test_results_are_written_after_each_record(tmp_path: Path, monkeypatch: pyte
     assert json.loads(path.read_text()) == {"environment": {"cpu": "x"}, "results": records}
     assert [r["error"] for r in records] == [None, "timeout: not finished after 5 s", None]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_steady_states_in_turns(tmp_path: Path) -> None:
+    """All processes live side by side; one that fails is a row, and the others go on."""
+    strategies = ("eager", "stamped", "hoisted")
+    grid = runner.make_grid("mixtral-8x22b", depths=[2], strategies=strategies, compiler="eager")
+    grid[1] = replace(grid[1], model="no such model")
+    path = tmp_path / "results.json"
+    records = runner.run_grid(grid, environment={}, json_path=path, timeout_s=100, rounds=2)
+    assert [record["strategy"] for record in records] == list(strategies)
+    for record in records:
+        failed = record["strategy"] == "stamped"
+        assert (record["error"] is not None) == failed
+        assert failed or min(record["steady_ms"].values()) > 0
+    assert json.loads(path.read_text())["results"] == records
+
+
+def test_a_process_that_never_asks_for_a_turn_is_stopped(probe: str) -> None:
+    process = Isolated(probe, '"sleep"', timeout_s=0.5, extra={FOLDER: "{}"})
+    turner = Turner(process)
+    try:
+        turner.wait_until_ready()
+        take_turns([turner], rounds=2, timeout_s=0.5)
+        with pytest.raises(IsolatedError, match=r"timeout: not finished after 0\.5 s"):
+            process.answer()
+    finally:
+        process.close()
 
 
 def test_an_unwritable_path_is_found_before_running(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import statistics
@@ -20,11 +21,13 @@ from glowplug.bench.models import load_model
 from glowplug.bench.record import Record, empty_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
+from glowplug.bench.turns import my_turns
 
 PREFILL = 128
 """Tokens of the prompt of the steady-state prefill."""
 STEPS = 40
 """Decode steps of the steady state, at most."""
+_STEPS_A_TURN = 8
 _WARM_UP = 3
 
 
@@ -95,10 +98,7 @@ def measure(spec: Spec) -> Record:
         if strategy.compiles_by == "glowplug":
             _add_report(record, model)
         glowplug.settle(model)
-        record["steady_ms"] = {
-            "decode": _decode_ms(model, text, spec),
-            "prefill128": _prefill_ms(model, text, spec),
-        }
+        record["steady_ms"] = _steady_ms(model, text, spec)
     record["fallback"] = _fallbacks(strategy, model)
     record["peak_rss_mb"] = _peak_rss_mb()
     if model.device.type == "cuda":
@@ -134,28 +134,33 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error
 
 
-def _decode_ms(model: PreTrainedModel, text: Text, spec: Spec) -> float:
-    sequence = Sequence(model, text)
-    sequence.step(spec.prefill)
-    return _median_ms(lambda: sequence.step(1), model.device, spec.steady_s)
+def _steady_ms(model: PreTrainedModel, text: Text, spec: Spec) -> dict[str, float]:
+    """Medians of a decode step and of a prefill, in ms: all at once, or in turns with other strategies' processes."""
+    turns = my_turns()
+    decode: list[float] = []
+    prefill: list[float] = []
+    for _ in [None] if turns is None else turns:
+        steps, cap_s = (STEPS, spec.steady_s) if turns is None else (_STEPS_A_TURN, spec.steady_s / 10)
+        sequence = Sequence(model, text)
+        sequence.step(spec.prefill)
+        decode += _times_s(functools.partial(sequence.step, 1), model.device, steps, cap_s)
+        prefill += _times_s(lambda: Sequence(model, text).step(PREFILL), model.device, steps, cap_s)
+    found = {"decode": decode, "prefill128": prefill}
+    return {name: round(statistics.median(times) * 1000, 4) for name, times in found.items() if times}
 
 
-def _prefill_ms(model: PreTrainedModel, text: Text, spec: Spec) -> float:
-    return _median_ms(lambda: Sequence(model, text).step(PREFILL), model.device, spec.steady_s)
-
-
-def _median_ms(step: Callable[[], Tensor], device: torch.device, cap_s: float) -> float:
-    """Median time of a step, in ms, over `STEPS` of them or as many as `cap_s` seconds allow, after a warm-up."""
+def _times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s: float) -> list[float]:
+    """Times of a step, in s: of `steps` of them or as many as `cap_s` seconds allow, after a warm-up."""
     for _ in range(_WARM_UP):
         step()
     _finish(device)
     times: list[float] = []
-    while len(times) < STEPS and (not times or sum(times) < cap_s):
+    while len(times) < steps and (not times or sum(times) < cap_s):
         start = time.perf_counter()
         step()
         _finish(device)
         times.append(time.perf_counter() - start)
-    return round(statistics.median(times) * 1000, 4)
+    return times
 
 
 def _add_report(record: Record, model: PreTrainedModel) -> None:

@@ -17,8 +17,9 @@ def empty_record(spec: Spec) -> Record:
     """A record with everything known before measuring, and None for what is measured.
 
     Keys, with units: model, depth, width, strategy, experts, compiler, device, dtype, torch (version), cold_start_s,
-    phases (name -> s), pieces, distinct_pieces, steady_ms ({"decode": ms, "prefill128": ms}), peak_rss_mb and
-    cuda_peak_mb (MiB), max_rel_err, fallback (reasons), error.
+    phases (name -> s), pieces, distinct_pieces, pending_pieces (those that run uncompiled at the second token),
+    steady_ms ({"decode": ms, "prefill128": ms}), peak_rss_mb and cuda_peak_mb (MiB), max_rel_err, fallback (reasons),
+    error.
 
     Raises:
         UsageError: unknown strategy.
@@ -39,6 +40,7 @@ def empty_record(spec: Spec) -> Record:
         "phases": {},
         "pieces": None,
         "distinct_pieces": None,
+        "pending_pieces": None,
         "steady_ms": {"decode": None, "prefill128": None},
         "peak_rss_mb": None,
         "cuda_peak_mb": None,

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.isolate import IsolatedError, run_isolated
+from glowplug.bench.isolate import Isolated, IsolatedError, run_isolated
 from glowplug.bench.models import check_model, default_dtype, resolve_device, true_depth
 from glowplug.bench.presets import Width
 from glowplug.bench.record import Record, error_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import get_strategy
+from glowplug.bench.turns import FOLDER, Turner, take_turns
 from glowplug.errors import UsageError
 from glowplug.options import Options
 
 TIMEOUT_S = 1800.0
+WORKER = "glowplug.bench.worker"
 
 
 def make_grid(
@@ -75,6 +77,7 @@ def run_grid(
     environment: dict[str, Any],
     json_path: Path | None = None,
     timeout_s: float = TIMEOUT_S,
+    rounds: int = 0,
     on_start: Callable[[Spec], None] = lambda spec: None,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
@@ -85,24 +88,59 @@ def run_grid(
         environment: goes into the file.
         json_path: file of the results, rewritten whole after each record.
         timeout_s: seconds that one measurement may take.
+        rounds: if not 0, steady states are measured in so many rounds of turns, strategies side by side in memory.
         on_start, on_record: called before and after each measurement.
 
     Returns:
         A record a specification; failures are records too.
     """
     records: list[Record] = []
-    for spec in specs:
-        on_start(spec)
-        records.append(_run_one(spec, timeout_s))
+
+    def keep(record: Record) -> None:
+        records.append(record)
         if json_path is not None:
             write_results(json_path, environment, records)
-        on_record(records[-1])
+        on_record(record)
+
+    if not rounds:
+        for spec in specs:
+            on_start(spec)
+            keep(_run_one(spec, timeout_s))
+        return records
+    for depth in dict.fromkeys(spec.depth for spec in specs):
+        _run_in_turns([spec for spec in specs if spec.depth == depth], timeout_s, rounds, on_start, keep)
     return records
+
+
+def _run_in_turns(
+    specs: Sequence[Spec],
+    timeout_s: float,
+    rounds: int,
+    on_start: Callable[[Spec], None],
+    keep: Callable[[Record], None],
+) -> None:
+    """Cold starts one after the other, then all steady states in turns."""
+    turners: list[Turner] = []
+    try:
+        for spec in specs:
+            on_start(spec)
+            process = Isolated(WORKER, spec.to_json(), timeout_s=timeout_s, extra={FOLDER: "{}"})
+            turners.append(Turner(process))
+            turners[-1].wait_until_ready()
+        take_turns(turners, rounds, timeout_s)
+        for spec, turner in zip(specs, turners, strict=True):
+            try:
+                keep(turner.process.answer())
+            except IsolatedError as exc:
+                keep(error_record(spec, str(exc)))
+    finally:
+        for turner in turners:
+            turner.process.close()
 
 
 def _run_one(spec: Spec, timeout_s: float) -> Record:
     try:
-        return run_isolated("glowplug.bench.worker", spec.to_json(), timeout_s=timeout_s)
+        return run_isolated(WORKER, spec.to_json(), timeout_s=timeout_s)
     except IsolatedError as exc:
         return error_record(spec, str(exc))
 

@@ -30,6 +30,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
     timeout: Annotated[float, typer.Option(help="Seconds that one measurement may take.")] = TIMEOUT_S,
+    rounds: Annotated[
+        int, typer.Option(help="If not 0: steady states in so many rounds of turns, all strategies in memory at once.")
+    ] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw cold start against depth here.")] = None,
 ) -> None:
@@ -46,6 +49,8 @@ def bench(
     )
     if timeout <= 0:
         raise UsageError(f"--timeout must be more than 0 s, not {timeout:g}")
+    if rounds < 0:
+        raise UsageError(f"--rounds must be 0 or more, not {rounds}")
     if plot_path is not None:
         check_plot(plot_path)
     for path in (json_path, plot_path):
@@ -67,6 +72,7 @@ def bench(
             environment=environment,
             json_path=json_path,
             timeout_s=timeout,
+            rounds=rounds,
             on_start=on_start,
             on_record=on_record,
         )
