@@ -232,5 +232,5 @@ def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_explain_prints_the_program() -> None:
     result = run("explain", "gpt-oss-120b", "--depth", "12", "--program")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("def run(")
+    assert result.stdout.startswith("# How the model runs") and "\ndef run(" in result.stdout
     assert "in LAYERS_1_TO_10:" in result.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +195,18 @@ def test_a_compiler_at_fault_costs_speed_and_nothing_else(compiler: Any, family:
     glowplug.compile(model, compiler=compiler, strict=True)
     with torch.no_grad(), pytest.raises(glowplug.GlowplugError):
         model(ids)
+
+
+def test_the_report_is_saved_with_the_program(tmp_path: Path) -> None:
+    model = glowplug.compile(families.build("gpt_oss", layers=10), compiler="eager")
+    with torch.no_grad():
+        model(families.prompt(1, 3))
+    folder = glowplug.report(model).save(tmp_path / "new" / "report")
+    saved = json.loads((folder / "report.json").read_text())
+    assert (saved["strategy"], saved["pieces"]) == ("stamped", 11)
+    text = (folder / "program.py").read_text()
+    compile(text, "program.py", "exec")
+    assert "for " in text and "# piece_a: " in text and "rows of " in text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(glowplug.UsageError, match="can't write the report"):
+        glowplug.report(model).save(tmp_path / "file")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from glowplug.errors import UsageError
 
 logger = logging.getLogger("glowplug")
 
@@ -58,6 +62,9 @@ class Report:
     Attributes:
         strategy: `"stamped"`, `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` when nothing could be compiled.
         experts: `"inline"`, `"opaque"` or `"none"` (the model has no experts that glowplug recognises).
+        attention: of a transformers model. `"cut"`: the graph is cut at the attention function, and the projections
+            around it are compiled. `"whole"`: at the attention module, which runs uncompiled, as it computes with its
+            mask or its cache in a way of its own.
         compiler: the piece compiler's name.
         pieces: pieces of all programs together.
         distinct_pieces: how many of them are distinct: each is compiled once.
@@ -73,6 +80,7 @@ class Report:
 
     strategy: str = "eager"
     experts: str = "none"
+    attention: str = "cut"
     compiler: str = "inductor"
     pieces: int = 0
     distinct_pieces: int = 0
@@ -111,6 +119,7 @@ class Report:
         return {
             "strategy": self.strategy,
             "experts": self.experts,
+            "attention": self.attention,
             "compiler": self.compiler,
             "pieces": self.pieces,
             "distinct_pieces": self.distinct_pieces,
@@ -125,13 +134,31 @@ class Report:
             ],
         }
 
+    def save(self, folder: str | Path) -> Path:
+        """Write the report and the programs into a folder: `report.json`, and `program.py`, `program_2.py`, ..., which
+        show how the model runs, its layers a loop. The folder is made where it is missing.
+
+        Raises:
+            UsageError: it can't be written.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "report.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+            for number, source in enumerate(self.sources, start=1):
+                (path / ("program.py" if number == 1 else f"program_{number}.py")).write_text(source)
+        except OSError as exc:
+            raise UsageError(f"can't write the report to {path}: {exc.strerror or exc}") from exc
+        return path
+
     def _pending(self) -> str:
         return f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""
 
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items())
         lines = [
-            f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}",
+            f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}"
+            + (", attention whole" if self.attention == "whole" else ""),
             f"{self.pieces} pieces, {self.distinct_pieces} distinct" + self._pending(),
             phases,
         ]

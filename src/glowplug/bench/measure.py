@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import glowplug
 from glowplug.bench.models import load_model
+from glowplug.bench.overhead import OVERHEAD_STEPS, overhead_us
 from glowplug.bench.record import Record, empty_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
@@ -85,7 +86,7 @@ def measure(spec: Spec) -> Record:
     strategy = get_strategy(spec.strategy)
     record = empty_record(spec)
     model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
-    text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1))
+    text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1, spec.prefill + OVERHEAD_STEPS))
     with torch.no_grad():
         expected = _two_tokens(model, text, spec.prefill)
         _finish(model.device)
@@ -99,6 +100,10 @@ def measure(spec: Spec) -> Record:
             _add_report(record, model)
         glowplug.settle(model)
         record["steady_ms"] = _steady_ms(model, text, spec)
+        if strategy.compiles_by == "glowplug":
+            sequence = Sequence(model, text)
+            sequence.step(spec.prefill)
+            record["overhead_us"] = overhead_us(model, lambda: sequence.step(1))
     record["fallback"] = _fallbacks(strategy, model)
     record["peak_rss_mb"] = _peak_rss_mb()
     if model.device.type == "cuda":

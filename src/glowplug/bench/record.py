@@ -18,8 +18,8 @@ def empty_record(spec: Spec) -> Record:
 
     Keys, with units: model, depth, width, strategy, experts, compiler, device, dtype, torch (version), cold_start_s,
     phases (name -> s), pieces, distinct_pieces, pending_pieces (those that run uncompiled at the second token),
-    steady_ms ({"decode": ms, "prefill128": ms}), peak_rss_mb and cuda_peak_mb (MiB), max_rel_err, fallback (reasons),
-    error.
+    steady_ms ({"decode": ms, "prefill128": ms}), overhead_us (see `glowplug.bench.overhead`), peak_rss_mb and
+    cuda_peak_mb (MiB), max_rel_err, fallback (reasons), error.
 
     Raises:
         UsageError: unknown strategy.
@@ -42,6 +42,7 @@ def empty_record(spec: Spec) -> Record:
         "distinct_pieces": None,
         "pending_pieces": None,
         "steady_ms": {"decode": None, "prefill128": None},
+        "overhead_us": {},
         "peak_rss_mb": None,
         "cuda_peak_mb": None,
         "max_rel_err": None,

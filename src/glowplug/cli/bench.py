@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +59,8 @@ def bench(
         if path is not None:
             check_writable(path)
     environment = describe_environment(device)
+    # A terminated run must not leave its processes behind, which have sessions of their own.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = make_console()
     console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
     with console.status("") as status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -37,6 +38,7 @@ def generate(
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
     compiler: Annotated[str, typer.Option(help="inductor, or eager: pieces uncompiled.")] = "inductor",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    report: Annotated[Path | None, typer.Option(help="Write the report and the program to this folder.")] = None,
 ) -> None:
     """Continue a text greedily with a compiled model, and say how long the first token took, and the rest."""
     quiet_transformers()
@@ -57,6 +59,8 @@ def generate(
             **inputs.to(language_model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )
     print(_speed(streamer.times, start))
+    if report is not None:
+        print(f"report and program in {glowplug.report(language_model).save(report)}")
 
 
 def _tokenize(folder: str, prompt: str, vocab_size: int) -> tuple[Any, Any]:

@@ -184,8 +184,11 @@ def capture(
 
 
 def _first_lines(exc: Exception) -> str:
+    """What the exception says, shortly; of Dynamo's reasons the one with the case in it, without general hints."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return " | ".join(lines[:3])[:500] or type(exc).__name__
+    detail = [line for line in lines if line.startswith("Developer debug context:")]
+    kept = [lines[0], *detail] if lines and detail else lines[:3]
+    return " | ".join(kept)[:500] or type(exc).__name__
 
 
 def is_fake(value: Any) -> bool:

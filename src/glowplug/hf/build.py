@@ -49,6 +49,7 @@ class Builder:
         self.registry: LayerRegistry | None = None
         self.watch: Watch | None = None
         self.check_order = True
+        self.whole = False
         self.insides: Insides | None = None
         self._slots: dict[str, insides.Slots] = {}
         self._pieces = PieceCache()
@@ -87,14 +88,28 @@ class Builder:
                 self.registry.set_order(op, names)
             insides.forget(list(plan.layers.values()))
         self.report.experts = plan.kind
-        served = self._stamped(call, plan)
-        if served is None:
-            self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
-            served = self._capture(call, plan, None)
-            problem = self._verify(served, call)
-            if problem is not None:
-                return problem.reason
-        return served
+        refused: CaptureError | LayerLookupError | None = None
+        for attempt, whole in ((self._stamped, False), (self._stamped, True), (self._full, False), (self._full, True)):
+            if whole and (refused is None or self.options.resolved_identity == "ordered"):
+                continue
+            self.whole = whole
+            try:
+                served = attempt(call, plan)
+            except (CaptureError, LayerLookupError) as exc:
+                refused = refused or exc
+                continue
+            if served is not None:
+                self.report.attention = "whole" if whole else "cut"
+                return served
+        assert refused is not None
+        raise refused
+
+    def _full(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | str:
+        """A program of the full trace, or why there is none."""
+        self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
+        served = self._capture(call, plan, None)
+        problem = self._verify(served, call)
+        return served if problem is None else problem.reason
 
     def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, now or beside."""
@@ -122,8 +137,6 @@ class Builder:
         except NotStampableError as exc:
             self._step_down(str(exc), template.layer_names(exc.layers) if template is not None else ())
             return None
-        except (CaptureError, LayerLookupError):
-            return None  # the full trace meets the same, or knows better
         problem = self._verify(served, call)
         if problem is not None:
             layer = self._first_layer(served, template, problem)
@@ -187,7 +200,9 @@ class Builder:
             )
             return built, read_assumptions(captured, set(trace.VARYING))
 
-        with interfaces.in_force(model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed):
+        with interfaces.in_force(
+            model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self.whole
+        ):
             layers: dict[int, Any] = {}
             for layer in interfaces.attention_layers(model).values():
                 layers[layer.layer_idx] = layer  # type: ignore[index]

@@ -183,7 +183,12 @@ def configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def in_force(
-    model: PreTrainedModel, *, experts: str | None, blocks: dict[str, nn.Module], routed: dict[str, nn.Module]
+    model: PreTrainedModel,
+    *,
+    experts: str | None,
+    blocks: dict[str, nn.Module],
+    routed: dict[str, nn.Module],
+    whole: bool = False,
 ) -> Iterator[None]:
     """Route the model's attention, and its experts, through glowplug's ops while it is captured.
 
@@ -192,22 +197,24 @@ def in_force(
         experts: the experts implementation for the capture; None leaves the model's own.
         blocks: blocks to run whole, behind `glowplug::moe_forward_shared`.
         routed: experts of routed tokens to run behind `glowplug::moe_forward`.
+        whole: run attention modules whole, behind `glowplug::mixer`: for a model that computes with its masks or its
+            cache inside them.
     """
     saved = [
         (config, config._attn_implementation_internal, getattr(config, "_experts_implementation_internal", None))
         for config in configs(model)
     ]
-    functions, mixers = {}, mixer_layers(model)
-    for name, layer in attention_layers(model).items():
+    mixers = token_mixers(model) if whole else mixer_layers(model)
+    for name, layer in attention_layers(model).items() if not whole else ():
         config = getattr(layer, "config", model.config)
         function = attention_function(layer, config._attn_implementation_internal)
         if function is None:
             raise CaptureError(f"{name} runs an attention function that glowplug can't find")
-        functions[name] = function
         object.__setattr__(layer, ATTENTION_FN_ATTR, function)
     try:
         for config, *_ in saved:
-            config._attn_implementation_internal = NAME
+            if not whole:
+                config._attn_implementation_internal = NAME
             if experts is not None:
                 config._experts_implementation_internal = experts
         for block in blocks.values():
@@ -234,7 +241,9 @@ def _mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
         given.update(kwargs)
-        hidden_states, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+        hidden_states, mask = given.pop("hidden_states"), given.get("attention_mask")
+        if mask is not None:
+            del given["attention_mask"]
         tensors, options = encode(given, Cache)
         output = mixer(layer, hidden_states, mask, tensors, options)
         return (output, None) if several else output

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from glowplug.errors import GlowplugError
 from glowplug.hf.call import Call, Signature, read_call
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -132,7 +133,12 @@ def _compare_steps(
             ready = read_call(model, (), {**kwargs, "past_key_values": cache})
             if isinstance(ready, str):
                 return Problem(ready)
-            logits = candidate.run(ready).logits
+            try:
+                logits = candidate.run(ready).logits
+            except GlowplugError:
+                raise
+            except Exception as exc:
+                return Problem(f"the program raised {type(exc).__name__}: {str(exc)[:200]}")
             reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
             if reason is not None:
                 again = {**kwargs, "past_key_values": before}

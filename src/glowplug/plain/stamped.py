@@ -13,7 +13,14 @@ from torch.utils import _pytree as pytree
 
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
-from glowplug.errors import CaptureError, CompileError, LayerLookupError, NotServableError, NotStampableError
+from glowplug.errors import (
+    CaptureError,
+    CompileError,
+    GlowplugError,
+    LayerLookupError,
+    NotServableError,
+    NotStampableError,
+)
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.layers.context import ForwardContext, forward_context
@@ -243,7 +250,12 @@ class Stamper:
             program = built.bind_to(twin.model, twin.registry, twin.of, uncompiled=exact)
             copies = [tensor.clone() for tensor in call.tensors]
             again = PlainCall(tuple(copies), call.places, call.constants, call.form, call.signature)
-            actual = run_flat(program, again, ForwardContext(twin.registry))
+            try:
+                actual = run_flat(program, again, ForwardContext(twin.registry))
+            except GlowplugError:
+                raise
+            except Exception as exc:
+                raise NotStampableError(f"the program raised {type(exc).__name__}: {exc}") from exc
             reason = (
                 differs(actual, leaves, exact=exact)
                 or differs(copies, given, exact=exact)

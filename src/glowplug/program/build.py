@@ -187,7 +187,7 @@ def build_program(
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
-    report.sources.append(program.source)
+    report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
     return Built(program, uncompiled, bind_to if stamped is not None else None)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from glowplug.graph.fingerprint import Fingerprint
 
 
@@ -27,11 +29,39 @@ class Program:
     names: dict[str, Any] = field(default_factory=dict, repr=False)
     outline: tuple[StepOutline, ...] = field(default=(), repr=False)
 
+    def listing(self) -> str:
+        """The program's text with a comment on top that says what its global names stand for."""
+        known = [f"# {name}: {_describe(value)}" for name, value in self.names.items() if not name.startswith("__")]
+        head = "# How the model runs: pieces, ops and weights are bound to the names below."
+        return "\n".join([head, *known, "", self.source])
+
     def replace(self, old: Any, new: Any) -> None:
         """Let each global name that stands for one object stand for another, from the next run of a step on."""
         for table in (self.names, getattr(self.run, "__globals__", {})):
             for name in [name for name, value in table.items() if value is old]:
                 table[name] = new
+
+
+def _describe(value: Any) -> str:
+    """A bound object in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor, {_form(value)}"
+    if isinstance(value, tuple) and value and all(isinstance(item, tuple) for item in value):
+        inside = ", ".join(
+            f"{len(item)} weights" if isinstance(item, tuple) else type(item).__name__ for item in value[0]
+        )
+        return f"{len(value)} rows of {inside}"
+    if isinstance(value, tuple):
+        return f"{len(value)} weights: {', '.join(map(_form, value))}"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    return getattr(value, "__name__", "a compiled piece")
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What a program costs besides its pieces and ops: its own lines, and what happens around it in each call."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from glowplug.hf.engine import engine_of
+from glowplug.hf.served import Served
+
+_RUNS = 50
+OVERHEAD_STEPS = _RUNS + 2
+"""Decode steps that a measurement takes."""
+
+
+def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds of a decode step that are not spent in pieces and ops.
+
+    The program runs with every piece and op replaced by a function that returns, at once, what the real one gave.
+
+    Args:
+        model: a model that serves by a program.
+        step: runs one decode step of it.
+
+    Returns:
+        `"step"`: a piece or an op of the program, on average; `"call"`: a call of the model, program and all. Empty
+        when the model runs eager, or by several programs.
+    """
+    engine = engine_of(model)
+    served = [value for value in engine._served.values() if isinstance(value, Served)] if engine is not None else []
+    if len(served) != 1:
+        return {}
+    names: dict[str, Any] = getattr(served[0].program.run, "__globals__", {})
+    steps = {
+        name: value
+        for name, value in served[0].program.names.items()
+        if callable(value) and not isinstance(value, nn.Module) and name in names
+    }
+    results: list[Any] = []
+
+    def record(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            results.append(run(*args))
+            return results[-1]
+
+        return call
+
+    try:
+        names.update({name: record(value) for name, value in steps.items()})
+        step()
+        given = itertools.cycle(results)
+        names.update(dict.fromkeys(steps, lambda *args: next(given)))
+        calls, programs = [], []
+        run = served[0].program.run
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            output = run(*args)
+            programs.append(time.perf_counter() - start)
+            return output
+
+        object.__setattr__(served[0].program, "run", timed)
+        try:
+            for _ in range(_RUNS):
+                start = time.perf_counter()
+                step()
+                calls.append(time.perf_counter() - start)
+        finally:
+            object.__setattr__(served[0].program, "run", run)
+    finally:
+        names.update(steps)
+    return {
+        "step": round(statistics.median(programs) * 1e6 / len(results), 2),
+        "call": round(statistics.median(calls) * 1e6, 1),
+    }
