@@ -6,6 +6,7 @@ In-place changes of a weight's values need no notice: programs hold the weights 
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 import types
@@ -50,6 +51,7 @@ class Watch:
         self._keys: list[str] = []
         self._collect(model, modules, reads)
         self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
+        self._remember()
         self._tables = [(name, table, getattr(m, table)) for name, m in modules.items() for table in _TABLES]
         self._live = [content for _, _, content in self._tables]
         self._copies = [dict(content) for content in self._live]
@@ -102,17 +104,45 @@ class Watch:
             self._dicts.append(table)
             self._keys.append(key)
 
+    def _remember(self) -> None:
+        """Lay out the values by the dict that they lie in: one C call then reads all that is watched in a dict. A key
+        that was missing can only come to be if its dict grows."""
+        present: dict[int, list[int]] = {}
+        for index, (table, key) in enumerate(zip(self._dicts, self._keys, strict=True)):
+            if key in table:
+                present.setdefault(id(table), []).append(index)
+        self._readers = [
+            (operator.itemgetter(*[self._keys[index] for index in indices]), self._dicts[indices[0]])
+            for indices in present.values()
+        ]
+        self._read = [
+            tuple(self._values[index] for index in indices) if len(indices) > 1 else self._values[indices[0]]
+            for indices in present.values()
+        ]
+        self._unique = list({id(table): table for table in self._dicts}.values())
+        self._sizes = list(map(len, self._unique))
+
+    def _same_values(self) -> bool:
+        """Whether every value is as it was, told fast; False means: look closely."""
+        try:
+            return list(map(len, self._unique)) == self._sizes and _equal(
+                [read(table) for read, table in self._readers], self._read
+            )
+        except KeyError:
+            return False
+
     def change(self) -> str | None:
         """What changed since the snapshot, in words; None when nothing did. Costs well under a microsecond a module.
 
         A weight whose storage alone was replaced (same shape, dtype, strides and device) is followed: programs hold
         the parameter object.
         """
-        values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
-        if not _equal(values, self._values):
+        if not self._same_values():
+            values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
             for (owner, key), now, before in zip(self._owners, values, self._values, strict=True):
                 if not _equal(now, before):
                     return f"{key} of {owner} changed"
+            self._sizes = list(map(len, self._unique))
         if not _equal(self._live, self._copies):
             for index, (owner, table, live) in enumerate(self._tables):
                 before = self._copies[index]
