@@ -28,7 +28,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(records: Sequence[Record], environment: dict[str, Any], path: Path) -> None:
-    """Draw the records that have a cold start, and write the file.
+    """Draw the records that have a cold start, and write the file; eager, which compiles nothing, is left out.
 
     Args:
         records: of one model and width, any depths.
@@ -45,6 +45,7 @@ def draw(records: Sequence[Record], environment: dict[str, Any], path: Path) -> 
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     measured = [record for record in records if record["cold_start_s"] is not None]
+    measured = [record for record in measured if STRATEGIES[record["strategy"]].compiles_by] or measured
     if not measured:
         raise UsageError("nothing to plot: no strategy finished")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -90,6 +91,8 @@ def _draw_line(axes: Any, strategy: str, records: Sequence[Record]) -> None:
     depths = [record["depth"] for record in records]
     times = [record["cold_start_s"] for record in records]
     partly = any(record["fallback"] for record in records)
+    later = any(record.get("pending_pieces") for record in records)
+    note = "\n(partly eager)" if partly else "\n(ends compiled beside)" if later else ""
     axes.plot(
         depths,
         times,
@@ -100,5 +103,5 @@ def _draw_line(axes: Any, strategy: str, records: Sequence[Record]) -> None:
         markeredgewidth=1.5,
         linewidth=2.2 if ours else 1.5,
         linestyle="-" if ours else "--",
-        label=f"{strategy}\n(partly eager)" if partly else strategy,
+        label=f"{strategy}{note}",
     )

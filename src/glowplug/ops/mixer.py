@@ -3,6 +3,9 @@ convolution), run whole, at a cut."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +19,12 @@ from glowplug.ops.layer_op import layer_op
 
 def _fake_mixer(hidden_states: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_mask(forward: Callable[..., Any]) -> bool:
+    """Whether a layer's forward has a parameter for the mask, which some want even when there is none."""
+    return "attention_mask" in inspect.signature(forward).parameters
 
 
 @layer_op("glowplug::mixer", fake=_fake_mixer, splitting=True)
@@ -37,7 +46,7 @@ def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors:
     """
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
-    if mask is not None:
+    if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
         kwargs["attention_mask"] = mask
     output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
     if isinstance(output, tuple):
