@@ -44,6 +44,12 @@ class StoringCompiler(PieceCompiler, Protocol):
         """As `compile`, but the compiled piece is returned in a form that can be stored."""
         ...
 
+    def compile_and_store(
+        self, piece: fx.GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
+        """Both: the callable, and the compiled piece in a form that can be stored."""
+        ...
+
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """The callable of a stored piece. Runs code that the artifact holds."""
         ...
