@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import fx
 
 
@@ -35,6 +36,10 @@ class PieceCompiler(Protocol):
 @runtime_checkable
 class StoringCompiler(PieceCompiler, Protocol):
     """A compiler whose compiled pieces can be stored, and so be made by another process."""
+
+    def environment(self, device: torch.device) -> str:
+        """Everything besides a piece that its compilation depends on, as text: equal texts, equal compiled pieces."""
+        ...
 
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """Whether pieces of these inputs may be compiled in forks of this process; called right before."""

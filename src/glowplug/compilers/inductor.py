@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
 from glowplug.compilers.light_imports import light_imports
 from glowplug.compilers.toolchain import cpu_toolchain
@@ -50,6 +51,10 @@ class InductorCompiler:
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
         return _callable(self._compile_or_retry(piece, inputs))
+
+    def environment(self, device: torch.device) -> str:
+        """See `StoringCompiler.environment`."""
+        return describe_environment(device, self.options)
 
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""

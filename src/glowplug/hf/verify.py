@@ -29,8 +29,12 @@ to layer (0.11 after 36 layers of random weights in bfloat16, as much as other c
 about 1; that the layers are the right ones is proved more closely by the uncompiled pieces."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The same for uncompiled pieces. Half precision: 0.01."""
-_CLASSES = ((2, (7, 1)), (1, (1, 3)))
-"""(sequences, tokens of each step): several sequences and one, several tokens and one, an empty cache and a filled."""
+Classes = Sequence[tuple[int, tuple[int, ...]]]
+"""(sequences, tokens of each step) of each comparison."""
+CLASSES: Classes = ((2, (7, 1)), (1, (1, 3)))
+"""Several sequences and one, several tokens and one, an empty cache and a filled."""
+GLANCE: Classes = ((1, (3,)),)
+"""For a program that an earlier process compared in every class: is it this model's?"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,11 @@ def output_type(model: PreTrainedModel) -> type:
 
 
 def compare(
-    model: PreTrainedModel, call: Call, candidates: Sequence[Candidate], on_output: Callable[[type], None]
+    model: PreTrainedModel,
+    call: Call,
+    candidates: Sequence[Candidate],
+    on_output: Callable[[type], None],
+    classes: Classes = CLASSES,
 ) -> Problem | None:
     """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
 
@@ -83,12 +91,13 @@ def compare(
         call: a call that the programs are to serve; its signature is kept to.
         candidates: the programs. Exact ones are compared in the first class only.
         on_output: is told the class of the model's output.
+        classes: the sizes to compare.
 
     Returns:
         Why a program must not serve, or None.
     """
     with torch.no_grad():
-        for number, (batch, steps) in enumerate(_CLASSES):
+        for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
             problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps)
             if problem is not None:

@@ -37,6 +37,8 @@ class Stamping:
         bind: finds the object that a layer has at a path.
         bind_to: the same for a copy of the model, given the copy and its registry.
         name_of: the qualified name of what a layer has at a path, for reports.
+        stack: qualified name of the stack.
+        handles: which paths in a layer are handles.
     """
 
     locations: Locations
@@ -45,6 +47,8 @@ class Stamping:
     bind: Bind
     bind_to: Callable[[nn.Module, LayerRegistry], Bind]
     name_of: Callable[[int, str], str]
+    stack: str = ""
+    handles: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

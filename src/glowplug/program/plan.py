@@ -8,7 +8,7 @@ from typing import Any
 
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import OpStep, Step
-from glowplug.graph.stamp import Bind, Own, Stamped
+from glowplug.graph.stamp import Bind, Outside, Own, Stamped, reads
 from glowplug.program.emit import Runners, emit
 from glowplug.program.loop import emit_stamped
 from glowplug.program.program import Program, StepOutline
@@ -40,6 +40,14 @@ class Plan:
         if self.stamped is not None:
             found += [step.found for unit in self.stamped.units for step in unit.steps]
         return tuple(dict.fromkeys(one for one in found if one is not None))
+
+    def values(self) -> frozenset[str]:
+        """Names of the graph values that `write` may ask for."""
+        found = {name for step in self.steps for name in reads(step)} | set(self.outputs)
+        if self.stamped is not None:
+            wiring = [ref for unit in self.stamped.units for step in unit.steps for ref in step.wiring]
+            found |= {ref.name for ref in (*wiring, *self.stamped.outputs) if isinstance(ref, Outside)}
+        return frozenset(found)
 
     def write(self, runners: Runners, values: Mapping[str, Any], bind: Bind | None = None) -> Program:
         """The program.
