@@ -9,7 +9,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from glowplug.cli.bake import bake_command
 from glowplug.cli.bench import bench
+from glowplug.cli.cache import cache_app
 from glowplug.cli.demo import demo
 from glowplug.cli.explain import explain
 from glowplug.cli.generate import generate
@@ -63,6 +65,8 @@ app.command()(generate)
 app.command()(explain)
 app.command()(demo)
 app.command("sweep")(sweep_command)
+app.command("bake")(bake_command)
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:

@@ -105,10 +105,11 @@ class Engine:
         """Wait for what is compiled beside serving, and put it to use."""
         self.builder.poll(time.monotonic() + timeout_s)
 
-    def outline_only(self) -> Report:
-        """Capture and cut the model for token ids, without running it."""
+    def prepare(self) -> Report:
+        """Make the program for token ids now, as the first call of `generate` would."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        positions = torch.arange(2, device=ids.device).unsqueeze(0)
+        prepare: Any = getattr(self.model, "_prepare_position_ids_for_generation", None)
+        positions = prepare(ids, {}) if prepare is not None else torch.arange(2, device=ids.device).unsqueeze(0)
         call = read_call(self.model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
         if isinstance(call, str):
             self.report.fall_back(call)

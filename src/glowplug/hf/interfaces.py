@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
+from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
 from glowplug.ops.mixer import mixer
@@ -145,7 +146,7 @@ def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
 def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
     """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name.
 
-    Each class is asked once, with two zero tokens.
+    Each class is asked once, with two zero tokens; with experts that need no memory if the model has none.
     """
     verdicts: dict[type, bool] = {}
     blocks = {}
@@ -156,9 +157,10 @@ def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
         cls = type(module)
         if cls not in verdicts:
             parameter = next(module.parameters())
-            probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
             try:
-                with torch.no_grad():
+                implementation = "batched_mm" if is_fake(parameter) else None
+                with torch.no_grad(), in_mode_of(parameter), experts_implementation(model, implementation):
+                    probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
                     output = cls.forward(module, probe)
                 verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
             except (TypeError, RuntimeError, ValueError):
@@ -179,6 +181,20 @@ def configs(model: nn.Module) -> list[Any]:
         found[id(config)] = config
         stack += [getattr(config, key) for key in getattr(config, "sub_configs", {}) if getattr(config, key, None)]
     return list(found.values())
+
+
+@contextmanager
+def experts_implementation(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Put an experts implementation in force; None leaves the model's own."""
+    saved = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs(model)]
+    try:
+        for config, _ in saved:
+            if name is not None:
+                config._experts_implementation_internal = name
+        yield
+    finally:
+        for config, before in saved:
+            config._experts_implementation_internal = before
 
 
 def give_attention_functions(model: PreTrainedModel) -> None:
