@@ -175,6 +175,7 @@ class Builder:
                 self.model,
                 sorted(self._reads),
                 self._slots,
+                self._pieces.addresses,
                 self.report,
                 verified=self.options.verify == "once" and not self.for_others,
             )
