@@ -122,6 +122,7 @@ class Report:
         compiler: the piece compiler's name.
         pieces: pieces of all programs together.
         distinct_pieces: how many of them are distinct: each is compiled once.
+        compiled_pieces: how many of them this process compiled, or had its forks compile; others came from a store.
         pending_pieces: distinct pieces that still run uncompiled, as they are compiled beside serving.
         start: `"cold"` when the model was traced, `"warm"` when its program came from the store.
         store: what the store did; None without one.
@@ -143,6 +144,7 @@ class Report:
     pieces: int = 0
     distinct_pieces: int = 0
     pending_pieces: int = 0
+    compiled_pieces: int = 0
     start: str = "cold"
     store: StoreReport | None = None
     elsewhere: ElsewhereReport | None = None
@@ -195,6 +197,7 @@ class Report:
             "pieces": self.pieces,
             "distinct_pieces": self.distinct_pieces,
             "pending_pieces": self.pending_pieces,
+            "compiled_pieces": self.compiled_pieces,
             "start": self.start,
             "elsewhere": {**asdict(self.elsewhere), "hidden_seconds": round(self.elsewhere.hidden_seconds, 4)}
             if self.elsewhere is not None

@@ -77,15 +77,9 @@ def starts(
 def starts_table(done: list[Started]) -> Table:
     """One row a start."""
     table = Table()
-    for name in (
-        "start",
-        "loading\ns",
-        "first token\ns",
-        "second token\ns",
-        "compiled\nafter s",
-        "largest\nrel. error",
-    ):
-        table.add_column(name, justify="left" if name == "start" else "right")
+    table.add_column("start")
+    for name in ("loading\ns", "first token\ns", "second token\ns", "compiled\nafter s", "largest\nrel. error"):
+        table.add_column(name, justify="right")
     table.add_column("what happened", overflow="fold")
     for started in done:
         result = started.result

@@ -135,7 +135,9 @@ def build_program(
         uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
         # Later duplicates overwrite earlier ones; any instance of a piece stands for all of them.
         distinct = {found: step for step, found in _pieces(steps, prints)}
+        before = cache.count
         runners, ends = compile_pieces(distinct, compiler, cache, captured, uses)
+        report.compiled_pieces += cache.count - before
     graphs: Runners = {found: step.gm.forward for found, step in distinct.items()}
     sources = {entry.node: entry.source for entry in captured.inputs}
     outline = tuple(outline_of(steps, prints, sources))

@@ -113,6 +113,7 @@ class Ends:
     ) -> None:
         self.compiler = compiler
         self.load = load
+        self.compiled = 0
         self.jobs = dict(jobs)
         self.runners = {found: Uncompiled(job.piece.forward) for found, job in jobs.items()}
         self.programs: list[Program] = []
@@ -135,6 +136,7 @@ class Ends:
             shelf = Shelf(folder, list(self.jobs.values()))
             for index, (found, runner) in enumerate(self.runners.items()):
                 done = shelf.collect(index, self.compiler)
+                self.compiled += done is not None
                 run = done.run if done is not None else self.load(found.digest) if self.load is not None else None
                 if run is None:
                     logger.info("glowplug: piece %s stays uncompiled: it was not delivered", found.digest[:12])

@@ -121,6 +121,7 @@ class PieceCache:
         store: where to look for compiled pieces, and to keep them.
         addresses: what the store knows a piece by that holds only with relations between sizes which its compilation
             wrote down; a program that keeps to them may use it.
+        count: how many pieces were compiled here.
     """
 
     compiled: dict[Fingerprint, Callable[..., Sequence[Any]]] = field(default_factory=dict)
@@ -128,6 +129,7 @@ class PieceCache:
     ends: list[Ends] = field(default_factory=list)
     store: PieceStore | None = None
     addresses: dict[Fingerprint, str] = field(default_factory=dict)
+    count: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
@@ -135,6 +137,8 @@ class PieceCache:
         with self.lock:
             for ends in self.ends:
                 ends.poll(self.compiled.__setitem__, deadline)
+                report.compiled_pieces += ends.compiled
+                ends.compiled = 0
             self.ends = [ends for ends in self.ends if ends.pending]
             report.pending_pieces = sum(len(ends.runners) for ends in self.ends)
 
@@ -239,6 +243,7 @@ def _compile_jobs(
         if result.run is None:  # given up, as another piece failed
             continue
         cache.compiled[found] = result.run
+        cache.count += 1
         if result.local:
             local.append(found)
         if result.artifact is not None and cache.store is not None:
