@@ -20,6 +20,7 @@ from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
 from glowplug.errors import UsageError
+from glowplug.hf.caches import new_cache
 from glowplug.hf.template import stack_of
 
 _BAR = "\\|"
@@ -134,6 +135,7 @@ def try_family(case: Case) -> Row:
 def _steps(model: PreTrainedModel) -> list[Tensor]:
     """The logits of a prefill, a decode step and a few tokens more."""
     sequence = Sequence(model, Text.make(model, sum(_STEPS)))
+    sequence.cache = new_cache(model)
     return [sequence.step(tokens) for tokens in _STEPS]
 
 

@@ -16,11 +16,12 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from glowplug.errors import GlowplugError
+from glowplug.errors import GlowplugError, NotServableError
+from glowplug.hf.caches import new_cache
 from glowplug.hf.call import Call, Signature, read_call
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -106,10 +107,9 @@ def _compare_steps(
     steps: tuple[int, ...],
 ) -> Problem | None:
     signature = call.signature
-    config = model.config.get_text_config()
     whole, mask, positions = _sequence(model, call, batch, sum(steps))
-    expected_cache = DynamicCache(config=config)
-    caches = [DynamicCache(config=config) for _ in candidates]
+    expected_cache = new_cache(model)
+    caches = [new_cache(model) for _ in candidates]
     start = 0
     for step in steps:
         stop = start + step
@@ -135,6 +135,8 @@ def _compare_steps(
                 return Problem(ready)
             try:
                 logits = candidate.run(ready).logits
+            except NotServableError as exc:
+                return Problem(str(exc))
             except GlowplugError:
                 raise
             except Exception as exc:

@@ -44,12 +44,38 @@ def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors:
     Raises:
         NotServableError: the layer's output has another form.
     """
+    return _run(layer, hidden_states, mask, tensors, options)[0]
+
+
+def _fake_mixer_handing_on(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_mixer(hidden_states), hidden_states.new_empty(())
+
+
+@layer_op("glowplug::mixer_handing_on", fake=_fake_mixer_handing_on, splitting=True)
+def mixer_handing_on(
+    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
+) -> tuple[Tensor, Tensor]:
+    """As `mixer`, for a layer that gives a tensor for the next layer as well, which nothing else may compute with: its
+    shape and dtype are not known in a trace (where it has no dims, so that asking for its shape fails).
+
+    Returns:
+        What `mixer` returns, and the tensor behind the first two outputs. No tensor there: None, which a layer refuses.
+    """
+    output, handed = _run(layer, hidden_states, mask, tensors, options)
+    return output, handed  # type: ignore[return-value]
+
+
+def _run(
+    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
+) -> tuple[Tensor, Tensor | None]:
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
     if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
         kwargs["attention_mask"] = mask
     output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
+    handed = None
     if isinstance(output, tuple):
+        handed = next((value for value in output[2:] if isinstance(value, Tensor)), None)
         output = output[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
         raise NotServableError(
@@ -57,4 +83,4 @@ def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors:
             f"{tuple(hidden_states.shape)} {hidden_states.dtype}, which a compiled program can't go on with"
         )
     output = output.contiguous()
-    return output.clone() if output is hidden_states else output
+    return output.clone() if output is hidden_states else output, handed
