@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "initializer_range": 0.15,
     "sliding_window": 8,
+    "sliding_window_size": 8,
     # experts
     "num_experts": 8,
     "num_local_experts": 8,
@@ -107,11 +108,23 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": _every(3, "full_attention", "conv")},
     "longcat_flash": {"head_dim": 8},  # that of the rotated part
+    "minimax": {"sliding_window": None},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "nemotron_h": {"layers_block_type": _spelled("MEMEM*E")},
     "gemma4_text": {"hidden_size_per_layer_input": 0},  # as in its checkpoints with experts
 }
 """What a family needs besides; lists say something of each layer, and are cut to the depth."""
+
+_PERIODS = {"flint": 4}
+"""Layers after which a family's pattern repeats, where the last layer is one of its own wherever the pattern is: how
+the last layers follow each other then depends on the depth."""
+
+
+def depth_as_released(kind: str, depth: int) -> int:
+    """The depth from `depth` on at which a family's last layers follow each other as they do at its released depth."""
+    if kind not in _PERIODS:
+        return depth
+    return depth + (CONFIG_MAPPING[kind]().num_hidden_layers - depth) % _PERIODS[kind]
 
 
 def families() -> dict[str, str]:

@@ -1,9 +1,10 @@
 """Before a program serves: one comparison with the model's own forward, on a small seeded input and caches of its own.
 
-It covers what structure alone can't prove: that one capture serves a prefill and a decode step, that masks reach the
-right layers, that the model's output has nothing besides logits and the cache; and, for a stamped program, that no
-layer beyond the template does something that the template does not show. That last question is asked of the program
-with uncompiled pieces, which does the same arithmetic as eager and so may differ by next to nothing.
+It covers what structure alone can't prove: that one capture serves a prefill and a decode step; that masks reach the
+right layers, and are the model's own within a window and beyond; that the model's output has nothing besides logits and
+the cache; and, for a stamped program, that no layer beyond the template does something that the template does not show.
+That last question is asked of the program with uncompiled pieces, which does the same arithmetic as eager and so may
+differ by next to nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils import ModelOutput
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.hf.caches import new_cache
 from glowplug.hf.call import Call, Signature, read_call
+from glowplug.hf.windows import WINDOW, with_short_windows
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.5, as rounding grows from layer
@@ -55,10 +57,12 @@ class Problem:
         reason: in words.
         call: the call that showed it, with a cache of the steps before it, and the same as arguments of the model's
             own forward; None when no logits were compared.
+        model: the model whose forward it is: the one compared, or its twin with short windows.
     """
 
     reason: str
     call: tuple[Call, dict[str, Any]] | None = None
+    model: PreTrainedModel | None = None
 
 
 def output_type(model: PreTrainedModel) -> type:
@@ -88,13 +92,36 @@ def compare(
     Returns:
         Why a program must not serve, or None.
     """
+    (first, rest), exact = (_CLASSES[0], _CLASSES[1:]), list(candidates)
+    compiled = [candidate for candidate in candidates if not candidate.exact]
     with torch.no_grad():
-        for number, (batch, steps) in enumerate(_CLASSES):
-            chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
-            problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps)
-            if problem is not None:
-                return problem
-    return None
+        problem = _compare_masked(model, call, exact, on_output, *first)
+        for batch, steps in rest:
+            if problem is None:
+                problem = _compare_steps(model, call, compiled, on_output, batch, steps)
+    return problem
+
+
+def _compare_masked(
+    model: PreTrainedModel,
+    call: Call,
+    candidates: Sequence[Candidate],
+    on_output: Callable[[type], None],
+    batch: int,
+    steps: tuple[int, ...],
+) -> Problem | None:
+    """Compare with a short window, if the model has one and its forward can do it."""
+    twin = with_short_windows(model)
+    if twin is not None:
+        try:
+            problem = _compare_steps(twin, call, candidates, on_output, batch, steps)
+        except Exception:
+            problem = None  # what no other window than its own fits
+        else:
+            if problem is not None and _compare_steps(model, call, candidates, on_output, batch, steps) is None:
+                return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
+            return problem
+    return _compare_steps(model, call, candidates, on_output, batch, steps)
 
 
 def _compare_steps(
@@ -102,7 +129,6 @@ def _compare_steps(
     call: Call,
     candidates: Sequence[Candidate],
     on_output: Callable[[type], None],
-    *,
     batch: int,
     steps: tuple[int, ...],
 ) -> Problem | None:
@@ -145,7 +171,7 @@ def _compare_steps(
             if reason is not None:
                 again = {**kwargs, "past_key_values": before}
                 ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
-                return Problem(reason, None if isinstance(ready, str) else (ready, again))
+                return Problem(reason, None if isinstance(ready, str) else (ready, again), model)
         start = stop
     return None
 

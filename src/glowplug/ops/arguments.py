@@ -16,6 +16,9 @@ from glowplug.errors import CaptureError, NotServableError
 CONTEXT_CACHE = "#"
 """Stands in the text for the cache of the `ForwardContext`."""
 
+NOTHING: Any = object()
+"""What a layer hands on that was to hand on a tensor, and has none."""
+
 
 def encode(kwargs: Mapping[str, Any], caches: type | tuple[type, ...] = ()) -> tuple[list[Tensor], str]:
     """The tensors among keyword arguments, and a text for `decode`. Runs inside traces.
@@ -26,8 +29,8 @@ def encode(kwargs: Mapping[str, Any], caches: type | tuple[type, ...] = ()) -> t
 
     Returns:
         The tensors, and `name=literal`, `name=@0` (a tensor), `name=@0,1` (a tuple of them) or `name=#` (the
-        context's cache), joined by `;`. What holds tensors deeper is a literal with `@0` in it; each of those may be
-        None when it is called, as masks are.
+        context's cache), joined by `;`. What holds tensors deeper is a literal with `@0` in it. A tensor may be None
+        when it is called, as masks are.
 
     Raises:
         CaptureError: a value is none of these.
@@ -69,7 +72,7 @@ def decode(options: str, tensors: list[Tensor], cache: Any = None) -> dict[str, 
     """The keyword arguments that `encode` wrote down.
 
     Raises:
-        NotServableError: one that was a tensor in the trace is none now.
+        NotServableError: one is `NOTHING`.
     """
     constants, named = _parse(options)
     kwargs = dict(constants)
@@ -78,7 +81,7 @@ def decode(options: str, tensors: list[Tensor], cache: Any = None) -> dict[str, 
             kwargs[name] = cache
         elif isinstance(places, int):
             kwargs[name] = tensors[places]
-            if tensors[places] is None:
+            if tensors[places] is NOTHING:
                 raise NotServableError(f"a layer got no {name}, which its trace had")
         elif isinstance(places, _Nested):
             kwargs[name] = _fill(places.literal, tensors)

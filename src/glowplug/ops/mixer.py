@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
 from glowplug.layers.context import current_context
-from glowplug.ops.arguments import decode
+from glowplug.ops.arguments import NOTHING, decode
 from glowplug.ops.layer_op import layer_op
 
 
@@ -59,10 +59,10 @@ def mixer_handing_on(
     shape and dtype are not known in a trace (where it has no dims, so that asking for its shape fails).
 
     Returns:
-        What `mixer` returns, and the tensor behind the first two outputs. No tensor there: None, which a layer refuses.
+        What `mixer` returns, and the tensor behind the first two outputs; `NOTHING`, which a layer refuses, if none.
     """
     output, handed = _run(layer, hidden_states, mask, tensors, options)
-    return output, handed  # type: ignore[return-value]
+    return output, handed if handed is not None else NOTHING
 
 
 def _run(
