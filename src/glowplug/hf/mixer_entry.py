@@ -42,7 +42,7 @@ def mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
             return mixer(layer, hidden_states, mask, tensors, options)
         if not any(further):
             return (mixer(layer, hidden_states, mask, tensors, options), *(None for _ in further))
-        output, handed = mixer_handing_on(layer, hidden_states, mask, tensors, options)
+        output, handed = mixer_handing_on(layer, hidden_states, mask, tensors, options, further.index(True) + 1)
         return (output, *(handed if is_tensor else None for is_tensor in further))
 
     return entry

@@ -111,17 +111,17 @@ def _compare_masked(
     steps: tuple[int, ...],
 ) -> Problem | None:
     """Compare with a short window, if the model has one and its forward can do it."""
-    twin = with_short_windows(model)
-    if twin is not None:
-        try:
-            problem = _compare_steps(twin, call, candidates, on_output, batch, steps)
-        except Exception:
-            problem = None  # what no other window than its own fits
-        else:
-            if problem is not None and _compare_steps(model, call, candidates, on_output, batch, steps) is None:
-                return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
-            return problem
-    return _compare_steps(model, call, candidates, on_output, batch, steps)
+    try:
+        twin = with_short_windows(model)
+        problem = _compare_steps(twin, call, candidates, on_output, batch, steps) if twin is not None else None
+    except Exception:  # no other window than its own fits the model
+        twin, problem = None, None
+    if twin is not None and problem is None:
+        return None
+    own = _compare_steps(model, call, candidates, on_output, batch, steps)
+    if own is None and problem is not None:
+        return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
+    return own
 
 
 def _compare_steps(

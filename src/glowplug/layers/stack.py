@@ -138,13 +138,13 @@ class _Uses:
         self.path = path
         self.named_by: set[str] = set()
         self.contents: dict[int, str] = {}
-        self._computed: dict[tuple[type, ...], frozenset[str]] = {}
+        self._computed: dict[tuple[Any, ...], frozenset[str]] = {}
 
     def names_only(self, module: nn.Module) -> frozenset[str]:
         """The attributes of a module that merely name the layer."""
         if not mentions(type(module)):  # type: ignore[arg-type]
             return NAMING
-        key = tuple(map(type, module.modules()))
+        key = tuple((path, type(part), "forward" in part.__dict__) for path, part in module.named_modules())
         if key not in self._computed:
             self._computed[key] = computed_with(module)
         return NAMING - self._computed[key]
@@ -218,7 +218,7 @@ def why_no_template(kinds: Sequence[int]) -> str:
             f"no part of the {depth} layers shows how all of them follow each other: layers {last} to {last + 2} do so "
             "as no layers before them"
         )
-    return f"no part of the {depth} layers shows how all of them follow each other, and ends as they do"
+    return f"no part of the {depth} layers shows often enough how all of them follow each other"
 
 
 def _code(module: nn.Module) -> str:

@@ -53,34 +53,38 @@ def _fake_mixer_handing_on(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tens
 
 @layer_op("glowplug::mixer_handing_on", fake=_fake_mixer_handing_on, splitting=True)
 def mixer_handing_on(
-    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
+    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str, place: int
 ) -> tuple[Tensor, Tensor]:
     """As `mixer`, for a layer that gives a tensor for the next layer as well, which nothing else may compute with: its
     shape and dtype are not known in a trace (where it has no dims, so that asking for its shape fails).
 
+    Args:
+        layer, hidden_states, mask, tensors, options: as for `mixer`.
+        place: which of the layer's outputs is the tensor.
+
     Returns:
-        What `mixer` returns, and the tensor behind the first two outputs; `NOTHING`, which a layer refuses, if none.
+        What `mixer` returns, and the tensor; `NOTHING`, which a layer refuses, if there is none.
     """
-    output, handed = _run(layer, hidden_states, mask, tensors, options)
-    return output, handed if handed is not None else NOTHING
+    outputs = _run(layer, hidden_states, mask, tensors, options)
+    handed = outputs[place] if place < len(outputs) else None
+    return outputs[0], handed if isinstance(handed, Tensor) else NOTHING
 
 
 def _run(
     layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
+    """The layer's outputs, the first of them checked, and contiguous."""
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
     if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
         kwargs["attention_mask"] = mask
     output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
-    handed = None
-    if isinstance(output, tuple):
-        handed = next((value for value in output[2:] if isinstance(value, Tensor)), None)
-        output = output[0]
+    outputs = output if isinstance(output, tuple) else (output,)
+    output = outputs[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
         raise NotServableError(
             f"{type(layer).__name__} gave {tuple(output.shape)} {output.dtype} for hidden states of "
             f"{tuple(hidden_states.shape)} {hidden_states.dtype}, which a compiled program can't go on with"
         )
     output = output.contiguous()
-    return output.clone() if output is hidden_states else output, handed
+    return (output.clone() if output is hidden_states else output, *outputs[1:])
