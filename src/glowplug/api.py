@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 from torch import nn
@@ -26,6 +27,7 @@ def compile(
     stamp: str = "auto",
     inside: str = "auto",
     ends: str = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -45,6 +47,7 @@ def compile(
         stamp: `"auto"` or `"off"`; see `Options`.
         inside: `"auto"`, `"compiled"` or `"eager"`; see `Options`.
         ends: `"auto"` or `"compiled"`; see `Options`.
+        cache_dir: the artifact store, a folder, a URL or `"off"`; see `Options`.
 
     Returns:
         `model` itself.
@@ -68,6 +71,7 @@ def compile(
         stamp=stamp,  # type: ignore[arg-type]
         inside=inside,  # type: ignore[arg-type]
         ends=ends,  # type: ignore[arg-type]
+        cache_dir=cache_dir,
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")

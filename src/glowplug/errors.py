@@ -48,6 +48,22 @@ class CompileError(GlowplugError, RuntimeError):
     """The piece compiler failed on a piece; the message carries its reason."""
 
 
+class StoreError(GlowplugError, RuntimeError):
+    """The artifact store that was asked for must not, or can't, be used; the message says why and what to do."""
+
+
+class ArtifactError(GlowplugError, RuntimeError):
+    """A stored artifact is damaged or is something else. Never reaches the user: it is reported and made anew."""
+
+
+class UnsignedArtifactError(ArtifactError):
+    """A stored artifact is unsigned, or signed by another key. Never loaded; reported, and made anew."""
+
+
+class NotStorableError(GlowplugError, RuntimeError):
+    """A program can't be stored, as something in it has no form on disk. Never reaches the user: it is reported."""
+
+
 class NotServableError(GlowplugError, RuntimeError):
     """With `strict=True`: a call (or the model) can't be served by the compiled program. Without it, eager runs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,8 @@ class Options:
         inside: of opaque experts. `"auto"`: their inside is compiled once a kind beside serving, where that costs the
             start nothing (on Linux CPUs), and used from the next sequence on where a trial finds it faster.
             `"compiled"`: before the first answer, on any device. `"eager"`: never.
+        cache_dir: the artifact store: a folder, an fsspec URL, or `"off"`; None: `GLOWPLUG_CACHE`, or else this user's
+            own. See `glowplug.store.open_store`.
         ends: pieces that run seldom in a step, such as a deep model's first and last. `"auto"`: they start uncompiled
             and are compiled beside serving (on Linux CPUs), to be used from the next sequence on. `"compiled"`: before
             the first answer; always so with `strict`.
@@ -58,6 +61,7 @@ class Options:
     stamp: Literal["auto", "off"] = "auto"
     inside: Literal["auto", "compiled", "eager"] = "auto"
     ends: Literal["auto", "compiled"] = "auto"
+    cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -65,6 +69,8 @@ class Options:
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
                 raise UsageError(f"{name} must be one of {', '.join(map(repr, allowed))}; not {value!r}")
         get_compiler(self.compiler)
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
+            raise UsageError(f"cache_dir must be a folder, a URL, 'off' or None; not {self.cache_dir!r}")
         wanted = {True: "ordered", False: "baked"}.get(self.fast_moe_cold_start)  # type: ignore[arg-type]
         if wanted is not None and self.identity not in ("auto", wanted):
             raise UsageError(

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from glowplug.errors import UsageError
 
 logger = logging.getLogger("glowplug")
 
-PHASES = ("trace", "split", "fingerprint", "stamp", "compile", "bind", "verify")
+PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,26 @@ class InsideReport:
     compiled_us: float
 
 
+@dataclass(frozen=True)
+class StoreReport:
+    """What the artifact store did for a model.
+
+    Attributes:
+        place: the store's folder or URL.
+        counts: how many pieces, programs and insides were found, missed, and stored.
+        problems: what went wrong with it, in words; none of it stopped the start.
+    """
+
+    place: str
+    counts: dict[str, int]
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, store: Any) -> StoreReport:
+        """What a store did so far."""
+        return cls(store.place, dict(store.counts), tuple(store.problems))
+
+
 @dataclass
 class Report:
     """What happened to one model. `glowplug.report(model)` returns it; it grows as the model is used.
@@ -69,7 +89,10 @@ class Report:
         pieces: pieces of all programs together.
         distinct_pieces: how many of them are distinct: each is compiled once.
         pending_pieces: distinct pieces that still run uncompiled, as they are compiled beside serving.
-        phases: seconds spent, by phase: trace, split, fingerprint, stamp, compile, bind, verify.
+        start: `"cold"` when the model was traced, `"warm"` when its program came from the store.
+        store: what the store did; None without one.
+        phases: seconds spent, by phase: load (from the store), trace, split, fingerprint, stamp, compile, bind, verify,
+            store.
         fallbacks: each step down the ladder, once, with its reason.
         template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
         programs: how many programs were built (one for each signature of inputs, normally one).
@@ -85,6 +108,8 @@ class Report:
     pieces: int = 0
     distinct_pieces: int = 0
     pending_pieces: int = 0
+    start: str = "cold"
+    store: StoreReport | None = None
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
@@ -114,6 +139,16 @@ class Report:
         what = "runs this call eager" if to == "eager" else "traces every layer"
         logger.warning("glowplug %s: %s%s", what, reason, where)
 
+    def found(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
+        """Record a program that came from the store."""
+        self.start, self.strategy, self.experts = "warm", facts["strategy"], facts["experts"]
+        self.attention, self.template_layers = facts["attention"], facts["template_layers"]
+        self.pieces += sum(step.fingerprint is not None for step in program.outline)
+        self.distinct_pieces = distinct
+        self.programs += 1
+        self.outlines.append(program.outline)
+        self.sources.append(program.listing())
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         return {
@@ -124,6 +159,8 @@ class Report:
             "pieces": self.pieces,
             "distinct_pieces": self.distinct_pieces,
             "pending_pieces": self.pending_pieces,
+            "start": self.start,
+            "store": asdict(self.store) if self.store is not None else None,
             "programs": self.programs,
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
@@ -155,13 +192,18 @@ class Report:
         return f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items())
+        shown = {name: s for name, s in self.phases.items() if s or name not in ("load", "store")}
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shown.items())
         lines = [
             f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}"
             + (", attention whole" if self.attention == "whole" else ""),
             f"{self.pieces} pieces, {self.distinct_pieces} distinct" + self._pending(),
             phases,
         ]
+        if self.store is not None:
+            counts = ", ".join(f"{count} {what}" for what, count in sorted(self.store.counts.items()) if count)
+            lines.append(f"{self.start} start; store {self.store.place}: {counts or 'unused'}")
+            lines += [f"store: {problem}" for problem in self.store.problems]
         for inside in self.insides:
             used = {0: "not used", None: "used"}.get(inside.tokens, f"used up to {inside.tokens} tokens")
             times = f"{inside.compiled_us:.0f} us, eager {inside.eager_us:.0f} us"

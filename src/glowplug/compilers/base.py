@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import fx
 
 
@@ -36,12 +37,22 @@ class PieceCompiler(Protocol):
 class StoringCompiler(PieceCompiler, Protocol):
     """A compiler whose compiled pieces can be stored, and so be made by another process."""
 
+    def environment(self, device: torch.device) -> str:
+        """Everything besides a piece that its compilation depends on, as text: equal texts, equal compiled pieces."""
+        ...
+
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """Whether pieces of these inputs may be compiled in forks of this process; called right before."""
         ...
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """As `compile`, but the compiled piece is returned in a form that can be stored."""
+        ...
+
+    def compile_and_store(
+        self, piece: fx.GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
+        """Both: the callable, and the compiled piece in a form that can be stored."""
         ...
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:

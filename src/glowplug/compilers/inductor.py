@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from glowplug.compilers.environment import describe_environment
+from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
+from glowplug.compilers.light_imports import light_imports
 from glowplug.compilers.toolchain import cpu_toolchain
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -19,7 +21,7 @@ from glowplug.graph.capture import is_restart
 try:
     from torch._guards import TracingContext
     from torch._inductor import config, standalone_compile
-    from torch._inductor.standalone_compile import CompiledArtifact
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
     from torch._subclasses.fake_tensor import FakeTensor
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
     raise UnsupportedTorchError(
@@ -50,6 +52,10 @@ class InductorCompiler:
         """See `PieceCompiler.compile`."""
         return _callable(self._compile_or_retry(piece, inputs))
 
+    def environment(self, device: torch.device) -> str:
+        """See `StoringCompiler.environment`."""
+        return describe_environment(device, self.options)
+
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""
         single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
@@ -61,31 +67,34 @@ class InductorCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        artifact = self._compile_or_retry(piece, inputs, compile_threads=1)
-        with tempfile.TemporaryDirectory(prefix="glowplug-") as folder:
-            path = os.path.join(folder, "artifact")
-            artifact.save(path=path, format="binary")
-            with open(path, "rb") as file:
-                return file.read()
+        return self.compile_and_store(piece, inputs, compile_threads=1)[1]
+
+    def compile_and_store(
+        self, piece: fx.GraphModule, inputs: Sequence[Any], **patches: Any
+    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
+        """See `StoringCompiler.compile_and_store`."""
+        with noting_kernels() as kernels:
+            artifact = self._compile_or_retry(piece, inputs, aot=True, **patches)
+        return _callable(artifact), pickle.dumps((artifact.serialize(), read_kernels(kernels)))
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
-        with tempfile.TemporaryDirectory(prefix="glowplug-") as folder:
-            path = os.path.join(folder, "artifact")
-            with open(path, "wb") as file:
-                file.write(artifact)
-            return _callable(CompiledArtifact.load(path=path, format="binary"))
+        inductors, kernels = pickle.loads(artifact)
+        with serving_kernels(kernels), light_imports():
+            return _callable(AOTCompiledArtifact.deserialize(inductors))
 
-    def _compile_or_retry(self, piece: fx.GraphModule, inputs: Sequence[Any], **patches: Any) -> Any:
+    def _compile_or_retry(
+        self, piece: fx.GraphModule, inputs: Sequence[Any], *, aot: bool = False, **patches: Any
+    ) -> Any:
         try:
-            return self._compile(piece, inputs, patches)
+            return self._compile(piece, inputs, patches, aot)
         except Exception as exc:
             # Retried only if something was taken on trust, and Dynamo does not ask for another trace.
             if is_restart(exc) or not (on_cpu(inputs) and cpu_toolchain().distrust()):
                 raise
-        return self._compile(piece, inputs, patches)
+        return self._compile(piece, inputs, patches, aot)
 
-    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Any:
+    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
         patches = {**self.options, **patches}
         if on_cpu(inputs):
             cpu_toolchain().wait()
@@ -96,6 +105,7 @@ class InductorCompiler:
                 list(inputs),
                 dynamic_shapes="from_tracing_context",
                 options={"config_patches": patches},
+                aot=aot,
             )
 
 

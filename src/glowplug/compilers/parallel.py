@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ class Job:
     Attributes:
         piece: its graph.
         inputs: its inputs, as for `PieceCompiler.compile`.
+        lock: `lock(timeout_s)` holds the piece's lock among all processes that may compile it.
+        keep: stores its artifact; None when nothing is to be stored.
+        stored: whether its artifact is in the store.
     """
 
     piece: fx.GraphModule
     inputs: Sequence[Any]
+    lock: Callable[[float], AbstractContextManager[bool]] = lambda _: nullcontext(True)
+    keep: Callable[[bytes], None] | None = None
+    stored: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,13 @@ class Done:
     Attributes:
         run: the callable; None when a child did not deliver.
         local: whether compiling it wrote down further relations between sizes, which hold in this capture alone.
+        artifact: its form on disk, where that was asked for.
         error: what the compiler raised.
     """
 
     run: Callable[..., Any] | None = None
     local: bool = False
+    artifact: bytes | None = None
     error: Exception | None = None
 
 
@@ -119,11 +128,15 @@ def _compile_here(
 
 def _compile_one(compiler: PieceCompiler, job: Job, relations: Callable[[], int]) -> Done:
     before = relations()
+    artifact = None
     try:
-        run = compiler.compile(job.piece, job.inputs)
+        if job.keep is not None and isinstance(compiler, StoringCompiler):
+            run, artifact = compiler.compile_and_store(job.piece, job.inputs)
+        else:
+            run = compiler.compile(job.piece, job.inputs)
     except Exception as exc:
         return Done(error=exc)
-    return Done(run, local=relations() > before)
+    return Done(run, relations() > before, artifact)
 
 
 class Shelf:
@@ -153,7 +166,7 @@ class Shelf:
         between sizes, which then are not known here."""
         try:
             local, artifact = pickle.loads((self.folder / f"{index}.artifact").read_bytes())
-            return None if local else Done(compiler.load(artifact))
+            return None if local else Done(compiler.load(artifact), artifact=artifact)
         except Exception:
             return None
 
@@ -166,7 +179,7 @@ def compile_beside(compiler: StoringCompiler, jobs: Sequence[Job], relations: Ca
         jobs: the pieces.
         relations: as for `compile_jobs`.
     """
-    return Beside(lambda folder: _work(compiler, Shelf(folder, jobs), relations))
+    return Beside(lambda folder: _work_alone(compiler, Shelf(folder, jobs), relations))
 
 
 def _work(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int]) -> None:
@@ -175,6 +188,22 @@ def _work(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int])
         before = relations()
         artifact = compiler.compile_to_bytes(shelf.jobs[index].piece, shelf.jobs[index].inputs)
         shelf.leave(index, relations() > before, artifact)
+
+
+def _work_alone(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int]) -> None:
+    """What a child does for which nobody waits: it stores what it makes by itself, and leaves alone what another
+    process has stored in the meantime."""
+    for index in shelf.claims():
+        job = shelf.jobs[index]
+        with job.lock(_PATIENCE_S):
+            if job.stored():
+                continue
+            before = relations()
+            artifact = compiler.compile_to_bytes(job.piece, job.inputs)
+            local = relations() > before
+            if job.keep is not None and not local:
+                job.keep(artifact)
+        shelf.leave(index, local, artifact)
 
 
 def _workers(jobs: int, cores: int) -> int:

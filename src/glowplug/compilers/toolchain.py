@@ -6,10 +6,14 @@ Uses Inductor's list of instruction sets, its code cache and `cpp.vec_isa_ok` (p
 
 from __future__ import annotations
 
-import contextvars
+import contextlib
+import os
 import platform
+import shlex
+import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,9 +31,9 @@ extern "C" void kernel(float* out) {
 class CpuToolchain:
     """The C++ side of Inductor in this process.
 
-    Inductor finds out which instruction sets work by compiling a test program for each, for seconds. The processor
-    says by itself which it has, so only the compiler is in doubt: `trusted` takes its word and skips those tests that
-    can be skipped. Should a piece then fail to compile, the tests are made after all.
+    Inductor finds out which instruction sets work by compiling and loading test programs, for seconds. The processor
+    says by itself which it has, so only the compiler is in doubt: while `trusted`, it is asked whether it knows the
+    flags, which takes it hundredths of a second. Should a piece then fail to compile, the tests are made after all.
     """
 
     def __init__(self) -> None:
@@ -59,9 +63,12 @@ class CpuToolchain:
 
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
         for isa in cpu_vec_isa.supported_vec_isa_list:
-            clear = getattr(type(isa).__bool__, "cache_clear", None)
-            if clear is not None:
-                clear()
+            for found in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+                vars(isa).pop(found, None)
+            for method in ("__bool__", "is_avx512_bf16_supported", "is_amx_fp16_supported"):
+                clear = getattr(getattr(type(isa), method, None), "cache_clear", None)
+                if clear is not None:
+                    clear()
         return True
 
     def _prepare(self) -> None:
@@ -71,8 +78,8 @@ class CpuToolchain:
 
             trusting: Any = config.patch(self.options())
             with trusting:
-                _test_side_by_side(cpu_vec_isa)
-                cpu_vec_isa.valid_vec_isa_list()
+                with _quick_tests(cpu_vec_isa) if self.trusted else nullcontext():
+                    cpu_vec_isa.valid_vec_isa_list()
                 self._known.set()
                 CppPythonBindingsCodeCache.load_pybinding_async(["float*"], _KERNEL, submit_fn=_not_now)
         except Exception:
@@ -81,16 +88,24 @@ class CpuToolchain:
             self._known.set()
 
 
-def _test_side_by_side(cpu_vec_isa: Any) -> None:
-    """Make those tests that are made in any case side by side; Inductor, which would make them one after the other,
-    remembers their outcome."""
-    if not _is_x86():
-        return
-    flags = cpu_vec_isa.x86_isa_checker()
-    sets = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())]
-    with ThreadPoolExecutor(max_workers=max(1, len(sets))) as pool:
-        for done in [pool.submit(contextvars.copy_context().run, bool, isa) for isa in sets]:
-            done.result()
+@contextlib.contextmanager
+def _quick_tests(cpu_vec_isa: Any) -> Iterator[None]:
+    """Let Inductor's tests of instruction sets ask the compiler for its flags, and nothing else."""
+    cls = cpu_vec_isa.VecISA
+    own = cls.check_build
+    cls.check_build = _knows_flags
+    try:
+        yield
+    finally:
+        cls.check_build = own
+
+
+def _knows_flags(isa: Any, _code: str) -> bool:
+    """Whether the C++ compiler takes an instruction set's flags; stands in for `VecISA.check_build`."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = [get_cpp_compiler(), *shlex.split(isa.build_arch_flags()), "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60).returncode == 0
 
 
 def _not_now(_compile: Any) -> None:

@@ -196,6 +196,12 @@ def _first_lines(exc: Exception) -> str:
     return " | ".join(kept)[:500] or type(exc).__name__
 
 
+def traced_files() -> frozenset[str]:
+    """The files of all code that was traced so far, inside a capture."""
+    context: Any = TracingContext.get()
+    return frozenset(code.co_filename for code in getattr(context, "traced_code", ()))
+
+
 def is_fake(value: Any) -> bool:
     """Whether `value` is one of the tracer's stand-ins for a tensor."""
     return isinstance(value, FakeTensor)

@@ -45,11 +45,13 @@ class Fingerprint:
 
     Attributes:
         digest: SHA-256 of the lines, in hex.
-        lines: one a node, in order; what `glowplug explain` compares.
+        lines: one a node, in order; what `glowplug explain` compares. None of a stored program.
+        stable: whether another process gives an equal piece the same digest.
     """
 
     digest: str
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] = ()
+    stable: bool = True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self.digest == other.digest
@@ -75,6 +77,7 @@ class _Canonical:
         self.gm = gm
         self.nodes: dict[fx.Node, str] = {}
         self.symbols: dict[str, str] = {}
+        self.stable = True
 
     def fingerprint(self) -> Fingerprint:
         lines = []
@@ -89,7 +92,7 @@ class _Canonical:
             else:
                 lines.append(Line(self.target(node), tuple(args), self.meta(node)))
         text = "\n".join(map(str, lines))
-        return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), tuple(lines))
+        return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), tuple(lines), self.stable)
 
     def target(self, node: fx.Node) -> str:
         if node.op == "call_function":
@@ -101,11 +104,11 @@ class _Canonical:
             return f"get_attr {self.attribute(str(node.target))}"
         return f"{node.op} {node.target}"
 
-    @staticmethod
-    def function(target: Any) -> str:
+    def function(self, target: Any) -> str:
         module = getattr(target, "__module__", "") or ""
         name = str(getattr(target, "__qualname__", None) or getattr(target, "__name__", repr(target)))
         # Functions made inside others share a name; only the object tells them apart.
+        self.stable = self.stable and "<" not in name
         return f"{module}.{name}{f' {id(target)}' if '<' in name else ''}"
 
     def attribute(self, path: str) -> str:
@@ -113,7 +116,9 @@ class _Canonical:
         for part in path.split("."):
             value = getattr(value, part)
         if isinstance(value, fx.GraphModule):
-            return f"graph {fingerprint(value).digest}"
+            inner = fingerprint(value)
+            self.stable = self.stable and inner.stable
+            return f"graph {inner.digest}"
         if isinstance(value, torch.Tensor):
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             return f"constant {self.tensor(value)} {hashlib.sha256(data).hexdigest()}"

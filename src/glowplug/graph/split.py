@@ -18,18 +18,26 @@ from glowplug.ops.layer_op import LayerOp, find_layer_op
 
 
 @dataclass(frozen=True)
+class Value:
+    """A value of the graph, by its name: what steps say instead of the graph's nodes, so that they outlive it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """What lies between two cuts, as a graph of its own.
 
     Attributes:
-        gm: the piece; its inputs are in the order of `inputs`, its output is a flat tuple in the order of `outputs`.
+        gm: the piece; None when it was stored without its graph. Its inputs are in the order of `inputs`, its output is
+            a flat tuple in the order of `outputs`.
         inputs: names of the values that it reads: first what changes from call to call, then weights and handles,
             each in the order of first use, so that equal pieces have equal signatures.
         outputs: names of the values that later steps read.
         layer: the layer that it belongs to, where the graph was cut at layers.
     """
 
-    gm: fx.GraphModule
+    gm: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layer: int | None = None
@@ -42,7 +50,7 @@ class OpStep:
     Attributes:
         op: the layer op.
         overload: the traced overload, which says how the call names its layer.
-        args: the call's arguments; values of the graph are `fx.Node`s.
+        args: the call's arguments; values of the graph are `Value`s.
         outputs: the name of each output that later steps read; None for one that nobody reads.
         single: whether the op returns one tensor and not a tuple.
         layer: as for `Piece`.
@@ -238,7 +246,7 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
     value: Any = call.meta.get("example_value")
     single = value is None or isinstance(value, torch.Tensor)
     if single:
-        return OpStep(segment.op, call.target, call.args, (call.name if call in wanted else None,), True)
+        return OpStep(segment.op, call.target, _by_name(call.args), (call.name if call in wanted else None,), True)
     if call in wanted:
         raise CaptureError(f"the outputs of {segment.op.name} are used as a tuple; unpack them where the op is called")
     outputs: list[str | None] = [None] * len(value)
@@ -249,7 +257,14 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
                 node.replace_all_uses_with(next(n for n in unpack if n.name == outputs[index]))
                 continue
             outputs[index] = node.name
-    return OpStep(segment.op, call.target, call.args, tuple(outputs), False)
+    return OpStep(segment.op, call.target, _by_name(call.args), tuple(outputs), False)
+
+
+def _by_name(arg: Any) -> Any:
+    """An argument, its nodes replaced by their names."""
+    if isinstance(arg, (tuple, list)):
+        return (tuple if isinstance(arg, tuple) else list)(map(_by_name, arg))
+    return Value(arg.name) if isinstance(arg, fx.Node) else arg
 
 
 def _example(node: fx.Node) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import fx
 from glowplug.errors import NotStampableError
 from glowplug.graph.capture import Captured
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.split import OpStep, Piece, Step
+from glowplug.graph.split import OpStep, Piece, Step, Value
 
 
 @dataclass(frozen=True)
@@ -261,18 +261,18 @@ class _Reader:
 
 def reads(step: Step) -> list[str]:
     """Names of the graph values that a step reads, in order."""
-    return list(step.inputs) if isinstance(step, Piece) else [node.name for node in _nodes(step.args)]
+    return list(step.inputs) if isinstance(step, Piece) else [value.name for value in _values(step.args)]
 
 
-def _nodes(arg: Any) -> list[fx.Node]:
+def _values(arg: Any) -> list[Value]:
     if isinstance(arg, (tuple, list)):
-        return [node for item in arg for node in _nodes(item)]
-    return [arg] if isinstance(arg, fx.Node) else []
+        return [value for item in arg for value in _values(item)]
+    return [arg] if isinstance(arg, Value) else []
 
 
 def _constants(step: Step) -> str:
     def text(arg: Any) -> str:
-        if isinstance(arg, fx.Node):
+        if isinstance(arg, Value):
             return "%"
         if isinstance(arg, (tuple, list)):
             return f"[{', '.join(map(text, arg))}]"

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
-from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError
-from glowplug.graph.capture import Captured, capture
+from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError, NotStorableError
+from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import insides, interfaces, trace, verify
@@ -20,15 +20,17 @@ from glowplug.hf.call import Call
 from glowplug.hf.insides import Insides
 from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
-from glowplug.hf.served import Served
+from glowplug.hf.served import Recipe, Served
 from glowplug.hf.template import choose
+from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Built, PieceCache, Program, build_program
+from glowplug.program import PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.report import Report
+from glowplug.report import Report, StoreReport
+from glowplug.store import ArtifactStore
 
 
 class Builder:
@@ -39,10 +41,19 @@ class Builder:
         options: how to compile it.
         compiler: compiles pieces.
         report: receives everything that happens.
+        store: where programs and pieces are kept.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Options, compiler: PieceCompiler, report: Report) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Options,
+        compiler: PieceCompiler,
+        report: Report,
+        store: ArtifactStore | None = None,
+    ) -> None:
         self.model = model
+        self.store = store
         self.options = options
         self.compiler = compiler
         self.report = report
@@ -54,6 +65,7 @@ class Builder:
         self._slots: dict[str, insides.Slots] = {}
         self._pieces = PieceCache()
         self._reads: set[str] = set()
+        self._stored: Warm | None = None
 
     def build(self, call: Call) -> Served | str:
         """A program that serves calls like this one, compared with eager; or why there is none.
@@ -62,11 +74,14 @@ class Builder:
             CaptureError, CompileError: as the reason.
             NotServableError: with `strict`, when the model can't be stamped.
         """
-        warm_up(self.compiler, call.inputs.device.type)
         with collector_paused():
             served = self._build(call)
             if isinstance(served, Served) and self.insides is None:
                 self._compile_insides()
+            if isinstance(served, Served):
+                served.recipe = None  # it holds the whole trace
+        if self.store is not None:
+            self.report.store = StoreReport.of(self.store)
         return served
 
     @property
@@ -81,6 +96,80 @@ class Builder:
             self.insides.poll(deadline)
 
     def _build(self, call: Call) -> Served | str:
+        plan = self._plan()
+        warm = self._warm(call.inputs.device)
+        if warm is None:
+            return self._trace(call, plan)
+        try:
+            with self.report.phase("load"):
+                key = warm.manifests.key(call.signature, plan)
+        except NotStorableError as exc:
+            warm.store.note(f"the model is not stored: {exc}")
+            return self._trace(call, plan)
+        served = self._find(warm, key, call)
+        if served is not None:
+            return served
+        warm_up(self.compiler, call.inputs.device.type)
+        with warm.store.lock("manifest", key):
+            # Whoever held the lock before may have made it.
+            found = self._find(warm, key, call) or self._trace(call, plan)
+            if isinstance(found, Served) and found.recipe is not None:
+                with self.report.phase("store"):
+                    self._keep(warm, key, found)
+        return found
+
+    def _warm(self, device: torch.device) -> Warm | None:
+        """The store, opened for this model's device."""
+        if self._stored is None:
+            self._stored = make_warm(self.model, self.options, self.compiler, self.store, device)
+            self._pieces.store = self._stored.pieces if self._stored is not None else None
+        return self._stored
+
+    def _find(self, warm: Warm, key: str, call: Call) -> Served | None:
+        """A stored program that serves calls like this one; None when there is none that is right."""
+        registry, report = self.registry, self.report
+        assert registry is not None
+        with report.phase("load"):
+            found = find(warm, key, self.model, registry)
+        if found is None:
+            return None
+        manifest, served = found.manifest, found.served
+        self._reads |= set(manifest.reads)
+        problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
+        if problem is not None:
+            warm.store.drop("manifest", key, f"it is not equal to eager: {problem.reason}")
+            return None
+        if not manifest.verified and self.options.verify == "once":
+            warm.manifests.keep(key, dataclasses.replace(manifest, verified=True), self._about())
+        self._pieces.compiled |= found.runners
+        self._slots |= found.slots
+        self._pieces.order += [piece for piece in found.runners if piece not in self._pieces.order]
+        report.found(served.program, manifest.facts, len(set(self._pieces.order)))
+        return served
+
+    def _keep(self, warm: Warm, key: str, served: Served) -> None:
+        assert served.recipe is not None
+        try:
+            manifest = describe(
+                served.recipe,
+                served,
+                self.model,
+                sorted(self._reads),
+                self._slots,
+                self.report,
+                verified=self.options.verify == "once",
+            )
+        except NotStorableError as exc:
+            warm.store.note(f"the program is not stored: {exc}")
+            return
+        warm.manifests.keep(key, manifest, self._about())
+
+    def _about(self) -> str:
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
+        return f"{type(self.model).__name__}, {layers} layers, {self.report.strategy}"
+
+    def _plan(self) -> hf_experts.ExpertsPlan:
+        """What happens to the experts; registers the layers."""
         plan = hf_experts.plan(self.model, self.options.experts)
         if self.registry is None:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
@@ -88,6 +177,12 @@ class Builder:
                 self.registry.set_order(op, names)
             insides.forget(list(plan.layers.values()))
         self.report.experts = plan.kind
+        return plan
+
+    def _trace(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | str:
+        """A program from a trace, or why there is none."""
+        warm_up(self.compiler, call.inputs.device.type)
+        self.report.start = "cold"
         refused: CaptureError | LayerLookupError | None = None
         for attempt, whole in ((self._stamped, False), (self._stamped, True), (self._full, False), (self._full, True)):
             if whole and (refused is None or self.options.resolved_identity == "ordered"):
@@ -117,7 +212,7 @@ class Builder:
         if not self._slots or choice == "eager" or self.compiler.name == "eager" or registry is None:
             return
         layers = {op: {name: registry[name] for name in registry.order(op)} for op in self._slots}
-        self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report)
+        self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report, self._pieces.store)
         if choice == "auto":
             self.insides.compile_beside()
             return
@@ -177,7 +272,7 @@ class Builder:
         mask_names = set(mask_sources(call.masks))
         start = time.perf_counter()
 
-        def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
+        def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
             report.phases["trace"] += time.perf_counter() - start
             trace.check_outputs(captured)
             self._slots |= insides.read_slots(captured)
@@ -198,7 +293,8 @@ class Builder:
                 both=self.options.verify == "once",
                 defer_ends=self.options.ends == "auto" and not self.options.strict,
             )
-            return built, read_assumptions(captured, set(trace.VARYING))
+            unread = frozenset(e.node for e in captured.inputs if e.source.startswith("L['cache']"))
+            return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))
 
         with interfaces.in_force(
             model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self.whole
@@ -207,19 +303,20 @@ class Builder:
             for layer in interfaces.attention_layers(model).values():
                 layers[layer.layer_idx] = layer  # type: ignore[index]
             traced = templates.short_model(model, template) if template is not None else model
-            built, assumptions = capture(*trace.example(traced, call, layers), consume, self._reads)
+            recipe, assumptions = capture(*trace.example(traced, call, layers), consume, self._reads)
         if template is not None:
             templates.check_reads(template, self._reads)
-        return Served(built.program, assumptions, verify.output_type(model), built.uncompiled)
+        built = recipe.built
+        return Served(built.program, assumptions, verify.output_type(model), built.uncompiled, recipe=recipe)
 
-    def _verify(self, served: Served, call: Call) -> verify.Problem | None:
+    def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
         for attempt in range(2):
             self.watch = Watch(self.model, self._reads)
             if self.options.verify == "off":
                 break
             with self.report.phase("verify"):
-                problem = self._compare(served, call)
+                problem = self._compare(served, call, classes)
             if problem is not None:
                 return problem
             changed = self.watch.change()
@@ -230,7 +327,7 @@ class Builder:
         served.uncompiled = None
         return None
 
-    def _compare(self, served: Served, call: Call) -> verify.Problem | None:
+    def _compare(self, served: Served, call: Call, classes: verify.Classes) -> verify.Problem | None:
         registry = self.registry
         assert registry is not None
 
@@ -249,4 +346,4 @@ class Builder:
         def note(found: type) -> None:
             served.output_type = found
 
-        return verify.compare(self.model, call, candidates, note)
+        return verify.compare(self.model, call, candidates, note, classes)

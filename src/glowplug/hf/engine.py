@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glowplug.compilers import get_compiler
+from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
@@ -23,6 +24,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.report import Report
+from glowplug.store import open_store
 
 _SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
 
@@ -42,7 +44,8 @@ class Engine:
         self.options = options
         compiler = get_compiler(options.compiler)
         self.report = Report(compiler=compiler.name)
-        self.builder = Builder(model, options, compiler, self.report)
+        store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
+        self.builder = Builder(model, options, compiler, self.report, store)
         self._lock = threading.RLock()
         self._served: dict[Signature, Served | str] = {}
         self._watch: Watch | None = None

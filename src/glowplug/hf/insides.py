@@ -8,16 +8,16 @@ CPU it is compiled in a fork, while the model serves already; it takes over when
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
@@ -25,71 +25,20 @@ from glowplug.compilers.fork import Beside, leave
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, tracing_lock
 from glowplug.graph.split import Piece, split
+from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
 from glowplug.hf.interfaces import configs
+from glowplug.hf.kinds import Kind, Made, Slot, Slots
 from glowplug.hf.trials import Verdict, judge
 from glowplug.layers.stack import kinds_of
 from glowplug.ops.inside import INSIDE_ATTR, Inside
 from glowplug.ops.layer_op import find_layer_op
+from glowplug.program import PieceStore
 from glowplug.report import InsideReport, Report
 
 OPS = ("glowplug::moe_forward", "glowplug::moe_forward_shared")
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation whose inside is worth compiling. On a CPU a compiled `batched_mm` took half the time of
 `grouped_mm`, at one token; on an H200 a compiled `grouped_mm` three fifths, for gpt-oss-120b."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor that an op is called with: its sizes (None for one that varies), and its dtype."""
-
-    sizes: tuple[int | None, ...]
-    dtype: torch.dtype
-
-    def example(self, tokens: int, device: torch.device) -> Tensor:
-        """A tensor of zeros of that form; the last of the sizes that vary is the number of tokens, others are 2."""
-        varying = [dim for dim, size in enumerate(self.sizes) if size is None]
-        sizes = [2 if size is None else size for size in self.sizes]
-        if varying:
-            sizes[varying[-1]] = tokens
-        tensor = torch.zeros(sizes, dtype=self.dtype, device=device)
-        for dim in varying:
-            torch._dynamo.mark_dynamic(tensor, dim)
-        return tensor
-
-
-Slots = tuple[Slot, ...]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Layers that one compiled inside serves.
-
-    Attributes:
-        op: the op that they are called by.
-        names: their qualified names.
-        layers: themselves.
-        slots: what the op is called with.
-    """
-
-    op: str
-    names: tuple[str, ...]
-    layers: tuple[nn.Module, ...]
-    slots: Slots
-
-
-@dataclass(frozen=True)
-class Made:
-    """A compiled inside, unbound.
-
-    Attributes:
-        run: the callable, or an artifact of it.
-        order: see `Inside`.
-        seconds: what it took.
-    """
-
-    run: Any
-    order: tuple[str, ...]
-    seconds: float
 
 
 def read_slots(captured: Captured) -> dict[str, Slots]:
@@ -116,6 +65,7 @@ class Insides:
         slots: what each op is called with.
         compiler: compiles them.
         report: receives what was found.
+        pieces: where insides are kept, if anywhere.
     """
 
     def __init__(
@@ -125,11 +75,15 @@ class Insides:
         slots: dict[str, Slots],
         compiler: PieceCompiler,
         report: Report,
+        pieces: PieceStore | None = None,
     ) -> None:
+        self.pieces = pieces
         self.model = model
         self.compiler = compiler
         self.report = report
+        self.device = next(model.parameters()).device
         self.kinds: list[Kind] = []
+        self._keys: dict[tuple[str, ...], str] = {}
         self.beside: Beside | None = None
         for op, named in layers.items():
             groups: dict[int, list[str]] = {}
@@ -147,23 +101,49 @@ class Insides:
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
+        self._take_stored()
         for kind in self.kinds:
             with contextlib.suppress(CaptureError):
-                self._install(kind, self._make(kind, self.compiler.compile))
+                self._install(kind, self._make(kind, self._compile))
+
+    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, bytes | None]:
+        if self.pieces is not None:
+            return self.pieces.compiler.compile_and_store(piece, inputs)
+        return self.compiler.compile(piece, inputs), None
+
+    def _take_stored(self) -> None:
+        """Put to use those that are in the store, and forget about them."""
+        pieces = self.pieces
+        if pieces is None:
+            return
+        left = []
+        for kind in self.kinds:
+            key = inside_key(pieces, kind, IMPLEMENTATION.get(self.device.type))
+            stored = load_inside(pieces, key) if key is not None else None
+            if key is not None:
+                self._keys[kind.names] = key
+            if stored is None:
+                left.append(kind)
+            else:
+                self._use(kind, *stored)
+        self.kinds = left
 
     def compile_beside(self) -> None:
         """Begin to compile them in a fork, if the compiler's pieces can be made in one."""
+        self._take_stored()
         compiler = self.compiler
-        device = next(self.model.parameters()).device
-        if not self.kinds or device.type != "cpu" or not isinstance(compiler, StoringCompiler):
+        if not self.kinds or self.device.type != "cpu" or not isinstance(compiler, StoringCompiler):
             return
         if not compiler.forks([]):
             return
 
+        def to_bytes(piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[None, bytes]:
+            return None, compiler.compile_to_bytes(piece, inputs)
+
         def work(folder: Path) -> None:
             for number, kind in enumerate(self.kinds):
                 with contextlib.suppress(CaptureError):
-                    leave(folder / f"{number}.inside", pickle.dumps(self._make(kind, compiler.compile_to_bytes)))
+                    leave(folder / f"{number}.inside", pickle.dumps(self._make(kind, to_bytes)))
 
         self.beside = Beside(work)
 
@@ -182,10 +162,11 @@ class Insides:
         for number, kind in enumerate(self.kinds):
             try:
                 made: Made = pickle.loads((folder / f"{number}.inside").read_bytes())
-                run = compiler.load(made.run)
+                assert made.artifact is not None
+                run = compiler.load(made.artifact)
             except Exception:
                 continue  # its layers go on as they are
-            self._install(kind, Made(run, made.order, made.seconds))
+            self._install(kind, replace(made, run=run))
 
     def _make(self, kind: Kind, compile: Callable[..., Any]) -> Made:
         """Capture and compile the inside of a kind's first layer."""
@@ -200,20 +181,25 @@ class Insides:
             return compile(piece.gm, inputs), order
 
         with tracing_lock, _implementation(self.model, IMPLEMENTATION.get(device.type)):
-            run, order = capture(_BY_COUNT[len(examples)], (layer, *examples), consume)
-        return Made(run, order, time.perf_counter() - start)
+            (run, artifact), order = capture(_BY_COUNT[len(examples)], (layer, *examples), consume)
+        return Made(run, order, time.perf_counter() - start, artifact)
+
+    def _bind(self, made: Made, layer: nn.Module, tokens: int | None) -> Inside:
+        return Inside(layer, made.run, made.order, tokens)
 
     def _install(self, kind: Kind, made: Made) -> None:
-        """Give a kind's layers their inside, for as many tokens as it is faster for."""
+        """Give a kind's layers their inside, for as many tokens as a trial finds it faster for."""
+        bind = functools.partial(self._bind, made)
+        verdict = judge(kind.op, kind.layers[0], kind.slots, bind, limited=self.device.type == "cpu")
+        self._use(kind, made, verdict)
+        key = self._keys.get(kind.names)
+        if self.pieces is not None and key is not None and made.artifact is not None:
+            keep_inside(self.pieces, key, kind, replace(made, run=None), verdict)
 
-        def bind(layer: nn.Module, tokens: int | None) -> Inside:
-            return Inside(layer, made.run, made.order, tokens)
-
-        device = next(kind.layers[0].parameters()).device
-        verdict: Verdict = judge(kind.op, kind.layers[0], kind.slots, bind, limited=device.type == "cpu")
+    def _use(self, kind: Kind, made: Made, verdict: Verdict) -> None:
         if verdict.tokens != 0:
             for layer in kind.layers:
-                object.__setattr__(layer, INSIDE_ATTR, bind(layer, verdict.tokens))
+                object.__setattr__(layer, INSIDE_ATTR, self._bind(made, layer, verdict.tokens))
         self.report.insides.append(
             InsideReport(kind.op, kind.names, made.seconds, verdict.tokens, verdict.eager_us, verdict.compiled_us)
         )

@@ -244,6 +244,20 @@ def configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def give_attention_functions(model: PreTrainedModel) -> None:
+    """Let each attention layer keep the function that `glowplug::attention` runs for it.
+
+    Raises:
+        CaptureError: one's function can't be told.
+    """
+    for name, layer in attention_layers(model).items():
+        config = getattr(layer, "config", model.config)
+        function = attention_function(layer, config._attn_implementation_internal)
+        if function is None:
+            raise CaptureError(f"{name} runs an attention function that glowplug can't find")
+        object.__setattr__(layer, ATTENTION_FN_ATTR, function)
+
+
 @contextmanager
 def in_force(
     model: PreTrainedModel,
@@ -268,12 +282,8 @@ def in_force(
         for config in configs(model)
     ]
     mixers = token_mixers(model) if whole else mixer_layers(model)
-    for name, layer in attention_layers(model).items() if not whole else ():
-        config = getattr(layer, "config", model.config)
-        function = attention_function(layer, config._attn_implementation_internal)
-        if function is None:
-            raise CaptureError(f"{name} runs an attention function that glowplug can't find")
-        object.__setattr__(layer, ATTENTION_FN_ATTR, function)
+    if not whole:
+        give_attention_functions(model)
     try:
         for config, *_ in saved:
             if not whole:

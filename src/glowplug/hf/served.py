@@ -14,10 +14,27 @@ from glowplug.hf.call import Call
 from glowplug.hf.masks import mask_sources
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Program
+from glowplug.program import Built, Program, Stamping
 
 SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
 """Sources of sizes that a call gives."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a program was made of, to be stored.
+
+    Attributes:
+        built: the program, its plan, and what it is bound to.
+        stamping: how it was stamped; None for a full trace.
+        files: of all code that was traced.
+        unread: graph values that stood for lengths of the cache, and that no run reads.
+    """
+
+    built: Built
+    stamping: Stamping | None
+    files: frozenset[str]
+    unread: frozenset[str]
 
 
 @dataclass
@@ -30,6 +47,7 @@ class Served:
         output_type: the class of the model's output.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         checked: sizes of a call -> why they break an assumption, or None.
+        recipe: what a later process needs to run it again; None when it came from a store.
     """
 
     program: Program
@@ -37,6 +55,7 @@ class Served:
     output_type: type
     uncompiled: Program | None = None
     checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
     def run(self, call: Call, registry: LayerRegistry, *, check_order: bool = True, uncompiled: bool = False) -> Any:
         """Run a call that the program can serve; returns what the model's forward would."""

@@ -32,8 +32,12 @@ to layer (0.11 after 36 layers of random weights in bfloat16, as much as other c
 about 1; that the layers are the right ones is proved more closely by the uncompiled pieces."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The same for uncompiled pieces. Half precision: 0.01."""
-_CLASSES = ((2, (7, 1)), (1, (1, 3)))
-"""(sequences, tokens of each step): several sequences and one, several tokens and one, an empty cache and a filled."""
+Classes = Sequence[tuple[int, tuple[int, ...]]]
+"""(sequences, tokens of each step) of each comparison."""
+CLASSES: Classes = ((2, (7, 1)), (1, (1, 3)))
+"""Several sequences and one, several tokens and one, an empty cache and a filled."""
+GLANCE: Classes = ((1, (3,)),)
+"""For a program that an earlier process compared in every class: is it this model's?"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,11 @@ def output_type(model: PreTrainedModel) -> type:
 
 
 def compare(
-    model: PreTrainedModel, call: Call, candidates: Sequence[Candidate], on_output: Callable[[type], None]
+    model: PreTrainedModel,
+    call: Call,
+    candidates: Sequence[Candidate],
+    on_output: Callable[[type], None],
+    classes: Classes = CLASSES,
 ) -> Problem | None:
     """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
 
@@ -88,18 +96,19 @@ def compare(
         call: a call that the programs are to serve; its signature is kept to.
         candidates: the programs. Exact ones are compared in the first class only.
         on_output: is told the class of the model's output.
+        classes: the sizes to compare.
 
     Returns:
         Why a program must not serve, or None.
     """
-    (first, rest), exact = (_CLASSES[0], _CLASSES[1:]), list(candidates)
-    compiled = [candidate for candidate in candidates if not candidate.exact]
     with torch.no_grad():
-        problem = _compare_masked(model, call, exact, on_output, *first)
-        for batch, steps in rest:
-            if problem is None:
-                problem = _compare_steps(model, call, compiled, on_output, batch, steps)
-    return problem
+        for number, (batch, steps) in enumerate(classes):
+            chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
+            compare_class = _compare_masked if number == 0 else _compare_steps
+            problem = compare_class(model, call, chosen, on_output, batch, steps)
+            if problem is not None:
+                return problem
+    return None
 
 
 def _compare_masked(
@@ -112,7 +121,7 @@ def _compare_masked(
 ) -> Problem | None:
     """Compare with a short window, if the model has one and its forward can do it."""
     try:
-        twin = with_short_windows(model)
+        twin = with_short_windows(model) if sum(steps) > WINDOW else None
         problem = _compare_steps(twin, call, candidates, on_output, batch, steps) if twin is not None else None
     except Exception:  # no other window than its own fits the model
         twin, problem = None, None

@@ -173,6 +173,11 @@ def find_layer_op(target: Any) -> LayerOp | None:
         return None
 
 
+def find_op_by_name(name: str) -> LayerOp | None:
+    """The layer op of that qualified name, or None."""
+    return _by_name.get(name)
+
+
 def known_layer_ops() -> tuple[LayerOp, ...]:
     """Every registered layer op."""
     return tuple(_by_name.values())

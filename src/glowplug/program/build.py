@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from glowplug.compilers.base import PieceCompiler, StoringCompiler
+from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
-from glowplug.compilers.parallel import Job, compile_jobs
-from glowplug.errors import CompileError
-from glowplug.graph.capture import Captured, is_restart
+from glowplug.graph.capture import Captured
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
-from glowplug.graph.split import LayerOf, OpStep, Piece, Step, split
-from glowplug.graph.stamp import Bind, Locations, Own, Stamped, reads, stamp
+from glowplug.graph.split import LayerOf, Piece, Step, split
+from glowplug.graph.stamp import Bind, Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.emit import Runners, emit
-from glowplug.program.ends import Ends, choose_ends, count_uses
-from glowplug.program.loop import emit_stamped
-from glowplug.program.program import Program, StepOutline
-from glowplug.progress import piece_progress
+from glowplug.program.emit import Runners
+from glowplug.program.ends import count_uses
+from glowplug.program.pieces import PieceCache, compile_pieces
+from glowplug.program.plan import Plan, outline_of
+from glowplug.program.program import Program
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
-
-
-@dataclass
-class PieceCache:
-    """Compiled pieces of one model, by fingerprint: programs for further signatures reuse them.
-
-    Attributes:
-        compiled: the pieces.
-        order: the fingerprint of each distinct piece, those of `ends` too.
-        ends: pieces that run uncompiled for now.
-    """
-
-    compiled: dict[Fingerprint, Callable[..., Sequence[Any]]] = field(default_factory=dict)
-    order: list[Fingerprint] = field(default_factory=list)
-    ends: list[Ends] = field(default_factory=list)
-    lock: Any = field(default_factory=threading.RLock)
-
-    def poll(self, report: Report, deadline: float | None = None) -> None:
-        """Swap in what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
-        with self.lock:
-            for ends in self.ends:
-                ends.poll(self.compiled.__setitem__, deadline)
-            self.ends = [ends for ends in self.ends if ends.pending]
-            report.pending_pieces = sum(len(ends.runners) for ends in self.ends)
 
 
 @dataclass(frozen=True)
@@ -65,6 +37,8 @@ class Stamping:
         bind: finds the object that a layer has at a path.
         bind_to: the same for a copy of the model, given the copy and its registry.
         name_of: the qualified name of what a layer has at a path, for reports.
+        stack: qualified name of the stack.
+        handles: which paths in a layer are handles.
     """
 
     locations: Locations
@@ -73,6 +47,8 @@ class Stamping:
     bind: Bind
     bind_to: Callable[[nn.Module, LayerRegistry], Bind]
     name_of: Callable[[int, str], str]
+    stack: str = ""
+    handles: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,6 +57,8 @@ class Built:
 
     Attributes:
         program: the program.
+        plan: what it was written from.
+        bound: graph value -> object, for what is bound now.
         uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none, or
             when the pieces of `program` are uncompiled anyway.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
@@ -88,6 +66,8 @@ class Built:
     """
 
     program: Program
+    plan: Plan
+    bound: Mapping[str, Any]
     uncompiled: Program | None = None
     bind_to: Callable[..., Program] | None = None
 
@@ -153,12 +133,14 @@ def build_program(
             )
     with report.phase("compile"), cache.lock:
         uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
-        runners, ends = _compile(steps, prints, compiler, cache, captured, uses)
-
-    def write(pieces: Runners, values: Mapping[str, Any] = bound, bind: Bind | None = None) -> Program:
-        if stamped is None or stamping is None:
-            return emit(steps, prints, pieces, outputs, arguments, values)
-        return emit_stamped(stamped, prints[: len(stamped.head)], pieces, arguments, values, bind or stamping.bind)
+        # Later duplicates overwrite earlier ones; any instance of a piece stands for all of them.
+        distinct = {found: step for step, found in _pieces(steps, prints)}
+        runners, ends = compile_pieces(distinct, compiler, cache, captured, uses)
+    graphs: Runners = {found: step.gm.forward for found, step in distinct.items()}
+    sources = {entry.node: entry.source for entry in captured.inputs}
+    outline = tuple(outline_of(steps, prints, sources))
+    head = len(steps) if stamped is None else len(stamped.head)
+    plan = Plan(tuple(steps[:head]), tuple(prints[:head]), outputs, arguments, stamped, outline[:head])
 
     def bind_to(model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any], *, uncompiled: bool) -> Program:
         assert stamping is not None
@@ -166,20 +148,15 @@ def build_program(
             name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
             for name, value in bound.items()
         }
-        return write(graphs if uncompiled else runners, values, stamping.bind_to(model, registry))
-
-    graphs: Runners = {found: step.gm.forward for step, found in _pieces(steps, prints)}
+        return plan.write(graphs if uncompiled else runners, values, stamping.bind_to(model, registry))
 
     with report.phase("bind"):
-        program = write(runners)
+        bind = stamping.bind if stamping is not None else None
+        whole = plan.whole_outline(stamping.name_of if stamping is not None else None)
+        program = replace(plan.write(runners, bound, bind), outline=whole)
         uncompiled = None
         if both and not isinstance(compiler, EagerCompiler):
-            uncompiled = write(graphs)
-        outline = _outline(steps, prints, captured)
-        if stamped is not None and stamping is not None:
-            outline = _stamped_outline(stamped, outline[: len(stamped.head)], stamping.name_of)
-        program = replace(program, outline=outline)
-        uncompiled = replace(uncompiled, outline=outline) if uncompiled is not None else None
+            uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
         if ends is not None:
             ends.programs.append(program)
             report.pending_pieces += len(ends.runners)
@@ -189,104 +166,9 @@ def build_program(
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, uncompiled, bind_to if stamped is not None else None)
+    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None)
 
 
 def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:
     pairs = zip(steps, prints, strict=True)
     return [(step, found) for step, found in pairs if isinstance(step, Piece) and found is not None]
-
-
-def _compile(
-    steps: Sequence[Step],
-    prints: Sequence[Fingerprint | None],
-    compiler: PieceCompiler,
-    cache: PieceCache,
-    captured: Captured,
-    uses: Counter[Fingerprint] | None,
-) -> tuple[dict[Fingerprint, Callable[..., Any]], Ends | None]:
-    """Compile what is new; with `uses`, how often each piece runs, some of it later."""
-    # Later duplicates overwrite earlier ones in `new`; any instance of a piece stands for all of them.
-    new = {found: step for step, found in _pieces(steps, prints) if found not in cache.compiled}
-    jobs = {
-        found: Job(step.gm, [n.meta["example_value"] for n in step.gm.graph.nodes if n.op == "placeholder"])
-        for found, step in new.items()
-    }
-    later = choose_ends(uses, new) if uses is not None and isinstance(compiler, StoringCompiler) else set()
-    deferred = {found: jobs.pop(found) for found in later}
-    local = _compile_jobs(jobs, compiler, cache, captured)
-    ends = None
-    # Asked last: a fork takes with it what compiling the others has loaded.
-    if deferred and isinstance(compiler, StoringCompiler) and compiler.forks([j.inputs for j in deferred.values()]):
-        ends = Ends(compiler, deferred, lambda: len(_guards(captured)))
-        cache.ends.append(ends)
-    else:
-        local += _compile_jobs(deferred, compiler, cache, captured)
-    cache.order += new
-    runners = {found: cache.compiled[found] for found in prints if found in cache.compiled and found is not None}
-    for found in local:  # it relies on relations between sizes that only this capture has written down
-        del cache.compiled[found]
-    return {**runners, **(ends.runners if ends is not None else {})}, ends
-
-
-def _guards(captured: Captured) -> Sequence[Any]:
-    """The relations between sizes that the capture has written down so far."""
-    return captured.fake_mode.shape_env.guards if captured.fake_mode.shape_env else []
-
-
-def _compile_jobs(
-    jobs: Mapping[Fingerprint, Job], compiler: PieceCompiler, cache: PieceCache, captured: Captured
-) -> list[Fingerprint]:
-    """Compile pieces into the cache; returns those that hold in this capture alone.
-
-    Raises:
-        CompileError: the compiler failed.
-    """
-    local: list[Fingerprint] = []
-    with piece_progress(len(jobs)) as advance:
-        results = compile_jobs(compiler, list(jobs.values()), lambda: len(_guards(captured)), advance)
-    for found, result in zip(jobs, results, strict=False):
-        if result.error is not None:
-            if is_restart(result.error):
-                raise result.error
-            what = f"{compiler.name} can't compile piece {found.digest[:12]}: {_brief(result.error)}"
-            raise CompileError(what) from result.error
-        if result.run is None:  # given up, as another piece failed
-            continue
-        cache.compiled[found] = result.run
-        if result.local:
-            local.append(found)
-    return local
-
-
-def _outline(
-    steps: Sequence[Step], prints: Sequence[Fingerprint | None], captured: Captured
-) -> tuple[StepOutline, ...]:
-    sources = {entry.node: entry.source for entry in captured.inputs}
-    one_of_each: dict[Fingerprint, Fingerprint] = {}
-    outline = []
-    for step, found in zip(steps, prints, strict=True):
-        if isinstance(step, Piece) and found is not None:
-            names = tuple(sources[name] for name in step.inputs if name in sources)
-            outline.append(StepOutline(None, one_of_each.setdefault(found, found), names))
-        elif isinstance(step, OpStep):
-            names = tuple(sources[a.name] for a in step.args if getattr(a, "name", None) in sources)
-            outline.append(StepOutline(step.op.name, None, names))
-    return tuple(outline)
-
-
-def _stamped_outline(
-    stamped: Stamped, head: tuple[StepOutline, ...], name_of: Callable[[int, str], str]
-) -> tuple[StepOutline, ...]:
-    outline = list(head)
-    for layer, unit in enumerate(stamped.sequence):
-        for step in stamped.units[unit].steps:
-            names = tuple(name_of(layer + r.offset, r.path) for r in step.wiring if isinstance(r, Own))
-            op = step.step.op.name if isinstance(step.step, OpStep) else None
-            outline.append(StepOutline(op, step.found, names))
-    return tuple(outline)
-
-
-def _brief(exc: Exception) -> str:
-    lines = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {lines[0][:300]}" if lines else type(exc).__name__

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from keyword import iskeyword
 from typing import Any
 
-from torch import fx
-
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.split import OpStep, Piece, Step
+from glowplug.graph.split import OpStep, Piece, Step, Value
 from glowplug.graph.stamp import reads
 from glowplug.layers.handle import LayerHandle
 from glowplug.ops.layer_op import known_layer_ops
@@ -98,7 +96,7 @@ class Emitter:
 
     def expression(self, arg: Any, reference: Callable[[str], str]) -> str:
         """An op's argument in the text."""
-        if isinstance(arg, fx.Node):
+        if isinstance(arg, Value):
             return reference(arg.name)
         if isinstance(arg, (list, tuple)):
             inside = ", ".join(self.expression(item, reference) for item in arg)
@@ -194,7 +192,7 @@ def emit_steps(emitter: Emitter, steps: Sequence[Step], prints: Sequence[Fingerp
 def find_layer(emitter: Emitter, step: OpStep, bound: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
     """The text for an op's layer, and the arguments left."""
     first, *rest = step.args
-    if isinstance(first, fx.Node):
+    if isinstance(first, Value):
         first = bound[first.name]
         assert isinstance(first, LayerHandle)
     resolve, left = step.op.resolve(step.overload, (first, *rest))

@@ -101,12 +101,18 @@ class Ends:
         compiler: compiles them.
         jobs: what is to be compiled, by fingerprint.
         relations: as for `compile_jobs`.
+        load: loads a piece that another process has stored, given the digest of its fingerprint.
     """
 
     def __init__(
-        self, compiler: StoringCompiler, jobs: Mapping[Fingerprint, Job], relations: Callable[[], int]
+        self,
+        compiler: StoringCompiler,
+        jobs: Mapping[Fingerprint, Job],
+        relations: Callable[[], int],
+        load: Callable[[str], Callable[..., Any] | None] | None = None,
     ) -> None:
         self.compiler = compiler
+        self.load = load
         self.jobs = dict(jobs)
         self.runners = {found: Uncompiled(job.piece.forward) for found, job in jobs.items()}
         self.programs: list[Program] = []
@@ -129,16 +135,17 @@ class Ends:
             shelf = Shelf(folder, list(self.jobs.values()))
             for index, (found, runner) in enumerate(self.runners.items()):
                 done = shelf.collect(index, self.compiler)
-                if done is None or done.run is None:
+                run = done.run if done is not None else self.load(found.digest) if self.load is not None else None
+                if run is None:
                     logger.info("glowplug: piece %s stays uncompiled: it was not delivered", found.digest[:12])
                     continue
-                problem = _try(runner, done.run)
+                problem = _try(runner, run)
                 if problem is not None:
                     logger.warning("glowplug: piece %s stays uncompiled: %s", found.digest[:12], problem)
                     continue
                 for program in self.programs:
-                    program.replace(runner, done.run)
-                swapped(found, done.run)
+                    program.replace(runner, run)
+                swapped(found, run)
             for runner in self.runners.values():
                 runner.seen.clear()
             self.jobs.clear()

@@ -146,16 +146,17 @@ def stamping(
 
     def bind_to(model: nn.Module, registry: LayerRegistry) -> Bind:
         layers: Any = model.get_submodule(stack.path)
-        return _binder(replace(stack, layers=tuple(layers)), registry, handles)
+        return binder(replace(stack, layers=tuple(layers)), registry, handles)
 
-    return Stamping(Locations(own, outside), *kinds, _binder(stack, registry, handles), bind_to, stack.name_of)
+    bind = binder(stack, registry, handles)
+    return Stamping(Locations(own, outside), *kinds, bind, bind_to, stack.name_of, stack.path, handles)
 
 
 def _locate(
     model: nn.Module, stack: LayerStack, captured: Captured, arguments: Mapping[str, str]
 ) -> tuple[dict[str, tuple[int, str]], frozenset[str]]:
     """Graph value -> (layer, path in it) for what lies in the stack; and which of the paths are handles."""
-    names = _tensor_names(model)
+    names = tensor_names(model)
     own: dict[str, tuple[int, str]] = {}
     handles = set()
     for entry in captured.inputs:
@@ -181,8 +182,8 @@ def _locate(
     return own, frozenset(handles)
 
 
-def _tensor_names(model: nn.Module) -> dict[int, list[str]]:
-    """id of a tensor -> every qualified name that it has."""
+def tensor_names(model: nn.Module) -> dict[int, list[str]]:
+    """Of a model: id of a tensor -> every qualified name that it has."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in _tensors(module):
@@ -197,7 +198,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
-def _binder(stack: LayerStack, registry: LayerRegistry, handles: frozenset[str]) -> Bind:
+def binder(stack: LayerStack, registry: LayerRegistry, handles: frozenset[str]) -> Bind:
+    """Finds the very object that a layer of a stack has at a path; `handles`: which paths are handles."""
+
     def bind(layer: int, own: Own) -> Any:
         index = layer + own.offset
         if own.path in handles:

@@ -1,0 +1,55 @@
+"""Compiled insides of experts in the store, with what their trial found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import transformers
+
+from glowplug.errors import NotStorableError
+from glowplug.hf.kinds import Kind, Made
+from glowplug.hf.manifests import SKIP, sources_of
+from glowplug.hf.trials import Verdict
+from glowplug.layers.structure import structure_of
+from glowplug.program import PieceStore
+
+
+def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> str | None:
+    """The address of the inside of layers of a kind; None when they can't be described."""
+    layer = kind.layers[0]
+    try:
+        facts: list[Any] = [
+            pieces.environment,
+            transformers.__version__,
+            kind.op,
+            implementation,
+            repr(kind.slots),
+            structure_of(layer, SKIP),
+            sorted(sources_of(layer, ()).items()),
+        ]
+    except NotStorableError:
+        return None
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict] | None:
+    """A stored inside, ready to run, and what its trial found."""
+    payload = pieces.store.get("inside", key)
+    if payload is None:
+        return None
+    try:
+        made, verdict = pickle.loads(payload)
+        return replace(made, run=pieces.compiler.load(made.artifact)), verdict
+    except Exception as exc:  # whatever a stored inside raises, it is made anew
+        pieces.store.drop("inside", key, f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
+        return None
+
+
+def keep_inside(pieces: PieceStore, key: str, kind: Kind, made: Made, verdict: Verdict) -> None:
+    """Store an inside by its artifact."""
+    about = f"{kind.op}, {type(kind.layers[0]).__name__}"
+    pieces.store.put("inside", key, pickle.dumps((made, verdict)), about)

@@ -1,0 +1,292 @@
+"""Warm starts: a model's program is found in the store, and neither Dynamo nor a compiler runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from glowplug.errors import ArtifactError, NotStorableError
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.hf.call import Signature
+from glowplug.hf.experts import ExpertsPlan
+from glowplug.layers.handle import LayerHandle
+from glowplug.layers.registry import LayerRegistry
+from glowplug.layers.stack import LayerStack
+from glowplug.layers.structure import structure_of
+from glowplug.options import Options
+from glowplug.program import PieceStore, Program
+from glowplug.program.template import binder, tensor_names
+from glowplug.store.manifest import Manifest, Place
+from glowplug.store.store import ArtifactStore
+
+SKIP = frozenset(
+    {
+        "_commit_hash",
+        "_ep_plan",
+        "_experts_implementation_internal",
+        "_fsdp_plan",
+        "_is_hf_initialized",
+        "_keep_in_fp32_modules",
+        "_keep_in_fp32_modules_strict",
+        "_keys_to_ignore_on_load_missing",
+        "_keys_to_ignore_on_load_unexpected",
+        "_keys_to_ignore_on_save",
+        "_name_or_path",
+        "_no_split_modules",
+        "_output_attentions",
+        "_pp_plan",
+        "_skip_keys_device_placement",
+        "_tp_plan",
+        "all_tied_weights_keys",
+        "architectures",
+        "dtype",
+        "generation_config",
+        "hf_device_map",
+        "id2label",
+        "kernel_config",
+        "label2id",
+        "loss_type",
+        "name_or_path",
+        "transformers_version",
+        "transformers_weights",
+        "_glowplug_attention_fn",
+        "_glowplug_inside",
+    }
+)
+"""Attributes of transformers' models and configurations that say how to load or train a model, not how it computes."""
+_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
+_WAIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trace relied on.
+
+    Attributes:
+        files: of all code that was traced.
+        reads: sources of everything in Python that it depended on.
+    """
+
+    files: frozenset[str]
+    reads: frozenset[str]
+
+
+class Manifests:
+    """The stored programs of one model.
+
+    Args:
+        model: the model.
+        options: how it is compiled.
+        store: where programs are kept.
+        pieces: its compiled pieces.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: Options, store: ArtifactStore, pieces: PieceStore) -> None:
+        self.model = model
+        self.options = options
+        self.store = store
+        self.pieces = pieces
+
+    def key(self, signature: Signature, plan: ExpertsPlan) -> str:
+        """The address of the program for calls of a signature.
+
+        Raises:
+            NotStorableError: the model can't be described.
+        """
+        facts = [
+            structure_of(self.model, SKIP),
+            self.pieces.environment,
+            transformers.__version__,
+            repr(replace(signature, device=torch.device(signature.device.type))),
+            [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
+            [self.options.resolved_identity, self.options.stamp],
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def read(self, key: str) -> Manifest | None:
+        """The stored manifest, if everything that it relies on is as it was."""
+        content = self.store.get("manifest", key)
+        if content is None:
+            return None
+        try:
+            manifest = Manifest.from_bytes(content)
+        except ArtifactError as exc:
+            self.store.drop("manifest", key, str(exc))
+            return None
+        changed = _changed_source(manifest.sources) or _changed_global(manifest.globals)
+        if changed is not None:
+            self.store.note(f"the stored program is not used: {changed} since; it is made anew")
+            return None
+        return manifest
+
+    def load_pieces(self, manifest: Manifest) -> dict[Fingerprint, Callable[..., Sequence[Any]]] | None:
+        """Every piece of a manifest, ready to run; waits for those that another process is compiling. None when one
+        is missing."""
+        runners = {}
+        for found in manifest.plan.pieces():
+            run = self.pieces.load(found.digest)
+            if run is None:
+                with self.pieces.lock(found.digest, _WAIT_S):
+                    run = self.pieces.load(found.digest)
+            if run is None:
+                return None
+            runners[found] = run
+        return runners
+
+    def load_graphs(self, manifest: Manifest) -> dict[Fingerprint, Callable[..., Sequence[Any]]] | None:
+        """Every piece uncompiled, to compare with eager closely; None when one has no graph in the store."""
+        graphs = {found: self.pieces.load_graph(found.digest) for found in manifest.plan.pieces()}
+        return {k: v for k, v in graphs.items() if v is not None} if None not in graphs.values() else None
+
+    def write_program(self, manifest: Manifest, registry: LayerRegistry, runners: Mapping[Any, Any]) -> Program:
+        """Bind a stored program to the model.
+
+        Raises:
+            ArtifactError: an object that it is bound to is not there.
+        """
+        model = self.model
+        try:
+            values = {name: _find(model, registry, place) for name, place in manifest.places.items()}
+            bind, name_of = None, None
+            if manifest.stack is not None:
+                layers: Any = model.get_submodule(manifest.stack)
+                stack = LayerStack(manifest.stack, tuple(layers), ())
+                bind, name_of = binder(stack, registry, manifest.handles), stack.name_of
+            program = manifest.plan.write(runners, values, bind)
+        except (AttributeError, KeyError, IndexError) as exc:
+            raise ArtifactError(f"it does not fit the model: {type(exc).__name__}: {exc}") from exc
+        return replace(program, outline=manifest.plan.whole_outline(name_of))
+
+    def keep(self, key: str, manifest: Manifest, about: str) -> None:
+        """Store a manifest."""
+        try:
+            content = manifest.to_bytes()
+        except NotStorableError as exc:
+            self.store.note(f"the program is not stored: {exc}")
+            return
+        self.store.put("manifest", key, content, about)
+
+
+def places_of(model: nn.Module, bound: Mapping[str, Any], unread: Collection[str]) -> dict[str, Place]:
+    """Where the objects that a program is bound to lie.
+
+    Args:
+        model: the model.
+        bound: graph value -> object.
+        unread: graph values that stood for sizes in the trace, and that no run reads.
+
+    Raises:
+        NotStorableError: one is not found in the model.
+    """
+    names = tensor_names(model)
+    places = {}
+    for value, held in bound.items():
+        if isinstance(held, LayerHandle):
+            places[value] = Place("handle", held.name)
+        elif value in unread:
+            places[value] = Place("unread", "")
+        elif id(held) in names:
+            places[value] = Place("tensor", names[id(held)][0])
+        else:
+            raise NotStorableError(f"the program is bound to a {type(held).__name__} ({value}) that is not the model's")
+    return places
+
+
+def _find(model: nn.Module, registry: LayerRegistry, place: Place) -> Any:
+    if place.kind == "handle":
+        return registry.handles[place.path]
+    if place.kind == "unread":
+        return None
+    parent, _, leaf = place.path.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
+# -- what a trace relied on --------------------------------------------------------------------------------------
+
+
+def sources_of(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
+    """Name of each Python module whose code was traced, or has a class of the model -> SHA-256 of its file. Not of
+    torch and Python's own, whose versions a program's address names.
+
+    Raises:
+        NotStorableError: code that was traced is in no file.
+    """
+    known = (str(Path(torch.__file__).parent) + os.sep, "<frozen ", "<string>")
+    library = sysconfig.get_paths()["stdlib"] + os.sep
+    by_file = {file: name for name, module in list(sys.modules.items()) if (file := getattr(module, "__file__", None))}
+    wanted = set(files)
+    for cls in {type(module) for module in model.modules()}:
+        wanted |= {
+            file
+            for base in cls.__mro__
+            if (file := getattr(sys.modules.get(base.__module__), "__file__", None)) and base is not object
+        }
+    found = {}
+    for file in sorted(file for file in wanted if not file.startswith(known)):
+        if file.startswith(library) and "site-packages" not in file:
+            continue
+        name = by_file.get(file)
+        digest = _digest(file)
+        if name is None or digest is None:
+            raise NotStorableError(f"code was traced that is in no Python module's file: {file}")
+        found[name] = digest
+    return found
+
+
+def _digest(file: str) -> str | None:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _changed_source(sources: Mapping[str, str]) -> str | None:
+    for name, digest in sources.items():
+        module = sys.modules.get(name)
+        if module is None:
+            try:
+                module = importlib.import_module(name)
+            except ImportError:
+                return f"the Python module {name} is gone"
+        file = getattr(module, "__file__", None)
+        if file is None or _digest(file) != digest:
+            return f"the source of {name} was changed"
+    return None
+
+
+def globals_of(reads: Iterable[str]) -> dict[str, str]:
+    """Source of each plain value of a Python module that a trace read -> the value, as text."""
+    values = ((source, _global(source)) for source in sorted(reads) if _GLOBAL.match(source))
+    return {source: text for source, text in values if text is not None}
+
+
+def _global(source: str) -> str | None:
+    found = _GLOBAL.match(source)
+    assert found is not None
+    module = sys.modules.get(found[1].replace("_dot_", "."))
+    value = getattr(module, found[2], _MISSING)
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+_MISSING = object()
+
+
+def _changed_global(values: Mapping[str, str]) -> str | None:
+    for source, text in values.items():
+        if _global(source) != text:
+            return f"{source} was {text}, and has changed"
+    return None

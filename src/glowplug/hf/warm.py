@@ -1,0 +1,149 @@
+"""Finds a model's program in the store, proves that it fits, and keeps what was made anew."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from glowplug.compilers import PieceCompiler
+from glowplug.compilers.base import StoringCompiler
+from glowplug.errors import ArtifactError, NotStorableError
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.hf.interfaces import give_attention_functions
+from glowplug.hf.kinds import Slot, Slots
+from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
+from glowplug.hf.served import Recipe, Served
+from glowplug.layers.registry import LayerRegistry
+from glowplug.options import Options
+from glowplug.program import PieceStore
+from glowplug.report import Report
+from glowplug.store.manifest import Manifest
+from glowplug.store.store import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A store, and the programs and pieces in it that a model can use.
+
+    Attributes:
+        store: the store.
+        pieces: its pieces.
+        manifests: its programs.
+    """
+
+    store: ArtifactStore
+    pieces: PieceStore
+    manifests: Manifests
+
+
+def make_warm(
+    model: PreTrainedModel,
+    options: Options,
+    compiler: PieceCompiler,
+    store: ArtifactStore | None,
+    device: torch.device,
+) -> Warm | None:
+    """None where nothing can be stored: without a store, by a compiler whose pieces have no form on disk, or with
+    names in the graphs."""
+    if store is None or not isinstance(compiler, StoringCompiler) or options.resolved_identity != "hoisted":
+        return None
+    pieces = PieceStore(store, compiler, compiler.environment(device))
+    return Warm(store, pieces, Manifests(model, options, store, pieces))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A program from the store.
+
+    Attributes:
+        served: the program.
+        manifest: what it was written from.
+        runners: its pieces.
+        slots: what its ops of experts are called with.
+    """
+
+    served: Served
+    manifest: Manifest
+    runners: Mapping[Fingerprint, Any]
+    slots: dict[str, Slots]
+
+
+def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry) -> Found | None:
+    """The stored program of an address, bound to the model; None when there is none that can be used."""
+    manifest = warm.manifests.read(key)
+    runners = warm.manifests.load_pieces(manifest) if manifest is not None else None
+    if manifest is None or runners is None:
+        return None
+    if manifest.facts["attention"] == "cut":
+        give_attention_functions(model)
+    try:
+        program = warm.manifests.write_program(manifest, registry, runners)
+        graphs = warm.manifests.load_graphs(manifest) if not manifest.verified else None
+        uncompiled = warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
+        output_type = _class(manifest.output_type)
+        slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
+    except (ArtifactError, ImportError, AttributeError, KeyError, TypeError, ValueError) as exc:
+        warm.store.drop("manifest", key, str(exc))
+        return None
+    return Found(Served(program, manifest.assumptions, output_type, uncompiled), manifest, runners, slots)
+
+
+def describe(
+    recipe: Recipe,
+    served: Served,
+    model: PreTrainedModel,
+    reads: Sequence[str],
+    slots: Mapping[str, Slots],
+    report: Report,
+    *,
+    verified: bool,
+) -> Manifest:
+    """The manifest of a program that was made here.
+
+    Raises:
+        NotStorableError: it can't be stored.
+    """
+    if any(not found.stable for found in recipe.built.plan.pieces()):
+        raise NotStorableError("a piece calls a function that was made inside another, which no other process can find")
+    wanted = recipe.built.plan.values()
+    outside = {name: value for name, value in recipe.built.bound.items() if name in wanted}
+    facts = {
+        "strategy": report.strategy,
+        "experts": report.experts,
+        "attention": report.attention,
+        "template_layers": report.template_layers,
+        "slots": {op: [[list(slot.sizes), str(slot.dtype)] for slot in entries] for op, entries in slots.items()},
+    }
+    return Manifest(
+        plan=recipe.built.plan,
+        places=places_of(model, outside, recipe.unread),
+        stack=recipe.stamping.stack if recipe.stamping is not None else None,
+        handles=recipe.stamping.handles if recipe.stamping is not None else frozenset(),
+        assumptions=served.assumptions,
+        output_type=f"{served.output_type.__module__}:{served.output_type.__qualname__}",
+        reads=tuple(sorted(reads)),
+        globals=globals_of(reads),
+        sources=sources_of(model, recipe.files),
+        facts=facts,
+        verified=verified,
+    )
+
+
+def _class(name: str) -> type:
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not isinstance(found, type):
+        raise ArtifactError(f"{name} is no class")
+    return found
+
+
+def _slot(entry: list[Any]) -> Slot:
+    sizes, dtype = entry
+    return Slot(tuple(sizes), getattr(torch, dtype.removeprefix("torch.")))

@@ -1,0 +1,164 @@
+"""The envelope of an artifact: what it is, its checksum, its signature; read and proved before a byte inside is used.
+
+    GLOWPLUG-ARTIFACT 1\\n
+    {"kind": ..., "key": ..., "size": ..., "sha256": ..., "made": ..., "about": ..., "signature": ...}\\n
+    payload
+
+The signature is an HMAC-SHA256 (RFC 2104) over everything else in the header, the payload's checksum included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from glowplug.errors import ArtifactError, UnsignedArtifactError, UsageError
+
+MAGIC = b"GLOWPLUG-ARTIFACT 1\n"
+_LONGEST_HEADER = 4096
+_SHORTEST_KEY = 16
+
+KEY_VARIABLE = "GLOWPLUG_SIGNING_KEY"
+KEY_FILE_VARIABLE = "GLOWPLUG_SIGNING_KEY_FILE"
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A secret by which artifacts are signed.
+
+    Attributes:
+        secret: at least 16 bytes.
+    """
+
+    secret: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.secret) < _SHORTEST_KEY:
+            raise UsageError(f"a signing key has at least {_SHORTEST_KEY} bytes; this one has {len(self.secret)}")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> SigningKey:
+        """The key in a file: all of its bytes but white space around them.
+
+        Raises:
+            UsageError: it can't be read, others can read it, or it is too short.
+        """
+        place = Path(path).expanduser()
+        try:
+            mode = place.stat().st_mode
+            secret = place.read_bytes().strip()
+        except OSError as exc:
+            raise UsageError(f"can't read the signing key {place}: {exc.strerror or exc}") from exc
+        if os.name == "posix" and mode & 0o077:
+            raise UsageError(f"others can read the signing key {place}; chmod 600 it")
+        return cls(secret)
+
+    @classmethod
+    def from_environment(cls) -> SigningKey | None:
+        """The key in `GLOWPLUG_SIGNING_KEY`, or in the file that `GLOWPLUG_SIGNING_KEY_FILE` names; None without."""
+        text, path = os.environ.get(KEY_VARIABLE), os.environ.get(KEY_FILE_VARIABLE)
+        if text and path:
+            raise UsageError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both set; set one of them")
+        if text:
+            return cls(text.strip().encode())
+        return cls.from_file(path) if path else None
+
+    def sign(self, text: str) -> str:
+        """The signature of a text, in hex."""
+        return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an envelope says of its artifact.
+
+    Attributes:
+        kind: `"piece"`, `"inside"` or `"manifest"`.
+        key: its address.
+        size: bytes of the payload.
+        sha256: of the payload, in hex.
+        made: when, in seconds since 1970.
+        about: what it is, for people.
+        signature: in hex; empty when unsigned.
+    """
+
+    kind: str
+    key: str
+    size: int
+    sha256: str
+    made: float
+    about: str = ""
+    signature: str = ""
+
+    def signed_text(self) -> str:
+        """What a signature is over."""
+        return json.dumps([self.kind, self.key, self.size, self.sha256, self.made, self.about])
+
+
+def pack(kind: str, key: str, payload: bytes, signing_key: SigningKey | None, about: str = "") -> bytes:
+    """Put a payload into an envelope."""
+    header = Header(kind, key, len(payload), hashlib.sha256(payload).hexdigest(), round(time.time(), 3), about[:200])
+    if signing_key is not None:
+        header = replace(header, signature=signing_key.sign(header.signed_text()))
+    return MAGIC + json.dumps(asdict(header)).encode() + b"\n" + payload
+
+
+def read_header(start: bytes) -> tuple[Header, int]:
+    """The header at the start of an envelope, and where the payload begins.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    if not start.startswith(MAGIC):
+        raise ArtifactError("it is no artifact of this version of glowplug")
+    end = start.find(b"\n", len(MAGIC), len(MAGIC) + _LONGEST_HEADER)
+    if end < 0:
+        raise ArtifactError("its header has no end")
+    try:
+        fields: Any = json.loads(start[len(MAGIC) : end])
+        header = Header(**fields)
+    except (ValueError, TypeError) as exc:
+        raise ArtifactError(f"its header can't be read: {exc}") from exc
+    texts = (header.kind, header.key, header.sha256, header.about, header.signature)
+    numbers = (header.size, header.made)
+    if not all(isinstance(value, str) for value in texts) or not all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers
+    ):
+        raise ArtifactError("its header has values of wrong types")
+    return header, end + 1
+
+
+def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) -> bytes:
+    """The payload of an envelope, proved to be what was asked for.
+
+    Args:
+        content: the envelope.
+        kind, key: what was asked for.
+        signing_key: the signature must be by this key; None: it may be missing, and is not looked at.
+
+    Raises:
+        UnsignedArtifactError: the signature is missing or wrong.
+        ArtifactError: it is damaged, cut short, or something else.
+    """
+    header, start = read_header(content)
+    if (header.kind, header.key) != (kind, key):
+        raise ArtifactError(f"it is {header.kind} {header.key[:12]}, put in the place of {kind} {key[:12]}")
+    payload = content[start:]
+    if len(payload) != header.size:
+        raise ArtifactError(f"it has {len(payload)} of {header.size} bytes")
+    checksum = hashlib.sha256(payload).hexdigest()
+    if not hmac.compare_digest(checksum, header.sha256):
+        raise ArtifactError("its checksum is wrong")
+    if signing_key is not None:
+        if not header.signature:
+            raise UnsignedArtifactError("it is not signed")
+        expected = signing_key.sign(header.signed_text())
+        if not hmac.compare_digest(expected.encode(), header.signature.encode()):
+            raise UnsignedArtifactError("its signature is not by this key")
+    return payload

@@ -1,0 +1,63 @@
+"""Which store a model uses: what was asked for, or the environment's, or this user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import platformdirs
+
+from glowplug.errors import StoreError
+from glowplug.store.envelope import KEY_FILE_VARIABLE, KEY_VARIABLE, SigningKey
+from glowplug.store.store import ArtifactStore
+
+CACHE_VARIABLE = "GLOWPLUG_CACHE"
+OFF = ("off", "0", "none")
+
+
+def default_root() -> Path:
+    """The folder of this user's artifacts, as the platform has it."""
+    return platformdirs.user_cache_path("glowplug") / "artifacts"
+
+
+def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore | None:
+    """The store at a location.
+
+    Args:
+        location: a folder, an fsspec URL (`s3://bucket/folder`), or `"off"`. None: the environment variable
+            `GLOWPLUG_CACHE`, or else this user's own folder.
+
+    Returns:
+        The store; None when it is off.
+
+    Raises:
+        StoreError: a folder that others can write to; a URL without a signing key, or of an unknown protocol.
+    """
+    asked = location if location is not None else os.environ.get(CACHE_VARIABLE) or None
+    if asked is None:
+        return _own()
+    text = os.fspath(asked)
+    if text.lower() in OFF:
+        return None
+    key = SigningKey.from_environment()
+    if "://" not in text:
+        return ArtifactStore(Path(text).expanduser().absolute(), signing_key=key)
+    if key is None:
+        raise StoreError(
+            f"the artifact store {text} needs a signing key, as artifacts are code and others may write there: set "
+            f"{KEY_VARIABLE}, or {KEY_FILE_VARIABLE} to a file that only you can read, to the same secret everywhere"
+        )
+    folder = f"remote-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return ArtifactStore(default_root().parent / folder, text, key)
+
+
+def _own() -> ArtifactStore | None:
+    """This user's own store; None, with a warning, when it must not be used: nobody asked for it."""
+    try:
+        return ArtifactStore(default_root(), signing_key=SigningKey.from_environment())
+    except StoreError as exc:
+        from glowplug.store.store import logger
+
+        logger.warning("glowplug goes without its store: %s", exc)
+        return None

@@ -1,0 +1,85 @@
+"""A store at any fsspec URL, such as `s3://bucket/folder`. What comes from it is code of whoever can write there, so
+nothing of it is used that is not signed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from glowplug.errors import ArtifactError, StoreError, UnsignedArtifactError
+from glowplug.store.envelope import SigningKey, unpack
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}}}
+}
+"""A store that does not answer must not hold up a start for minutes."""
+
+
+class RemoteStore:
+    """Artifacts at a URL.
+
+    Args:
+        url: any that fsspec knows; the bucket or folder exists, or is made by the first write.
+        signing_key: signs what is written, and proves what is read.
+        note: is told what goes wrong.
+
+    Raises:
+        StoreError: the URL's protocol is unknown, or needs a package that is not installed.
+    """
+
+    def __init__(self, url: str, signing_key: SigningKey, note: Callable[[str], None]) -> None:
+        self.url = url
+        self.signing_key = signing_key
+        self.note = note
+        self.usable = True
+        protocol = url.partition("://")[0]
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url, **_OPTIONS.get(protocol, {}))
+        except (ImportError, ValueError) as exc:
+            raise StoreError(f"the artifact store {url} can't be used: {exc}") from exc
+
+    def _path(self, kind: str, key: str) -> str:
+        return f"{self._root.rstrip('/')}/{kind}s/{key[:2]}/{key}.glow"
+
+    def read(self, kind: str, key: str) -> bytes | None:
+        """An artifact's whole envelope, proved; None when there is none that can be trusted."""
+        if not self.usable:
+            return None
+        try:
+            content: bytes = self._files.cat_file(self._path(kind, key))
+        except FileNotFoundError:
+            return None
+        except Exception as exc:  # every file system has errors of its own
+            self._give_up("read", exc)
+            return None
+        try:
+            unpack(content, kind, key, self.signing_key)
+        except UnsignedArtifactError as exc:
+            self.note(f"REFUSED the {kind} {key[:12]} of {self.url}: {exc}. Nothing of it was loaded; it is made anew")
+            return None
+        except ArtifactError as exc:
+            self.note(f"the {kind} {key[:12]} of {self.url} is not used: {exc}; it is made anew")
+            return None
+        return content
+
+    def write(self, kind: str, key: str, content: bytes) -> bool:
+        """Keep a signed envelope; returns whether it was kept."""
+        if not self.usable:
+            return False
+        path = self._path(kind, key)
+        try:
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._files.pipe_file(path, content)
+        except Exception as exc:
+            self._give_up("written to", exc)
+            return False
+        return True
+
+    def _give_up(self, what: str, exc: Exception) -> None:
+        """This process asks no more: each question might take as long as this one did."""
+        self.usable = False
+        self.note(
+            f"the artifact store {self.url} can't be {what} ({type(exc).__name__}: {exc}); this process goes on without"
+        )

@@ -1,0 +1,93 @@
+"""The store as a model's build sees it: the local one, and a remote one behind it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from glowplug.store.envelope import SigningKey, pack
+from glowplug.store.local import LocalStore
+from glowplug.store.remote import RemoteStore
+
+logger = logging.getLogger("glowplug")
+
+LOCK_TIMEOUT_S = 600.0
+"""How long to wait for another process that makes the same artifact, before making it here too."""
+
+
+class ArtifactStore:
+    """Artifacts by content: `key` says all that their content depends on, so that equal keys mean equal content.
+
+    Nothing that goes wrong in a store stops a start: it is noted, logged once, and the artifact is made.
+
+    Args:
+        root: folder of the local store.
+        url: a remote store; the local one is then its cache.
+        signing_key: required with `url`; without, what is written is not signed.
+
+    Attributes:
+        problems: what went wrong, in words.
+        counts: `"piece hits"`, `"piece misses"`, `"piece stored"`, and so on for each kind.
+
+    Raises:
+        StoreError: see `LocalStore` and `RemoteStore`.
+    """
+
+    def __init__(self, root: Path, url: str | None = None, signing_key: SigningKey | None = None) -> None:
+        self.problems: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.signing_key = signing_key
+        self.local = LocalStore(root, self.note)
+        self.remote = RemoteStore(url, signing_key, self.note) if url is not None and signing_key is not None else None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return self.remote.url if self.remote is not None else str(self.local.root)
+
+    def note(self, problem: str) -> None:
+        """Remember, and log once, what went wrong."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+            logger.warning("glowplug store: %s", problem)
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """The payload of an artifact, whole and proved; None when there is none."""
+        payload = self.local.read(kind, key)
+        if payload is None and self.remote is not None:
+            content = self.remote.read(kind, key)
+            if content is not None and self.local.write(kind, key, content):
+                payload = self.local.read(kind, key)
+            elif content is not None:
+                payload = _payload(content)
+        self.counts[f"{kind} {'hits' if payload is not None else 'misses'}"] += 1
+        return payload
+
+    def put(self, kind: str, key: str, payload: bytes, about: str = "") -> None:
+        """Keep an artifact."""
+        content = pack(kind, key, payload, self.signing_key, about)
+        kept = self.local.write(kind, key, content)
+        if self.remote is not None:
+            kept = self.remote.write(kind, key, content) or kept
+        self.counts[f"{kind} stored"] += kept
+
+    def drop(self, kind: str, key: str, why: str) -> None:
+        """Forget an artifact that turned out to be of no use."""
+        self.note(f"the stored {kind} {key[:12]} is not used: {why}; it is made anew")
+        self.local.remove(kind, key)
+
+    @contextmanager
+    def lock(self, kind: str, key: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool]:
+        """Hold the lock of an artifact on this machine; yields whether it is held. See `LocalStore.lock`."""
+        with self.local.lock(kind, key, timeout_s) as held:
+            yield held
+
+
+def _payload(content: bytes) -> bytes:
+    """The payload of an envelope that was proved."""
+    from glowplug.store.envelope import read_header
+
+    return content[read_header(content)[1] :]
