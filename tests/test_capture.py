@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +205,22 @@ def test_counters_of_dynamo_recompile_limits_are_not_used_up() -> None:
     """A capture must work as often as it is asked for: Dynamo's limit of recompilations is 8."""
     for number in range(12):
         assert capture(call_net, [nn.Linear(4, 2 + number), marked(3, 4)], lambda captured: True)
+
+
+class Refusing:
+    def __len__(self) -> int:
+        raise CaptureError("it can't be counted")
+
+
+def test_what_a_model_raises_in_a_trace_is_the_reason() -> None:
+    def unpacks(x: Tensor) -> Tensor:
+        one, other = (x,)
+        return one + other
+
+    def counts(x: Tensor, what: Any) -> Tensor:
+        return x * len(what)
+
+    with pytest.raises(CaptureError, match=r"^traced, the model raised ValueError: .not enough values"):
+        capture(unpacks, (torch.ones(2),), lambda captured: None)
+    with pytest.raises(CaptureError, match=r"^it can't be counted$"):
+        capture(counts, (torch.ones(2), Refusing()), lambda captured: None)

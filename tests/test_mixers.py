@@ -16,7 +16,7 @@ from glowplug.bench.families import build_family
 from glowplug.errors import CaptureError, NotServableError
 from glowplug.hf.interfaces import attention_layers, mixer_layers, token_mixers
 from glowplug.layers.context import ForwardContext, forward_context
-from glowplug.ops.arguments import decode, encode
+from glowplug.ops.arguments import NOTHING, decode, encode
 from glowplug.ops.layer_op import known_layer_ops
 
 
@@ -99,5 +99,12 @@ def test_arguments_there_and_back() -> None:
     tensors, options = encode(given)
     assert decode(options, tensors) == given
     assert decode("", []) == {}
+    nested = {"masks": {"causal": a, "conv": b}, "rope": {"main": (a, b), "other": (c, 1.5, None)}}
+    tensors, options = encode(nested)
+    assert options == "masks={'causal': @0,'conv': @1,};rope={'main': (@2,@3,),'other': (@4,1.5,None,),}"
+    assert decode(options, tensors) == nested
+    assert decode(options, [a, None, *tensors[2:]])["masks"] == {"causal": a, "conv": None}  # type: ignore[list-item]
+    with pytest.raises(NotServableError, match="a layer got no x, which its trace had"):
+        decode("x=@0", [NOTHING])
     with pytest.raises(CaptureError, match="a layer got what of a type"):
         encode({"what": object()})

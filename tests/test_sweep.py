@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from glowplug.bench.families import build_family, families
+from glowplug.bench.families import build_family, depth_as_released, families
 from glowplug.bench.sweep import Case, Row, markdown, try_family
 from glowplug.cli import app
 from glowplug.errors import UsageError
@@ -28,7 +28,24 @@ def test_a_small_model_of_a_family() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["olmoe", "qwen3_next", "jamba", "granitemoehybrid", "lfm2_moe", "llama4_text", "deepseek_v2"]
+    "family",
+    [
+        "olmoe",
+        "qwen3_next",
+        "jamba",
+        "granitemoehybrid",
+        "lfm2_moe",
+        "llama4_text",
+        "deepseek_v2",
+        "deepseek_v4",  # a cache of compressed tokens beside that of keys
+        "dots3_note_text",  # a config of each layer's own
+        "gemma4_text",
+        "jetmoe",  # experts that ask in Python how many tokens each gets
+        "longcat_flash",
+        "minimax",  # a class of caches of its own; decays by the layer's index, worked out when it is made
+        "nemotron_h",  # experts that are layers
+        "zaya",  # two masks a layer
+    ],
 )
 def test_stamped_and_equal(family: str) -> None:
     row = try_family(Case(family=family, depth=24))
@@ -38,10 +55,26 @@ def test_stamped_and_equal(family: str) -> None:
     assert row.error is not None and row.error < 1e-5
 
 
-def test_what_is_no_tensor_between_pieces_runs_eager_with_a_reason() -> None:
-    row = try_family(Case(family="jetmoe", depth=4))
-    assert (row.strategy, row.error) == ("eager", 0)
-    assert "something besides tensors and sizes" in row.reasons[0]
+@pytest.mark.parametrize(
+    ("family", "strategy", "reason"),
+    [
+        ("qwen4_exp_text", "eager", "computes with what lies in its cache, outside of the layers' own attention"),
+        ("beam", "hoisted", "layers 0 and 1 differ in .attn_residual_add_idx 2; .attn_residual_add_idx 4"),
+        ("flint", "hoisted", "how all of them follow each other: layers 21 to 23 do so as no layers before them"),
+    ],
+)
+def test_what_is_not_stamped_has_a_reason(family: str, strategy: str, reason: str) -> None:
+    row = try_family(Case(family=family, depth=24))
+    assert (row.strategy, row.error) == (strategy, 0)
+    assert reason in row.reasons[0]
+
+
+def test_a_depth_that_ends_as_released() -> None:
+    assert depth_as_released("flint", 24) == 25
+    assert depth_as_released("flint", 25) == 25
+    assert depth_as_released("mixtral", 24) == 24
+    row = try_family(Case(family="flint", depth=25))
+    assert (row.strategy, row.reasons) == ("stamped", [])
 
 
 def test_the_page() -> None:
@@ -50,6 +83,9 @@ def test_the_page() -> None:
     assert "1 of 2 families stamped at 16 layers" in text
     assert "| mixtral | stamped | 1 | 3 | 17 | 3 | 2e-07 |  |" in text
     assert "a \\| b" in text
+    assert "0 of 2 families stamped at 24 layers (flint: 25), tiny" in markdown(
+        [Row(family="flint", depth=25), Row(family="doge", depth=24)], "torch 9"
+    )
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "initializer_range": 0.15,
     "sliding_window": 8,
+    "sliding_window_size": 8,
     # experts
     "num_experts": 8,
     "num_local_experts": 8,
@@ -65,6 +66,12 @@ _SIZES: dict[str, Any] = {
     "index_n_heads": 2,
     "index_head_dim": 16,
     "index_topk": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 16,
     # linear attention, state space, convolution
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -90,12 +97,34 @@ def _every(period: int, one: str, others: str) -> list[str]:
     return [one if (layer + 1) % period == 0 else others for layer in range(_DEEPEST)]
 
 
+def _spelled(pattern: str) -> list[str]:
+    """Layer types of Nemotron-H, from the letters of its checkpoints' configs."""
+    types = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+    return [types[letter] for letter in pattern * (_DEEPEST // len(pattern))]
+
+
 _LAYERS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _every(6, "attention", "mamba")},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": _every(3, "full_attention", "conv")},
+    "longcat_flash": {"head_dim": 8},  # that of the rotated part
+    "minimax": {"sliding_window": None},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "nemotron_h": {"layers_block_type": _spelled("MEMEM*E")},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # as in its checkpoints with experts
 }
 """What a family needs besides; lists say something of each layer, and are cut to the depth."""
+
+_PERIODS = {"flint": 4}
+"""Layers after which a family's pattern repeats, where the last layer is one of its own wherever the pattern is: how
+the last layers follow each other then depends on the depth."""
+
+
+def depth_as_released(kind: str, depth: int) -> int:
+    """The depth from `depth` on at which a family's last layers follow each other as they do at its released depth."""
+    if kind not in _PERIODS:
+        return depth
+    return depth + (CONFIG_MAPPING[kind]().num_hidden_layers - depth) % _PERIODS[kind]
 
 
 def families() -> dict[str, str]:

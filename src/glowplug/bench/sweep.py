@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import glowplug
-from glowplug.bench.families import build_family, families
+from glowplug.bench.families import build_family, depth_as_released, families
 from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
 from glowplug.errors import UsageError
+from glowplug.hf.caches import new_cache
 from glowplug.hf.template import stack_of
 
 _BAR = "\\|"
@@ -84,7 +85,7 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
 
     Args:
         names: model types; none: every MoE family.
-        depth: layers of each.
+        depth: layers of each; a few more for a family whose last layers would not be those that it is released with.
         experts: as in `glowplug.compile`.
         timeout_s: seconds for each.
 
@@ -98,11 +99,11 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
     if depth < 1:
         raise UsageError(f"--depth must be 1 or more, not {depth}")
     for name in names or known:
-        case = Case(family=name, depth=depth, experts=experts)
+        case = Case(family=name, depth=depth_as_released(name, depth), experts=experts)
         try:
             yield Row(**run_isolated("glowplug.bench.sweep", json.dumps(asdict(case)), timeout_s=timeout_s))
         except IsolatedError as exc:
-            yield Row(family=name, depth=depth, reasons=[str(exc)])
+            yield Row(family=name, depth=case.depth, reasons=[str(exc)])
 
 
 def try_family(case: Case) -> Row:
@@ -134,17 +135,19 @@ def try_family(case: Case) -> Row:
 def _steps(model: PreTrainedModel) -> list[Tensor]:
     """The logits of a prefill, a decode step and a few tokens more."""
     sequence = Sequence(model, Text.make(model, sum(_STEPS)))
+    sequence.cache = new_cache(model)
     return [sequence.step(tokens) for tokens in _STEPS]
 
 
 def markdown(rows: list[Row], versions: str) -> str:
     """The rows as a Markdown page."""
-    stamped = sum(row.strategy == "stamped" for row in rows)
+    stamped, depth = sum(row.strategy == "stamped" for row in rows), min(row.depth for row in rows)
+    deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
         "# Every MoE family of transformers",
         "",
-        f"{stamped} of {len(rows)} families stamped at {rows[0].depth} layers, tiny widths, uncompiled pieces; "
-        f"{versions}.",
+        f"{stamped} of {len(rows)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}, tiny widths, "
+        f"uncompiled pieces; {versions}.",
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
         "",

@@ -6,6 +6,7 @@ and 2.13).
 
 from __future__ import annotations
 
+import re
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -188,6 +189,10 @@ def _first_lines(exc: Exception) -> str:
     """What the exception says, shortly; of Dynamo's reasons the one with the case in it, without general hints."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     detail = [line for line in lines if line.startswith("Developer debug context:")]
+    raised = re.search(r"raised exception (\w+)\((.*)\)", detail[0]) if detail else None
+    if raised is not None and lines[0].startswith("Observed exception"):
+        ours = raised[1] == CaptureError.__name__
+        return raised[2].strip("'\"") if ours else f"traced, the model raised {raised[1]}: {raised[2]}"[:500]
     kept = [lines[0], *detail] if lines and detail else lines[:3]
     return " | ".join(kept)[:500] or type(exc).__name__
 

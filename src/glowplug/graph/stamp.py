@@ -169,7 +169,7 @@ def stamp(
     units = []
     for layer, (start, stop) in enumerate(zip(starts, [*starts[1:], len(steps)], strict=True)):
         units.append(reader.unit(layer, steps[start:stop], prints[start:stop]))
-    sequence = _sequence(template, kinds)
+    sequence = _sequence(template, kinds, units)
     _check_alike(units, template)
     _check_joints(units, sequence)
     last = len(units) - 1
@@ -281,41 +281,45 @@ def _constants(step: Step) -> str:
     return text(step.args) if isinstance(step, OpStep) else ""
 
 
-def _sequence(template: Sequence[int], kinds: Sequence[int]) -> tuple[int, ...]:
-    """For each layer of the deep model, the layer of the template that shows how to run it."""
+def _sequence(template: Sequence[int], kinds: Sequence[int], units: Sequence[Unit]) -> tuple[int, ...]:
+    """For each layer of the deep model, the layer of the template that shows how to run it: the first between such
+    neighbours, of those that fit behind the unit before."""
     last, depth = len(template) - 1, len(kinds)
-    shown: dict[tuple[int, ...], int] = {}
+    shown: dict[tuple[int, ...], list[int]] = {}
     for index in range(1, last):
-        shown.setdefault(tuple(template[index - 1 : index + 2]), index)
+        shown.setdefault(tuple(template[index - 1 : index + 2]), []).append(index)
     sequence = [0]
     for layer in range(1, depth - 1):
         found = shown.get(tuple(kinds[layer - 1 : layer + 2]))
         if found is None:
             raise NotStampableError(f"the template does not show the neighbours of layer {layer}", (layer,))
-        sequence.append(found)
+        sequence.append(next((unit for unit in found if _fits(units, sequence[-1], unit)), found[0]))
     return (*sequence, last)
+
+
+def _fits(units: Sequence[Unit], before: int, unit: int) -> bool:
+    """Whether a unit finds, in the one that runs before it, what it read from the one before it in the template."""
+    return before == unit - 1 or units[before].code == units[unit - 1].code
 
 
 def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
     """Layers of equal kinds between equal kinds must have given equal units: a layer that looks like another but
-    computes something else is found out here."""
+    computes something else is found out here. The first is not asked: its unit runs no other layer, and it may get less
+    than the others, which get what the one before them hands on."""
     by_pair: dict[tuple[int, ...], int] = {}
     by_triple: dict[tuple[int, ...], int] = {}
-    for layer in range(len(units) - 1):
+    for layer in range(1, len(units) - 1):
         first = by_pair.setdefault(tuple(template[layer : layer + 2]), layer)
         if units[layer].code != units[first].code or units[layer].owned != units[first].owned:
             raise NotStampableError(
                 f"layers {first} and {layer} look alike, but compute different things", (first, layer)
             )
-        if layer > 0:
-            first = by_triple.setdefault(tuple(template[layer - 1 : layer + 2]), layer)
-            if units[layer].wiring != units[first].wiring:
-                raise NotStampableError(
-                    f"layers {first} and {layer} look alike, but read different values", (first, layer)
-                )
+        first = by_triple.setdefault(tuple(template[layer - 1 : layer + 2]), layer)
+        if units[layer].wiring != units[first].wiring:
+            raise NotStampableError(f"layers {first} and {layer} look alike, but read different values", (first, layer))
     ops: dict[int, tuple[int, list[Any]]] = {}
-    for layer, unit in enumerate(units):
-        calls = [step.code for step in unit.steps if step.found is None]
+    for layer, unit in enumerate(units[1:], 1):
+        calls = [step.code[0] for step in unit.steps if step.found is None]
         first, expected = ops.setdefault(template[layer], (layer, calls))
         if calls != expected:
             raise NotStampableError(
@@ -324,10 +328,8 @@ def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
 
 
 def _check_joints(units: Sequence[Unit], sequence: Sequence[int]) -> None:
-    """A unit must find, in the unit that now runs before it, what it read from the one before it in the template."""
     for layer in range(1, len(sequence)):
-        unit, before = sequence[layer], sequence[layer - 1]
-        if before != unit - 1 and units[before].code != units[unit - 1].code:
+        if not _fits(units, sequence[layer - 1], sequence[layer]):
             raise NotStampableError(f"layer {layer} does not fit behind layer {layer - 1}", (layer - 1, layer))
 
 

@@ -272,7 +272,7 @@ class Builder:
         """The first layer that differs, for the report."""
         if problem.call is None:
             return None
-        (call, arguments), registry = problem.call, self.registry
+        (call, arguments), registry, model = problem.call, self.registry, problem.model or self.model
         assert registry is not None
 
         def run_program(program: Program) -> Any:
@@ -280,7 +280,7 @@ class Builder:
 
         def run_eager() -> Any:
             with torch.no_grad():
-                return type(self.model).forward(self.model, **arguments)
+                return type(model).forward(model, **arguments)
 
         return first_layer(served.uncompiled or served.program, template.stack, run_program, run_eager)
 

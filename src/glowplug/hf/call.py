@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from glowplug.hf.caches import new_cache
 from glowplug.hf.interfaces import forward_parameters
 from glowplug.hf.masks import Masks, make_masks
 
@@ -144,7 +145,7 @@ def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:
     config = model.config.get_text_config()
     if use_cache is None:
         use_cache = getattr(config, "use_cache", False)
-    return DynamicCache(config=config) if use_cache else None
+    return new_cache(model) if use_cache else None
 
 
 def _positions(model: PreTrainedModel, given: dict[str, Any], inputs: Tensor, cache: Cache | None) -> Tensor | str:

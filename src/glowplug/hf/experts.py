@@ -40,13 +40,17 @@ def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
     routed_only = interfaces.routed_experts_layers(model)
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
     orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
+    hidden_size = model.config.get_text_config().hidden_size
+    untraceable = interfaces.untraceable_blocks(model, hidden_size) if choice != "inline" else {}
     if not experts and not routed_only:
-        return ExpertsPlan("none", None, {}, {}, mixers, orders)
+        orders["glowplug::moe_forward_shared"] = list(untraceable)
+        layers = {name: m for name, m in model.named_modules() if name in mixers or name in untraceable}
+        return ExpertsPlan("opaque" if untraceable else "none", None, untraceable, {}, layers, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
     if choice == "inline" or (choice == "auto" and (own in _TRACEABLE or not experts)):
         implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
         return ExpertsPlan("inline", implementation, {}, {}, mixers, orders)
-    blocks = interfaces.shared_blocks(model, model.config.get_text_config().hidden_size)
+    blocks = interfaces.shared_blocks(model, hidden_size)
     covered = {id(module) for block in blocks.values() for module in block.modules()}
     behind = {**experts, **routed_only}
     routed = {name: m for name, m in model.named_modules() if name in behind and id(m) not in covered}

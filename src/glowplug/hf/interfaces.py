@@ -21,9 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import in_mode_of, is_fake
+from glowplug.hf.caches import own_cache_class
+from glowplug.hf.mixer_entry import mixer_entry
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
-from glowplug.ops.mixer import mixer
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 NAME = "glowplug"
@@ -59,7 +60,7 @@ class CaptureCache(Cache):
     """
 
     def __init__(self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> None:
-        self.layers: list[Any] = []
+        self.layers: Any = _NoLayers()
         self.attention_layers = layers
         self.extent = extent
         self.past = past
@@ -75,6 +76,31 @@ class CaptureCache(Cache):
     def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
         """Refused: masks are made outside the program."""
         raise CaptureError("the model asks the cache for mask sizes inside its forward")
+
+
+def capture_cache(model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> CaptureCache:
+    """A `CaptureCache` for a model; of the model's own class of caches as well, if it has one and asks for it."""
+    own = own_cache_class(model)
+    made = CaptureCache if own is None else _capturing(own)  # type: ignore[arg-type]
+    return made(layers, extent, past)
+
+
+@functools.lru_cache(maxsize=16)
+def _capturing(own: type[Cache]) -> type[CaptureCache]:
+    return type(f"Capture{own.__name__}", (CaptureCache, own), {})
+
+
+class _NoLayers:
+    """The layers of the cache that a trace sees: none to go over, and none to read or write."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: Any) -> Any:
+        raise CaptureError("the model computes with what lies in its cache, outside of the layers' own attention")
 
 
 def attention_function(layer: nn.Module, implementation: str | None) -> Callable[..., Any] | None:
@@ -144,16 +170,21 @@ def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
-    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name.
-
-    Each class is asked once, with two zero tokens; with experts that need no memory if the model has none.
-    """
-    verdicts: dict[type, bool] = {}
-    blocks = {}
+    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name."""
     experts = {id(module) for module in experts_layers(model).values()}
-    for name, module in model.named_modules():
-        if shared_experts_name(module) is None or id(module._modules.get("experts")) not in experts:
-            continue
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if shared_experts_name(module) is not None and id(module._modules.get("experts")) in experts
+    }
+    return mapping_to_themselves(model, candidates, hidden_size)
+
+
+def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module]:
+    """Those of a model's modules that map hidden states to a tensor of their shape, by name. Each class is asked once,
+    with two zero tokens; with experts that need no memory if the model has none."""
+    verdicts: dict[type, bool] = {}
+    for module in modules.values():
         cls = type(module)
         if cls not in verdicts:
             parameter = next(module.parameters())
@@ -163,11 +194,43 @@ def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
                     probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
                     output = cls.forward(module, probe)
                 verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
-            except (TypeError, RuntimeError, ValueError):
+            except (TypeError, RuntimeError, ValueError, NotImplementedError):
                 verdicts[cls] = False
-        if verdicts[cls]:
-            blocks[name] = module
-    return blocks
+    return {name: module for name, module in modules.items() if verdicts[type(module)]}
+
+
+def untraceable_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
+    """Blocks whose experts go past transformers' interfaces and ask, in Python, how many tokens each expert gets, which
+    no trace can answer; by name. Of blocks inside each other, the inner ones."""
+    served = {**experts_layers(model), **routed_experts_layers(model), **token_mixers(model)}
+    within = {id(part) for module in served.values() for part in module.modules()}
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) not in within
+        and len(inspect.signature(type(module).forward).parameters) == 2
+        and not any(id(part) in within for part in module.modules())
+        and any(parameter.dim() == 3 for parameter in module.parameters())
+        and any(_asks_for_counts(type(part)) for part in module.modules())  # type: ignore[arg-type]
+    }
+    outer = {parent for name in candidates for parent in _parents(name)}
+    inner = {name: module for name, module in candidates.items() if name not in outer}
+    return mapping_to_themselves(model, inner, hidden_size)
+
+
+_COUNTING = {"tolist", "item", "nonzero"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _asks_for_counts(cls: type[nn.Module]) -> bool:
+    """Whether a method of a model's class takes a tensor's values into Python."""
+    return any(
+        _COUNTING & set(code.co_names)
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.")
+        for function in vars(base).values()
+        if (code := getattr(inspect.unwrap(function), "__code__", None)) is not None
+    )
 
 
 def configs(model: nn.Module) -> list[Any]:
@@ -248,7 +311,7 @@ def in_force(
         for layer in routed.values():
             object.__setattr__(layer, "forward", types.MethodType(_routed_entry, layer))
         for layer in mixers.values():
-            object.__setattr__(layer, "forward", types.MethodType(_mixer_entry(type(layer)), layer))  # type: ignore[arg-type]
+            object.__setattr__(layer, "forward", types.MethodType(mixer_entry(type(layer)), layer))  # type: ignore[arg-type]
         yield
     finally:
         for config, attn, moe in saved:
@@ -256,25 +319,6 @@ def in_force(
             config._experts_implementation_internal = moe
         for module in (*blocks.values(), *routed.values(), *mixers.values()):
             module.__dict__.pop("forward", None)
-
-
-@functools.lru_cache(maxsize=256)
-def _mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
-    """What traces see in the place of a mixer's forward."""
-    names = forward_parameters(cls)  # type: ignore[arg-type]
-    several = "tuple" in str(inspect.signature(cls.forward).return_annotation).lower()
-
-    def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False))
-        given.update(kwargs)
-        hidden_states, mask = given.pop("hidden_states"), given.get("attention_mask")
-        if mask is not None:
-            del given["attention_mask"]
-        tensors, options = encode(given, Cache)
-        output = mixer(layer, hidden_states, mask, tensors, options)
-        return (output, None) if several else output
-
-    return entry
 
 
 def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:

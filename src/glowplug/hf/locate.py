@@ -41,7 +41,8 @@ def first_layer(
         wanted = expected.get(index)
         if wanted is None:
             return index
-        if any(_same(value, wanted) for value in outputs.get(index, [])):
+        holder = max((layer for layer in outputs if layer <= index), default=-1)  # a layer may have no op
+        if any(_same(value, wanted) for value in outputs.get(holder, [])):
             met = True
         else:
             return index if met or index == 0 else None

@@ -48,7 +48,10 @@ def make_masks(
     }
     make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     try:
-        return make(**arguments)
+        masks: Masks = make(**arguments)
+        if isinstance(masks, dict) and make is create_masks_for_generate:
+            masks |= _renamed(arguments)
+        return masks
     except TypeError:
         # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
         config = model.config.get_text_config()
@@ -56,6 +59,20 @@ def make_masks(
             raise
         arguments["config"] = config
         return {kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](**arguments) for kind in set(config.layer_types)}
+
+
+def _renamed(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Masks of layers that need several, made as their names say: transformers 5.23 makes the sliding one of those
+    layers without a window, unlike the models."""
+    config = arguments["config"].get_text_config()
+    functions = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    several = [
+        functions[kind] for kind in set(getattr(config, "layer_types", ())) if isinstance(functions.get(kind), dict)
+    ]
+    wrong = {
+        name for masks in several for name, function in masks.items() if functions.get(name, function) is not function
+    }
+    return {name: functions[name](**{**arguments, "config": config}) for name in wrong}
 
 
 def mask_sources(masks: Masks) -> dict[str, str | None]:

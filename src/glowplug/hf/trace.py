@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
-from glowplug.graph.split import Piece, Step
+from glowplug.graph.split import OpStep, Piece, Step
+from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
 from glowplug.hf.call import Call, Signature
 from glowplug.hf.masks import stand_ins
@@ -19,8 +20,10 @@ from glowplug.hf.served import SIZE
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
 
-_MASK_AT = {"glowplug::attention": 4, "glowplug::mixer": 2}
+_MASK_AT = {"glowplug::attention": 4, "glowplug::mixer": 2, "glowplug::mixer_handing_on": 2}
 """Which argument of an op is the mask."""
+_HANDING_ON = "glowplug::mixer_handing_on"
+_MIXERS = frozenset({"glowplug::mixer", _HANDING_ON})
 
 VARYING = frozenset({"L['inputs']", "L['position_ids']", "L['keep']"})
 """Sources of the tensors that change from call to call, besides masks."""
@@ -47,7 +50,7 @@ def example(model: nn.Module, call: Call, layers: dict[int, nn.Module]) -> tuple
     extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST, device=device)
     for tensor in (extent, past, *((keep,) if keep is not None else ())):
         torch._dynamo.mark_dynamic(tensor, 0)
-    cache = interfaces.CaptureCache(layers, extent, past)
+    cache = interfaces.capture_cache(model, layers, extent, past)
     if signature.embeds and not signature.keeps:
         raise CaptureError("inputs_embeds for a model without logits_to_keep")
     traced = _embeds if signature.embeds else (_ids if signature.keeps else _ids_all)
@@ -129,7 +132,12 @@ def check_outputs(captured: Captured) -> None:
 
 
 def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> None:
-    """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention."""
+    """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention. And
+    one that computes with what a layer's attention hands on to that of the next."""
+    handed = {step.outputs[1] for step in steps if isinstance(step, OpStep) and step.op.name == _HANDING_ON}
+    for step in steps:
+        if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and handed & set(reads(step)):
+            raise CaptureError("the model computes with what its attention hands on from layer to layer")
     mask_nodes = {entry.node for entry in captured.inputs if entry.source in masks}
     sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not SIZE.fullmatch(e.source)}
     for step in steps:

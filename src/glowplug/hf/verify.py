@@ -1,9 +1,10 @@
 """Before a program serves: one comparison with the model's own forward, on a small seeded input and caches of its own.
 
-It covers what structure alone can't prove: that one capture serves a prefill and a decode step, that masks reach the
-right layers, that the model's output has nothing besides logits and the cache; and, for a stamped program, that no
-layer beyond the template does something that the template does not show. That last question is asked of the program
-with uncompiled pieces, which does the same arithmetic as eager and so may differ by next to nothing.
+It covers what structure alone can't prove: that one capture serves a prefill and a decode step; that masks reach the
+right layers, and are the model's own within a window and beyond; that the model's output has nothing besides logits and
+the cache; and, for a stamped program, that no layer beyond the template does something that the template does not show.
+That last question is asked of the program with uncompiled pieces, which does the same arithmetic as eager and so may
+differ by next to nothing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from glowplug.errors import GlowplugError
+from glowplug.errors import GlowplugError, NotServableError
+from glowplug.hf.caches import new_cache
 from glowplug.hf.call import Call, Signature, read_call
+from glowplug.hf.windows import WINDOW, with_short_windows
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.5, as rounding grows from layer
@@ -58,10 +61,12 @@ class Problem:
         reason: in words.
         call: the call that showed it, with a cache of the steps before it, and the same as arguments of the model's
             own forward; None when no logits were compared.
+        model: the model whose forward it is: the one compared, or its twin with short windows.
     """
 
     reason: str
     call: tuple[Call, dict[str, Any]] | None = None
+    model: PreTrainedModel | None = None
 
 
 def output_type(model: PreTrainedModel) -> type:
@@ -99,10 +104,33 @@ def compare(
     with torch.no_grad():
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
-            problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps)
+            compare_class = _compare_masked if number == 0 else _compare_steps
+            problem = compare_class(model, call, chosen, on_output, batch, steps)
             if problem is not None:
                 return problem
     return None
+
+
+def _compare_masked(
+    model: PreTrainedModel,
+    call: Call,
+    candidates: Sequence[Candidate],
+    on_output: Callable[[type], None],
+    batch: int,
+    steps: tuple[int, ...],
+) -> Problem | None:
+    """Compare with a short window, if the model has one and its forward can do it."""
+    try:
+        twin = with_short_windows(model) if sum(steps) > WINDOW else None
+        problem = _compare_steps(twin, call, candidates, on_output, batch, steps) if twin is not None else None
+    except Exception:  # no other window than its own fits the model
+        twin, problem = None, None
+    if twin is not None and problem is None:
+        return None
+    own = _compare_steps(model, call, candidates, on_output, batch, steps)
+    if own is None and problem is not None:
+        return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
+    return own
 
 
 def _compare_steps(
@@ -110,15 +138,13 @@ def _compare_steps(
     call: Call,
     candidates: Sequence[Candidate],
     on_output: Callable[[type], None],
-    *,
     batch: int,
     steps: tuple[int, ...],
 ) -> Problem | None:
     signature = call.signature
-    config = model.config.get_text_config()
     whole, mask, positions = _sequence(model, call, batch, sum(steps))
-    expected_cache = DynamicCache(config=config)
-    caches = [DynamicCache(config=config) for _ in candidates]
+    expected_cache = new_cache(model)
+    caches = [new_cache(model) for _ in candidates]
     start = 0
     for step in steps:
         stop = start + step
@@ -144,6 +170,8 @@ def _compare_steps(
                 return Problem(ready)
             try:
                 logits = candidate.run(ready).logits
+            except NotServableError as exc:
+                return Problem(str(exc))
             except GlowplugError:
                 raise
             except Exception as exc:
@@ -152,7 +180,7 @@ def _compare_steps(
             if reason is not None:
                 again = {**kwargs, "past_key_values": before}
                 ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
-                return Problem(reason, None if isinstance(ready, str) else (ready, again))
+                return Problem(reason, None if isinstance(ready, str) else (ready, again), model)
         start = stop
     return None
 

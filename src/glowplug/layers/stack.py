@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glowplug.layers.naming import NAMING, computed_with
+from glowplug.layers.naming import NAMING, computed_with, mentions
 from glowplug.layers.registry import MARKS
 from glowplug.layers.watch import without_inert
 
@@ -54,19 +56,22 @@ def find_stack(model: nn.Module, inside: Sequence[nn.Module], config: Any = None
 
     Args:
         model: the model.
-        inside: modules of which each layer of the stack holds one.
+        inside: modules of which each layer of the stack holds one; or, when there is no such stack, all of which one
+            stack holds, some of its layers having none (experts that are layers of their own).
         config: its lists of one entry a layer are part of each layer's kind, as a loop over layers may read them.
     """
     wanted = {id(module) for module in inside}
-    best: tuple[int, str, nn.ModuleList] | None = None
+    best: tuple[bool, int, str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
-            held = sum(any(id(child) in wanted for child in layer.modules()) for layer in module)
-            if held == len(module) and (best is None or held > best[0]):
-                best = held, path, module
+            held = [sum(id(child) in wanted for child in layer.modules()) for layer in module]
+            each, holding = all(held), sum(map(bool, held))
+            fits = each or (holding > 1 and sum(held) == len(wanted))
+            if fits and (best is None or (each, holding) > best[:2]):
+                best = each, holding, path, module
     if best is None:
         return None
-    return _describe_stack(best[1], best[2], config)
+    return _describe_stack(best[2], best[3], config)
 
 
 def find_repetition(model: nn.Module) -> LayerStack | None:
@@ -118,21 +123,31 @@ def _kinds(layers: Sequence[nn.Module], config: Any, uses: _Uses) -> tuple[int, 
     return tuple(kinds)
 
 
-class _Uses(dict[type, frozenset[str]]):
-    """class -> what `computed_with` says of it, asked once.
+class _Uses:
+    """What is known of the layers' classes and objects, asked once.
 
     Args:
         path: qualified name of the stack, where the layers' own names are known.
+
+    Attributes:
+        named_by: see `LayerStack`.
+        contents: id of an object of plain values, such as a config -> its text, written once.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        super().__init__()
         self.path = path
         self.named_by: set[str] = set()
+        self.contents: dict[int, str] = {}
+        self._computed: dict[tuple[Any, ...], frozenset[str]] = {}
 
-    def __missing__(self, cls: type) -> frozenset[str]:
-        self[cls] = computed_with(cls)
-        return self[cls]
+    def names_only(self, module: nn.Module) -> frozenset[str]:
+        """The attributes of a module that merely name the layer."""
+        if not mentions(type(module)):  # type: ignore[arg-type]
+            return NAMING
+        key = tuple((path, type(part), "forward" in part.__dict__) for path, part in module.named_modules())
+        if key not in self._computed:
+            self._computed[key] = computed_with(module)
+        return NAMING - self._computed[key]
 
 
 def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
@@ -146,13 +161,13 @@ def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
         )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             lines.append(f"{path}.{name} {_tensor(tensor)}")
-        names_only = NAMING - uses[cls]
+        names_only = uses.names_only(module)
         for name, value in sorted(module.__dict__.items()):
             if name in MARKS or name in names_only or name in _TABLES or name == "training":
                 continue
             if name.endswith("_hooks") and isinstance(value, dict):
                 value = list(without_inert(value).values())
-            described = _describe(value)
+            described = _describe(value, uses.contents)
             if whole is not None and repr(own := f"{whole}.{path}".rstrip(".")) in described:
                 uses.named_by.add(name)
                 described = described.replace(repr(own), "its own name")
@@ -161,14 +176,49 @@ def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
 
 
 def why_distinct(stack: LayerStack) -> str:
-    """What keeps the stack's layers apart, shown on two neighbours of different kinds."""
+    """What keeps the stack's layers apart, shown on the two of different kinds, of the first few, that differ least."""
     uses = _Uses(stack.path)
-    for index, (one, other) in enumerate(pairwise(stack.layers)):
-        if stack.kinds[index] != stack.kinds[index + 1]:
-            lines = set(_signature(one, index, uses)) ^ set(_signature(other, index + 1, uses))
-            shown = "; ".join(sorted(line.strip()[:120] for line in lines)[:2]) or "the config's entries for them"
-            return f"most layers are of a kind of their own: layers {index} and {index + 1} differ in {shown}"
-    return "most layers are of a kind of their own"
+    few = [dict(_keyed(_signature(layer, index, uses))) for index, layer in enumerate(stack.layers[:_FEW])]
+    pairs = [(a, b) for b in range(len(few)) for a in range(b) if stack.kinds[a] != stack.kinds[b]]
+    differing = {(a, b): _differences(few[a], few[b]) for a, b in pairs}
+    if not differing:
+        return "most layers are of a kind of their own"
+    one, other = min(differing, key=lambda pair: len(differing[pair]) or _MANY)
+    shown = "; ".join(differing[one, other][:2]) or "the config's entries for them"
+    used = ", which their code computes with" if NAMING & set(re.findall(r"\w+", shown)) else ""
+    return f"most layers are of a kind of their own: layers {one} and {other} differ in {shown}{used}"
+
+
+_CLASS = re.compile(r"^(.*): (?:\w+\.)*(\w+) \d+ .*$")
+_FEW = 8
+_MANY = 10**6
+
+
+def _keyed(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    return ((line.partition(" ")[0], line.strip()) for line in lines)
+
+
+def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Lines that differ: first those that both have, one below the other; then those that only one has."""
+    changed = [line for key in one if key in other and one[key] != other[key] for line in (one[key], other[key])]
+    added = [line for key, line in {**one, **other}.items() if (key in one) != (key in other) and "hooks" not in key]
+    return [_CLASS.sub(r"\1 being a \2", line)[:120] for line in changed + added]
+
+
+def why_no_template(kinds: Sequence[int]) -> str:
+    """Why no prefix of a stack shows how to run all of it: which of its layers the prefixes lack."""
+    depth, seen, last = len(kinds), set(), 0
+    for start in range(depth - 2):
+        triple = tuple(kinds[start : start + 3])
+        if triple not in seen:
+            last = start
+        seen.add(triple)
+    if last + 3 >= depth - 1:
+        return (
+            f"no part of the {depth} layers shows how all of them follow each other: layers {last} to {last + 2} do so "
+            "as no layers before them"
+        )
+    return f"no part of the {depth} layers shows often enough how all of them follow each other"
 
 
 def _code(module: nn.Module) -> str:
@@ -184,24 +234,46 @@ def _tensor(tensor: torch.Tensor | None) -> str:
     )
 
 
-def _describe(value: Any) -> str:
-    """A value as text: plain values by content, containers of them likewise, anything else by identity."""
+def _describe(value: Any, contents: dict[int, str] | None = None) -> str:
+    """A value as text: plain values by content, containers and dataclasses of them likewise, anything else by identity.
+
+    Args:
+        value: the value.
+        contents: id of a dataclass's object -> its text, where it was described before.
+    """
+    known = contents if contents is not None else {}
+
+    def describe(item: Any) -> str:
+        return _describe(item, known)
+
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
+        return f"{type(value).__name__}({', '.join(map(describe, value))})"
     if isinstance(value, dict):
-        return f"dict({', '.join(f'{_describe(k)}: {_describe(v)}' for k, v in value.items())})"
+        return f"dict({', '.join(f'{describe(k)}: {describe(v)}' for k, v in value.items())})"
     if isinstance(value, (set, frozenset)):
-        return f"set({', '.join(sorted(map(_describe, value)))})"
+        return f"set({', '.join(sorted(map(describe, value)))})"
     if isinstance(value, torch.Tensor):
         return f"tensor {_tensor(value)}"
     if isinstance(value, nn.Module):
         return f"module {type(value).__qualname__}"
     if isinstance(value, functools.partial):
-        return f"partial({', '.join(map(_describe, (value.func, value.args, value.keywords)))})"
+        return f"partial({', '.join(map(describe, (value.func, value.args, value.keywords)))})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        return _content(value, known)
     shared = getattr(value, "__qualname__", None)
     return f"{type(value).__qualname__} {shared or id(value)}"
+
+
+def _content(value: Any, known: dict[int, str]) -> str:
+    """An object of a dataclass, such as a config that a layer has of its own: what it holds, hashed."""
+    if id(value) not in known:
+        name = f"{type(value).__qualname__} {id(type(value))}"
+        known[id(value)] = f"{name} {id(value)}"  # for what refers to itself
+        items = sorted((key, _describe(item, known)) for key, item in vars(value).items())
+        known[id(value)] = f"{name} {hashlib.sha256(repr(items).encode()).hexdigest()[:16]}"
+    return known[id(value)]
 
 
 def choose_template(kinds: Sequence[int]) -> int | None:

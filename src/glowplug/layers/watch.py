@@ -11,7 +11,7 @@ import re
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Watch:
     def _collect(self, model: nn.Module, modules: dict[str, nn.Module], reads: Iterable[str]) -> None:
         by_class: dict[type, set[str]] = {}
         seen: set[tuple[int, str]] = set()
+        held: set[tuple[type, tuple[str, ...], str]] = set()
         for source in dict.fromkeys(reads):
             name = _READ_GLOBAL.match(source)
             if name is not None:
@@ -80,9 +81,14 @@ class Watch:
                 by_class.setdefault(type(owner), set()).add(read[2])
             elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
                 self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
+                held.add((*_holder(read[1], model), read[2]))
         self._add_classes({type(module) for module in modules.values()}, seen)
         for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
             self._add("torch's hooks of every module", vars(torch.nn.modules.module), table, seen)
+        for cls, attributes, key in held:  # each layer may have such an object of its own
+            for module in modules.values():
+                if type(module) is cls and (other := _follow(module, attributes)) is not None:
+                    self._add(f"the model's {type(other).__name__}", other.__dict__, key, seen)
         for path, module in modules.items():
             # A module's own `forward` is what wrappers replace; the root's is glowplug's.
             always = {"training", "forward"} if path else {"training"}
@@ -157,6 +163,26 @@ class Watch:
                     return f"a weight changed from {layout} to {_layout(tensor)}"
             self._pointers = pointers
         return None
+
+
+def _holder(source: str, model: nn.Module) -> tuple[type, tuple[str, ...]]:
+    """The class of the module that the source of an object passes last, and the attributes from there to the object."""
+    attributes: list[str] = []
+    while (last := re.match(r"(.*)\.(\w+)$", source)) is not None:
+        source = last[1]
+        attributes.insert(0, last[2])
+        owner = eval(source, {"__builtins__": {}}, {"L": {"model": model}})
+        if isinstance(owner, nn.Module):
+            return type(owner), tuple(attributes)
+    return type(None), ()
+
+
+def _follow(module: nn.Module, attributes: Sequence[str]) -> Any:
+    """The object that lies at attributes of a module; None when there is none with attributes of its own."""
+    found: Any = module
+    for name in attributes:
+        found = getattr(found, name, None)
+    return found if isinstance(getattr(found, "__dict__", None), dict) and not isinstance(found, type) else None
 
 
 _MISSING = object()

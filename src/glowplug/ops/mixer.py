@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
 from glowplug.layers.context import current_context
-from glowplug.ops.arguments import decode
+from glowplug.ops.arguments import NOTHING, decode
 from glowplug.ops.layer_op import layer_op
 
 
@@ -44,17 +44,47 @@ def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors:
     Raises:
         NotServableError: the layer's output has another form.
     """
+    return _run(layer, hidden_states, mask, tensors, options)[0]
+
+
+def _fake_mixer_handing_on(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_mixer(hidden_states), hidden_states.new_empty(())
+
+
+@layer_op("glowplug::mixer_handing_on", fake=_fake_mixer_handing_on, splitting=True)
+def mixer_handing_on(
+    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str, place: int
+) -> tuple[Tensor, Tensor]:
+    """As `mixer`, for a layer that gives a tensor for the next layer as well, which nothing else may compute with: its
+    shape and dtype are not known in a trace (where it has no dims, so that asking for its shape fails).
+
+    Args:
+        layer, hidden_states, mask, tensors, options: as for `mixer`.
+        place: which of the layer's outputs is the tensor.
+
+    Returns:
+        What `mixer` returns, and the tensor; `NOTHING`, which a layer refuses, if there is none.
+    """
+    outputs = _run(layer, hidden_states, mask, tensors, options)
+    handed = outputs[place] if place < len(outputs) else None
+    return outputs[0], handed if isinstance(handed, Tensor) else NOTHING
+
+
+def _run(
+    layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
+) -> tuple[Any, ...]:
+    """The layer's outputs, the first of them checked, and contiguous."""
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
     if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
         kwargs["attention_mask"] = mask
     output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
-    if isinstance(output, tuple):
-        output = output[0]
+    outputs = output if isinstance(output, tuple) else (output,)
+    output = outputs[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
         raise NotServableError(
             f"{type(layer).__name__} gave {tuple(output.shape)} {output.dtype} for hidden states of "
             f"{tuple(hidden_states.shape)} {hidden_states.dtype}, which a compiled program can't go on with"
         )
     output = output.contiguous()
-    return output.clone() if output is hidden_states else output
+    return (output.clone() if output is hidden_states else output, *outputs[1:])

@@ -14,9 +14,12 @@ from glowplug.graph.capture import Captured
 from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.stack import LayerStack, choose_template, why_distinct
+from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_no_template
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
+
+_DEEP = 16
+"""Layers of a stack that is deep, whatever its kinds: that it has no template needs a reason."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def choose(stack: LayerStack) -> Template | None:
     depth, distinct = len(stack.kinds), len(set(stack.kinds))
     if 2 * distinct > depth > 4:
         raise NotStampableError(why_distinct(stack))
-    if depth > 4 * distinct:
-        raise NotStampableError(f"no part of the {depth} layers shows how all of them follow each other")
+    if depth > min(4 * distinct, _DEEP):
+        raise NotStampableError(why_no_template(stack.kinds))
     return None
 
 
