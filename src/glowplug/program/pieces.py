@@ -17,10 +17,11 @@ from torch import fx
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.compilers.parallel import Job, compile_jobs
-from glowplug.errors import CompileError
+from glowplug.errors import CompileError, NotStorableError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece
+from glowplug.graph.text import graph_to_text, text_to_function
 from glowplug.program.ends import Ends, choose_ends
 from glowplug.progress import piece_progress
 from glowplug.report import Report
@@ -86,28 +87,23 @@ class PieceStore:
         """The uncompiled form of a stored piece, to compare with."""
         payload = self.store.get("piece", self.key(digest))
         try:
-            graph = pickle.loads(pickle.loads(payload)[1]) if payload is not None else None
+            text = pickle.loads(payload)[1] if payload is not None else ""
+            return text_to_function(text) if text else None
         except Exception:
             return None
-        return graph.forward if isinstance(graph, fx.GraphModule) else None
 
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
-        payload = pickle.dumps((artifact, _pickled(piece)))
+        try:
+            text = graph_to_text(piece)
+        except NotStorableError:
+            text = ""  # programs that use it are compared as compiled only
+        payload = pickle.dumps((artifact, text))
         self.store.put("piece", self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
 
     def lock(self, digest: str, timeout_s: float) -> AbstractContextManager[bool]:
         """Hold the lock of a piece."""
         return self.store.lock("piece", self.key(digest), timeout_s)
-
-
-def _pickled(piece: fx.GraphModule) -> bytes:
-    """A piece's graph without what the trace knew of it; empty when it can't be stored."""
-    with contextlib.suppress(Exception):
-        bare = fx.GraphModule(piece, piece.graph)
-        bare.meta.clear()
-        return pickle.dumps(bare)
-    return b""
 
 
 @dataclass

@@ -1,0 +1,189 @@
+"""Programs built without weights, behind the weights, and while eager serves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import families
+import glowplug
+from glowplug.hf.bake import bake
+from glowplug.hf.weightless import weightless_model
+from glowplug.options import Options
+from storing import StoringGraphs
+
+DEPTH = 8
+
+
+def baked(store: Path, model: PreTrainedModel, **options: Any) -> glowplug.Report:
+    """Bake what a model's configuration describes."""
+    twin = weightless_model(model.config, dtype=torch.float32, device=torch.device("cpu"))
+    return bake(twin, Options(compiler=StoringGraphs(), cache_dir=store, **options))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "llama4", "deepseek_v3", "qwen3", ])
+def test_what_is_baked_serves_the_real_model(family: str, tmp_path: Path) -> None:
+    model = families.build(family, layers=DEPTH)
+    report = baked(tmp_path / "store", model)
+    assert report.programs == 1 and not report.fallbacks
+    compiler = StoringGraphs()
+    glowplug.compile(model, compiler=compiler, cache_dir=tmp_path / "store")
+    inputs = {"input_ids": families.prompt(2, 5), "position_ids": torch.arange(5).expand(2, 5)}
+    if family == :
+        inputs["position_ids"] = torch.arange(5).expand(3, 2, 5)
+    with torch.no_grad():
+        actual = model(**inputs).logits
+        expected = type(model).forward(model, **inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    report = glowplug.report(model)
+    assert report.start == "warm", report
+    assert (compiler.compiled, report.phases["trace"]) == (0, 0.0)
+
+
+def test_a_weightless_model_has_no_memory() -> None:
+    config = families.build("glm4_moe", layers=4).config
+    config.hidden_size, config.moe_intermediate_size, config.n_routed_experts = 8192, 4096, 256
+    model = weightless_model(config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert sum(p.numel() for p in model.parameters()) > 2e10
+
+
+def test_tied_weights_stay_tied_without_weights() -> None:
+    real = families.build("qwen3", layers=2)
+    real.config.tie_word_embeddings = True
+    model = weightless_model(real.config, dtype=torch.float32, device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def save(model: PreTrainedModel, folder: Path) -> str:
+    """A model's folder."""
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_from_pretrained_builds_behind_the_weights(tmp_path: Path) -> None:
+    original = families.build("glm4_moe", layers=DEPTH)
+    compiler = StoringGraphs()
+    model = glowplug.from_pretrained(
+        save(original, tmp_path / "model"), compiler=compiler, cache_dir=tmp_path / "store", dtype=torch.float32
+    )
+    report = glowplug.report(model)
+    assert report.elsewhere is not None and report.elsewhere.reason is None
+    assert (report.start, report.strategy, compiler.compiled) == ("warm", "stamped", 0)
+    assert report.elsewhere.load_seconds > 0 and "hidden" in str(report)
+    ids = families.prompt(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_from_pretrained_without_a_store_and_with_a_failing_build(tmp_path: Path) -> None:
+    original = families.build("gpt_oss", layers=DEPTH)
+    folder = save(original, tmp_path / "model")
+    for fault in ("", "raises", "dies"):
+        model = glowplug.from_pretrained(folder, compiler=StoringGraphs(fault), cache_dir="off")
+        elsewhere = glowplug.report(model).elsewhere
+        assert elsewhere is not None and (elsewhere.reason is None) == (not fault)
+        assert glowplug.report(model).strategy == "stamped"
+        ids = families.prompt(1, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_from_pretrained_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(glowplug.UsageError, match="no configuration"):
+        glowplug.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(glowplug.UsageError, match="identity must be"):
+        glowplug.from_pretrained(tmp_path / "nothing", identity="none")
+
+
+def in_background(fault: str = "", **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model that starts in the background, and an equal one."""
+    model, other = (families.build("gpt_oss", layers=DEPTH) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    glowplug.compile(model, compiler=StoringGraphs(fault), background=True, **options)
+    return model, other
+
+
+def test_background_answers_at_once_and_takes_over_between_two_steps() -> None:
+    model, other = in_background()
+    ids = families.prompt(1, 6)
+    expected = other.generate(ids, max_new_tokens=120, do_sample=False)
+    assert glowplug.report(model).strategy == "eager"
+    tokens = ids
+    cache, waited = None, False
+    with torch.no_grad():
+        for _ in range(120):
+            output = model(tokens if cache is None else tokens[:, -1:], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], -1)
+            if tokens.shape[1] == 40:  # in the middle of the sequence
+                assert not waited
+                glowplug.settle(model)
+                waited = True
+    assert tokens.tolist() == expected.tolist()
+    report = glowplug.report(model)
+    assert (report.strategy, report.start) == ("stamped", "warm")
+    assert report.elsewhere is not None and report.elsewhere.eager_calls > 0
+    assert report.elsewhere.seconds is not None and not report.fallbacks
+
+
+@pytest.mark.parametrize("fault", ["raises", "dies"])
+def test_a_failing_build_leaves_eager_running(fault: str) -> None:
+    model, other = in_background(fault)
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(ids).logits, other(ids).logits)
+            glowplug.settle(model)
+    report = glowplug.report(model)
+    assert report.strategy == "eager"
+    assert [f.reason for f in report.fallbacks if "came to nothing" in f.reason]
+
+
+def test_background_with_a_filled_store_is_warm_at_once(tmp_path: Path) -> None:
+    model, other = in_background(cache_dir=tmp_path / "store")
+    baked(tmp_path / "store", other)
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-5)
+    assert glowplug.report(model).start == "warm" and glowplug.report(model).elsewhere is None
+
+
+def test_a_model_changed_meanwhile_is_not_served_stale() -> None:
+    model, other = in_background()
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        for changed in (model, other):
+            changed.model.layers[5].mlp.router.register_forward_hook(lambda *_: None)
+            changed.model.layers[3].input_layernorm.weight.mul_(2)
+        glowplug.settle(model)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"strict": True}, {"identity": "baked"}, {"compiler": "eager"}], ids=["strict", "baked", "eager"]
+)
+def test_background_refuses_what_it_can_not_do(options: dict[str, Any]) -> None:
+    with pytest.raises(glowplug.UsageError, match="background=True"):
+        glowplug.compile(families.build("qwen3", layers=2), background=True, **options)
+
+
+def test_background_is_for_language_models() -> None:
+    with pytest.raises(glowplug.UsageError, match="causal language models"):
+        glowplug.compile(torch.nn.Linear(2, 2), background=True)
+
+
+def test_the_build_does_not_hold_up_the_first_answer() -> None:
+    model, _ = in_background()
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(families.prompt(1, 4))
+    elapsed = time.perf_counter() - start
+    elsewhere = glowplug.report(model).elsewhere
+    assert elsewhere is not None and elsewhere.seconds is None, f"the answer took {elapsed:.2f} s"
