@@ -26,7 +26,7 @@ def baked(store: Path, model: PreTrainedModel, **options: Any) -> glowplug.Repor
     return bake(twin, Options(compiler=StoringGraphs(), cache_dir=store, **options))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "llama4", "deepseek_v3", "qwen3", ])
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "llama4", "deepseek_v3", "qwen3", "ernie4_5_vl_moe"])
 def test_what_is_baked_serves_the_real_model(family: str, tmp_path: Path) -> None:
     model = families.build(family, layers=DEPTH)
     report = baked(tmp_path / "store", model)
@@ -34,7 +34,7 @@ def test_what_is_baked_serves_the_real_model(family: str, tmp_path: Path) -> Non
     compiler = StoringGraphs()
     glowplug.compile(model, compiler=compiler, cache_dir=tmp_path / "store")
     inputs = {"input_ids": families.prompt(2, 5), "position_ids": torch.arange(5).expand(2, 5)}
-    if family == :
+    if family == "ernie4_5_vl_moe":
         inputs["position_ids"] = torch.arange(5).expand(3, 2, 5)
     with torch.no_grad():
         actual = model(**inputs).logits
