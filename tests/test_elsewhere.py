@@ -33,9 +33,9 @@ def test_what_is_baked_serves_the_real_model(family: str, tmp_path: Path) -> Non
     assert report.programs == 1 and not report.fallbacks
     compiler = StoringGraphs()
     glowplug.compile(model, compiler=compiler, cache_dir=tmp_path / "store")
-    inputs = {"input_ids": families.prompt(2, 5), "position_ids": torch.arange(5).expand(2, 5)}
-    if family == "ernie4_5_vl_moe":
-        inputs["position_ids"] = torch.arange(5).expand(3, 2, 5)
+    ids = families.prompt(2, 5)
+    prepare: Any = model._prepare_position_ids_for_generation
+    inputs = {"input_ids": ids, "position_ids": prepare(ids, {})}
     with torch.no_grad():
         actual = model(**inputs).logits
         expected = type(model).forward(model, **inputs).logits

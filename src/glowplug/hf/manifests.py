@@ -63,6 +63,7 @@ SKIP = frozenset(
         "label2id",
         "loss_type",
         "name_or_path",
+        "rope_deltas",
         "transformers_version",
         "transformers_weights",
         "_glowplug_attention_fn",
