@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GLOWPLUG_CACHE"] = "off"
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

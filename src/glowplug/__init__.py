@@ -4,7 +4,7 @@ from glowplug.errors import UnsupportedTorchError, check_torch, exit_if_command_
 
 try:
     check_torch()
-    from glowplug.api import compile, report, settle
+    from glowplug.api import compile, from_pretrained, report, settle
     from glowplug.errors import (
         CaptureError,
         CompileError,
@@ -12,6 +12,7 @@ try:
         LayerLookupError,
         LayerOrderError,
         NotServableError,
+        StoreError,
         UsageError,
     )
     from glowplug.explain import Explanation, explain, explain_program
@@ -25,7 +26,7 @@ try:
     )
     from glowplug.ops import attention, kv_cache_update, layer_op, moe_forward, moe_forward_shared
     from glowplug.options import Options
-    from glowplug.report import Fallback, InsideReport, Report
+    from glowplug.report import ElsewhereReport, Fallback, InsideReport, Report, StoreReport
 except UnsupportedTorchError as exc:
     exit_if_command_line(exc)
     raise
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CompileError",
+    "ElsewhereReport",
     "Explanation",
     "Fallback",
     "ForwardContext",
@@ -47,6 +49,8 @@ __all__ = [
     "NotServableError",
     "Options",
     "Report",
+    "StoreError",
+    "StoreReport",
     "UnsupportedTorchError",
     "UsageError",
     "attention",
@@ -55,6 +59,7 @@ __all__ = [
     "explain",
     "explain_program",
     "forward_context",
+    "from_pretrained",
     "kv_cache_update",
     "layer_op",
     "moe_forward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ def compile(
     inside: str = "auto",
     ends: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
+    background: bool = False,
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -48,6 +50,7 @@ def compile(
         inside: `"auto"`, `"compiled"` or `"eager"`; see `Options`.
         ends: `"auto"` or `"compiled"`; see `Options`.
         cache_dir: the artifact store, a folder, a URL or `"off"`; see `Options`.
+        background: answer at once, in eager, while another process builds the program; see `Options`.
 
     Returns:
         `model` itself.
@@ -72,6 +75,7 @@ def compile(
         inside=inside,  # type: ignore[arg-type]
         ends=ends,  # type: ignore[arg-type]
         cache_dir=cache_dir,
+        background=background,
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
@@ -80,11 +84,38 @@ def compile(
         from glowplug.hf.engine import attach
 
         attach(served, options)
+    elif background:
+        raise UsageError("background=True is for causal language models of transformers")
     else:
         from glowplug.plain.engine import attach_module
 
         attach_module(model, options)
     return model
+
+
+def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a causal language model and compile it meanwhile: another process traces and compiles from the
+    configuration while the weights load in this one, and readiness takes as long as the longer of the two.
+
+    Args:
+        path: a local folder, or whatever transformers' `from_pretrained` takes.
+        kwargs: options of `glowplug.compile`; everything else goes to transformers' `from_pretrained`.
+
+    Returns:
+        The model, in eval mode, its program ready. `glowplug.report(model).elsewhere` says what was hidden.
+
+    Raises:
+        UsageError: a wrong option, or no configuration at `path`.
+        OSError, ValueError: transformers' own, from loading.
+
+    Example:
+        >>> model = glowplug.from_pretrained("models/tiny-gpt-oss")
+    """
+    from glowplug.hf.loading import load
+
+    names = {field.name for field in dataclasses.fields(Options)}
+    options = Options(**{name: value for name, value in kwargs.items() if name in names})
+    return load(path, options, {name: value for name, value in kwargs.items() if name not in names})
 
 
 def report(model: nn.Module) -> Report:

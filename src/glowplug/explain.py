@@ -156,7 +156,7 @@ def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict
     if is_causal_lm(model) and not args and not kwargs:
         from glowplug.hf.engine import Engine
 
-        return Engine(model, options).outline_only()
+        return Engine(model, options).prepare()
     if not args and not kwargs:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
     from glowplug.plain.engine import ModuleEngine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from glowplug.compilers import PieceCompiler, get_compiler
+from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import UsageError
 from glowplug.layers.registry import Identity
 
@@ -19,6 +20,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "stamp": ("auto", "off"),
     "inside": ("auto", "compiled", "eager"),
     "ends": ("auto", "compiled"),
+    "background": (True, False),
 }
 
 
@@ -44,6 +46,7 @@ class Options:
             `"compiled"`: before the first answer, on any device. `"eager"`: never.
         cache_dir: the artifact store: a folder, an fsspec URL, or `"off"`; None: `GLOWPLUG_CACHE`, or else this user's
             own. See `glowplug.store.open_store`.
+        background: answer at once, in eager; another process builds the program, which takes over between two calls.
         ends: pieces that run seldom in a step, such as a deep model's first and last. `"auto"`: they start uncompiled
             and are compiled beside serving (on Linux CPUs), to be used from the next sequence on. `"compiled"`: before
             the first answer; always so with `strict`.
@@ -62,6 +65,7 @@ class Options:
     inside: Literal["auto", "compiled", "eager"] = "auto"
     ends: Literal["auto", "compiled"] = "auto"
     cache_dir: str | os.PathLike[str] | None = None
+    background: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -71,12 +75,18 @@ class Options:
         get_compiler(self.compiler)
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
             raise UsageError(f"cache_dir must be a folder, a URL, 'off' or None; not {self.cache_dir!r}")
+        if self.background and self.strict:
+            raise UsageError("background=True serves eager until the program is built, and strict=True forbids eager")
+        if self.background and not isinstance(get_compiler(self.compiler), StoringCompiler):
+            raise UsageError("background=True needs a compiler whose pieces can be stored, such as 'inductor'")
         wanted = {True: "ordered", False: "baked"}.get(self.fast_moe_cold_start)  # type: ignore[arg-type]
         if wanted is not None and self.identity not in ("auto", wanted):
             raise UsageError(
                 f"fast_moe_cold_start={self.fast_moe_cold_start} means identity={wanted!r}, but identity is "
                 f"{self.identity!r}; give one of the two"
             )
+        if self.background and self.resolved_identity != "hoisted":
+            raise UsageError(f"background=True needs identity='hoisted', not {self.resolved_identity!r}")
 
     @property
     def resolved_identity(self) -> Identity:

@@ -55,6 +55,40 @@ class InsideReport:
     compiled_us: float
 
 
+@dataclass
+class ElsewhereReport:
+    """A build in another process, while this one served eager or loaded weights.
+
+    Attributes:
+        seconds: what it took there; None while it is under way.
+        eager_calls: calls that were served eager meanwhile.
+        load_seconds: what loading the weights took here.
+        waited_seconds: how long this process then waited for the build.
+        reason: why the build came to nothing; None when it did not.
+    """
+
+    seconds: float | None = None
+    eager_calls: int = 0
+    load_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    reason: str | None = None
+
+    @property
+    def hidden_seconds(self) -> float:
+        """How much of the build cost this process no time."""
+        return max((self.seconds or 0.0) - self.waited_seconds, 0.0)
+
+    def __str__(self) -> str:
+        if self.seconds is None:
+            return f"being built in another process; {self.eager_calls} calls served eager"
+        text = f"built in another process in {self.seconds:.2f} s, {self.hidden_seconds:.2f} s of it hidden"
+        if self.load_seconds:
+            text += f" behind {self.load_seconds:.2f} s of loading weights"
+        if self.eager_calls:
+            text += f" behind {self.eager_calls} calls served eager"
+        return text if self.reason is None else f"{text}; it came to nothing: {self.reason}"
+
+
 @dataclass(frozen=True)
 class StoreReport:
     """What the artifact store did for a model.
@@ -91,6 +125,7 @@ class Report:
         pending_pieces: distinct pieces that still run uncompiled, as they are compiled beside serving.
         start: `"cold"` when the model was traced, `"warm"` when its program came from the store.
         store: what the store did; None without one.
+        elsewhere: a build in another process; None when there was none.
         phases: seconds spent, by phase: load (from the store), trace, split, fingerprint, stamp, compile, bind, verify,
             store.
         fallbacks: each step down the ladder, once, with its reason.
@@ -110,6 +145,7 @@ class Report:
     pending_pieces: int = 0
     start: str = "cold"
     store: StoreReport | None = None
+    elsewhere: ElsewhereReport | None = None
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
     programs: int = 0
@@ -160,6 +196,9 @@ class Report:
             "distinct_pieces": self.distinct_pieces,
             "pending_pieces": self.pending_pieces,
             "start": self.start,
+            "elsewhere": {**asdict(self.elsewhere), "hidden_seconds": round(self.elsewhere.hidden_seconds, 4)}
+            if self.elsewhere is not None
+            else None,
             "store": asdict(self.store) if self.store is not None else None,
             "programs": self.programs,
             "template_layers": self.template_layers,
@@ -200,6 +239,8 @@ class Report:
             f"{self.pieces} pieces, {self.distinct_pieces} distinct" + self._pending(),
             phases,
         ]
+        if self.elsewhere is not None:
+            lines.append(str(self.elsewhere))
         if self.store is not None:
             counts = ", ".join(f"{count} {what}" for what, count in sorted(self.store.counts.items()) if count)
             lines.append(f"{self.start} start; store {self.store.place}: {counts or 'unused'}")

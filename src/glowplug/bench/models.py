@@ -7,14 +7,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -25,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from glowplug.bench.presets import PRESETS, Width, build_model, check_depth
 from glowplug.errors import UsageError
+from glowplug.hf.weightless import auto_class, read_config
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of classes that write text end."""
@@ -72,7 +69,7 @@ def load_model(
     if name in PRESETS:
         return build_model(name, depth=depth, width=width, device=place, dtype=torch_dtype)
     folder = find_folder(name)
-    config = _read_config(folder)
+    config = check_config(folder)
     if depth is not None:
         _cut(config, depth, folder)
     return _load_folder(folder, config, torch_dtype).to(place)
@@ -86,7 +83,7 @@ def true_depth(name: str) -> int:
     """
     if name in PRESETS:
         return PRESETS[name].depth
-    return int(_read_config(find_folder(name)).get_text_config().num_hidden_layers)
+    return int(check_config(find_folder(name)).get_text_config().num_hidden_layers)
 
 
 def check_model(name: str, depths: Sequence[int] = ()) -> None:
@@ -95,7 +92,7 @@ def check_model(name: str, depths: Sequence[int] = ()) -> None:
         check_depth(depth)
     if name not in PRESETS:
         folder = find_folder(name)
-        config = _read_config(folder)
+        config = check_config(folder)
         if depths:
             _cut(config, max(depths), folder)
         _check_weights(folder)
@@ -123,35 +120,28 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def check_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder's model, which writes text.
+
+    Raises:
+        UsageError: it can't be read, or is of another sort of model.
+    """
     try:
         json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as exc:
         raise UsageError(f"{folder}/config.json can't be read: {one_line(exc)}") from exc
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as exc:  # transformers validates configurations with errors of many classes
-        raise UsageError(
-            f"{folder}/config.json is not a configuration that transformers knows: {one_line(exc)}"
-        ) from exc
+    config = read_config(folder)
     _check_writes_text(config, folder)
     return config
 
 
 def _check_writes_text(config: PreTrainedConfig, folder: Path) -> None:
     architectures = getattr(config, "architectures", None) or []
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _image_text(config)
+    known = config.model_type in {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     named = not architectures or any(a.endswith(_GENERATES) for a in architectures)
     if not known or not named or getattr(config, "is_encoder_decoder", False):
         what = ", ".join(architectures) or config.model_type
         raise UsageError(f"{folder} holds {what}, which is not a causal language model")
-
-
-def _image_text(config: PreTrainedConfig) -> bool:
-    return (
-        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    )
 
 
 def _cut(config: PreTrainedConfig, depth: int, folder: Path) -> None:
@@ -181,7 +171,7 @@ def _check_weights(folder: Path) -> None:
 
 def _load_folder(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     _check_weights(folder)
-    auto: Any = AutoModelForImageTextToText if _image_text(config) else AutoModelForCausalLM
+    auto = auto_class(config)
     try:
         model, info = auto.from_pretrained(
             folder,

@@ -324,8 +324,17 @@ def check_depth(depth: int | None) -> None:
         raise UsageError(f"depth must be at least 1, not {depth}")
 
 
+_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
+"""What configurations call the number of routed experts a layer."""
+
+
 def build_config(
-    preset: str, *, depth: int | None = None, width: Width = "tiny", dtype: torch.dtype | None = None
+    preset: str,
+    *,
+    depth: int | None = None,
+    width: Width = "tiny",
+    dtype: torch.dtype | None = None,
+    all_experts: bool = False,
 ) -> PreTrainedConfig:
     """The configuration of a preset.
 
@@ -335,6 +344,7 @@ def build_config(
         width: `"tiny"`: hidden size 64, 4 heads, 4 experts, 256 tokens. `"full"`: the real sizes and vocabulary, with
             3 to 8 experts a layer.
         dtype: recorded in the configuration; None leaves it open.
+        all_experts: as many experts a layer as the released model has.
 
     Raises:
         UsageError: unknown preset or width, or a depth below 1.
@@ -345,6 +355,8 @@ def build_config(
         raise UsageError(f"width must be one of {', '.join(get_args(Width))}; not {width!r}")
     layers = found.depth if depth is None else depth
     sizes = {**found.full, **_TINY, **found.tiny} if width == "tiny" else dict(found.full)
+    if all_experts:
+        sizes |= dict.fromkeys(_EXPERTS & sizes.keys(), found.experts)
     # Keeps activations, and so logits, at a scale of one for any width; at the usual 0.02 a narrow model's layers
     # would add next to nothing to its embeddings, and a wrong layer would hardly show.
     sizes["initializer_range"] = sizes["hidden_size"] ** -0.5

@@ -9,10 +9,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from glowplug.cli.bake import bake_command
 from glowplug.cli.bench import bench
+from glowplug.cli.cache import cache_app
 from glowplug.cli.demo import demo
 from glowplug.cli.explain import explain
 from glowplug.cli.generate import generate
+from glowplug.cli.starts import starts
 from glowplug.cli.sweep import sweep_command
 from glowplug.errors import GlowplugError
 
@@ -63,6 +66,9 @@ app.command()(generate)
 app.command()(explain)
 app.command()(demo)
 app.command("sweep")(sweep_command)
+app.command()(starts)
+app.command("bake")(bake_command)
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:

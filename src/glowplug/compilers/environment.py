@@ -20,8 +20,8 @@ _VOLATILE = ("compile_threads", "worker_", "trace.", "verbose", "debug", "log", 
 """Inductor options that change how a piece is compiled and not what comes of it, by parts of their names."""
 
 
-def describe_environment(device: torch.device, options: Mapping[str, Any]) -> str:
-    """The environment of pieces for a device, compiled with some Inductor options, as text."""
+def describe_environment(device: torch.device, options: Mapping[str, Any], threads: int) -> str:
+    """The environment of pieces for a device, compiled with some Inductor options for a number of threads, as text."""
     facts: dict[str, Any] = {
         "form": FORM,
         "torch": torch.__version__,
@@ -35,7 +35,7 @@ def describe_environment(device: torch.device, options: Mapping[str, Any]) -> st
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "processor": _processor(),
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "threads": threads if device.type == "cpu" else 0,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

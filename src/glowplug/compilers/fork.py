@@ -86,18 +86,20 @@ class Beside:
 
     Args:
         work: called in the fork with the folder; it leaves each file there whole or not at all, see `leave`.
+        nice: how much the fork yields to other processes, as `os.nice` has it.
     """
 
-    def __init__(self, work: Callable[[Path], None]) -> None:
+    def __init__(self, work: Callable[[Path], None], nice: int = 10) -> None:
         folder = tempfile.TemporaryDirectory(prefix="glowplug-beside-", ignore_cleanup_errors=True)
         self._folder = folder
         self._lock = threading.Lock()
 
         def run() -> None:
-            os.nice(10)
+            os.nice(nice)
             work(Path(folder.name))
 
         self._child = fork(run)
+        self.started = self._child is not None
         if self._child is not None:
             weakref.finalize(self, self._child.stop)
 

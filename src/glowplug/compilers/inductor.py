@@ -40,6 +40,8 @@ class InductorCompiler:
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.options = dict(options or {})
+        # Kernels are made for a number of threads; a fork that compiles has one, and must not count its own.
+        self.threads = torch.get_num_threads()
 
     def warm_up(self, device_type: str) -> None:
         """Begin what Inductor does once a process, beside the trace."""
@@ -54,7 +56,7 @@ class InductorCompiler:
 
     def environment(self, device: torch.device) -> str:
         """See `StoringCompiler.environment`."""
-        return describe_environment(device, self.options)
+        return describe_environment(device, self.options, self.threads)
 
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""
@@ -95,7 +97,7 @@ class InductorCompiler:
         return self._compile(piece, inputs, patches, aot)
 
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
-        patches = {**self.options, **patches}
+        patches = {"cpp.threads": self.threads, **self.options, **patches}
         if on_cpu(inputs):
             cpu_toolchain().wait()
             patches = {**cpu_toolchain().options(), **patches}

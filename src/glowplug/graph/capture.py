@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.layers.handle import LayerHandle
@@ -22,7 +23,7 @@ from glowplug.layers.handle import LayerHandle
 try:
     from torch._dynamo.exc import RestartAnalysis
     from torch._guards import TracingContext
-    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental import _config as symbolic_config
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
     raise UnsupportedTorchError(
@@ -203,5 +204,42 @@ def traced_files() -> frozenset[str]:
 
 
 def is_fake(value: Any) -> bool:
-    """Whether `value` is one of the tracer's stand-ins for a tensor."""
+    """Whether `value` is a stand-in for a tensor: it has a shape, a dtype and a device, and no memory."""
     return isinstance(value, FakeTensor)
+
+
+def weightless(model: nn.Module) -> bool:
+    """Whether a model's weights are stand-ins, so that it can be traced and not run."""
+    return any(map(is_fake, model.parameters()))
+
+
+@contextmanager
+def in_mode_of(tensor: Tensor) -> Iterator[None]:
+    """Tensors made inside are stand-ins if `tensor` is one."""
+    if isinstance(tensor, FakeTensor):
+        with tensor.fake_mode:
+            yield
+    else:
+        yield
+
+
+def drop_memory(model: nn.Module, device: torch.device) -> None:
+    """Give a model stand-ins for its weights, as they would be on a device. Tied weights stay tied."""
+    mode = FakeTensorMode()
+    made: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            made[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = stand_in(tensor)  # type: ignore[assignment]
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                module.__dict__[name] = stand_in(value)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError, NotStorableError
-from glowplug.graph.capture import Captured, capture, traced_files
+from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import insides, interfaces, trace, verify
@@ -61,14 +61,33 @@ class Builder:
         self.watch: Watch | None = None
         self.check_order = True
         self.whole = False
+        self.for_others = weightless(model)
         self.insides: Insides | None = None
         self._slots: dict[str, insides.Slots] = {}
         self._pieces = PieceCache()
         self._reads: set[str] = set()
         self._stored: Warm | None = None
 
+    def find_stored(self, call: Call) -> Served | None:
+        """A program from the store that serves calls like this one; None when there is none that is right."""
+        plan = self._plan()
+        warm = self._warm(call.inputs.device)
+        if warm is None:
+            return None
+        try:
+            served = self._find(warm, warm.manifests.key(call.signature, plan), call)
+        except NotStorableError as exc:
+            warm.store.note(f"the model is not stored: {exc}")
+            return None
+        self.report.store = StoreReport.of(warm.store)
+        if served is not None and self.insides is None:
+            self._compile_insides()
+        return served
+
     def build(self, call: Call) -> Served | str:
         """A program that serves calls like this one, compared with eager; or why there is none.
+
+        With `for_others` it is made and stored, and not compared: it can't run in this process.
 
         Raises:
             CaptureError, CompileError: as the reason.
@@ -156,8 +175,9 @@ class Builder:
                 self.model,
                 sorted(self._reads),
                 self._slots,
+                self._pieces.addresses,
                 self.report,
-                verified=self.options.verify == "once",
+                verified=self.options.verify == "once" and not self.for_others,
             )
         except NotStorableError as exc:
             warm.store.note(f"the program is not stored: {exc}")
@@ -213,6 +233,10 @@ class Builder:
             return
         layers = {op: {name: registry[name] for name in registry.order(op)} for op in self._slots}
         self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report, self._pieces.store)
+        if self.for_others:
+            with self.report.phase("inside"):
+                self.insides.compile_unjudged()
+            return
         if choice == "auto":
             self.insides.compile_beside()
             return
@@ -311,6 +335,8 @@ class Builder:
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
+        if self.for_others:  # it can't run here; whoever serves the program compares
+            return None
         for attempt in range(2):
             self.watch = Watch(self.model, self._reads)
             if self.options.verify == "off":

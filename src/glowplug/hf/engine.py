@@ -19,6 +19,7 @@ from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
+from glowplug.hf.elsewhere import Background, with_store
 from glowplug.hf.served import Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
@@ -46,6 +47,13 @@ class Engine:
         self.report = Report(compiler=compiler.name)
         store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
         self.builder = Builder(model, options, compiler, self.report, store)
+        self.keeps: Any = None
+        """What lives as long as the engine, such as a store of this process alone."""
+        self._background: Background | None = None
+        if options.background:
+            options, self.keeps = with_store(options)
+            self.builder.store = open_store(options.cache_dir)
+            self._background = Background(model, options, self.report)
         self._lock = threading.RLock()
         self._served: dict[Signature, Served | str] = {}
         self._watch: Watch | None = None
@@ -83,7 +91,13 @@ class Engine:
         if isinstance(call, str):
             return self._eager(call, args, kwargs)
         served = self._served.get(call.signature)
-        if served is None:
+        if served is None and self._background is not None:
+            served = self._take_over(call, self._background)
+            if served is None:
+                output = type(self.model).forward(self.model, *args, **kwargs)
+                self._background.start(call)
+                return output
+        elif served is None:
             served = self._build(call)
         elif self.builder.pending and not _begun(call):
             self.builder.poll()
@@ -101,14 +115,37 @@ class Engine:
         self.report.fall_back(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
 
+    def _take_over(self, call: Call, background: Background) -> Served | str | None:
+        """The program that was built elsewhere; None while there is none, and eager is to serve."""
+        with self._lock:
+            found = self._served.get(call.signature)
+            if found is not None:
+                return found
+            outcome = background.outcome(call)
+            if outcome is None and call.signature in background.begun:
+                return None
+            if outcome is not None and outcome.reason is not None:
+                found = f"the build in another process came to nothing: {outcome.reason}"
+            else:
+                found = self.builder.find_stored(call)
+                if found is None and outcome is not None:
+                    problems = self.builder.store.problems if self.builder.store is not None else []
+                    found = f"what another process built can't be used: {problems[-1] if problems else 'it is gone'}"
+            if found is not None:
+                self._keep(call.signature, found)
+            return found
+
     def settle(self, timeout_s: float) -> None:
         """Wait for what is compiled beside serving, and put it to use."""
+        if self._background is not None:
+            self._background.wait(time.monotonic() + timeout_s)
         self.builder.poll(time.monotonic() + timeout_s)
 
-    def outline_only(self) -> Report:
-        """Capture and cut the model for token ids, without running it."""
+    def prepare(self) -> Report:
+        """Make the program for token ids now, as the first call of `generate` would."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        positions = torch.arange(2, device=ids.device).unsqueeze(0)
+        prepare: Any = getattr(self.model, "_prepare_position_ids_for_generation", None)
+        positions = prepare(ids, {}) if prepare is not None else torch.arange(2, device=ids.device).unsqueeze(0)
         call = read_call(self.model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
         if isinstance(call, str):
             self.report.fall_back(call)
@@ -167,12 +204,15 @@ class Engine:
                     raise
                 except GlowplugError as exc:
                     found = str(exc)
-                self._served[call.signature] = found
-                if isinstance(found, str):
-                    self.report.strategy = "eager"
-                self._watch = self.builder.watch
-                self._implementations = self._read_implementations()
+                self._keep(call.signature, found)
             return found
+
+    def _keep(self, signature: Signature, found: Served | str) -> None:
+        self._served[signature] = found
+        if isinstance(found, str):
+            self.report.strategy = "eager"
+        self._watch = self.builder.watch
+        self._implementations = self._read_implementations()
 
 
 def _begun(call: Call) -> bool:

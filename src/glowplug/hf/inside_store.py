@@ -36,8 +36,8 @@ def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> st
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict] | None:
-    """A stored inside, ready to run, and what its trial found."""
+def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict | None] | None:
+    """A stored inside, ready to run, and what its trial found; None for a verdict when nobody has tried it."""
     payload = pieces.store.get("inside", key)
     if payload is None:
         return None
@@ -49,7 +49,7 @@ def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict] | None:
         return None
 
 
-def keep_inside(pieces: PieceStore, key: str, kind: Kind, made: Made, verdict: Verdict) -> None:
+def keep_inside(pieces: PieceStore, key: str, kind: Kind, made: Made, verdict: Verdict | None) -> None:
     """Store an inside by its artifact."""
     about = f"{kind.op}, {type(kind.layers[0]).__name__}"
     pieces.store.put("inside", key, pickle.dumps((made, verdict)), about)

@@ -11,8 +11,7 @@ import contextlib
 import functools
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, tracing_lock
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
-from glowplug.hf.interfaces import configs
+from glowplug.hf.interfaces import experts_implementation
 from glowplug.hf.kinds import Kind, Made, Slot, Slots
 from glowplug.hf.trials import Verdict, judge
 from glowplug.layers.stack import kinds_of
@@ -39,6 +38,8 @@ OPS = ("glowplug::moe_forward", "glowplug::moe_forward_shared")
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation whose inside is worth compiling. On a CPU a compiled `batched_mm` took half the time of
 `grouped_mm`, at one token; on an H200 a compiled `grouped_mm` three fifths, for gpt-oss-120b."""
+
+_WAIT_S = 600.0
 
 
 def read_slots(captured: Captured) -> dict[str, Slots]:
@@ -84,6 +85,7 @@ class Insides:
         self.device = next(model.parameters()).device
         self.kinds: list[Kind] = []
         self._keys: dict[tuple[str, ...], str] = {}
+        self._unjudged: list[tuple[Kind, Made]] = []
         self.beside: Beside | None = None
         for op, named in layers.items():
             groups: dict[int, list[str]] = {}
@@ -97,7 +99,7 @@ class Insides:
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return self.beside is not None and self.beside.pending
+        return bool(self._unjudged) or (self.beside is not None and self.beside.pending)
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -110,6 +112,18 @@ class Insides:
         if self.pieces is not None:
             return self.pieces.compiler.compile_and_store(piece, inputs)
         return self.compiler.compile(piece, inputs), None
+
+    def compile_unjudged(self) -> None:
+        """Compile those that are not in the store, for a process that has weights to try them with."""
+        pieces = self.pieces
+        if pieces is None:
+            return
+        for kind in self.kinds:
+            key = inside_key(pieces, kind, IMPLEMENTATION.get(self.device.type))
+            if key is not None and pieces.store.get("inside", key) is None:
+                with contextlib.suppress(CaptureError), pieces.store.lock("inside", key, _WAIT_S):
+                    made = self._make(kind, self._compile)
+                    keep_inside(pieces, key, kind, replace(made, run=None), None)
 
     def _take_stored(self) -> None:
         """Put to use those that are in the store, and forget about them."""
@@ -124,8 +138,10 @@ class Insides:
                 self._keys[kind.names] = key
             if stored is None:
                 left.append(kind)
+            elif stored[1] is None:
+                self._unjudged.append((kind, stored[0]))
             else:
-                self._use(kind, *stored)
+                self._use(kind, stored[0], stored[1])
         self.kinds = left
 
     def compile_beside(self) -> None:
@@ -153,6 +169,8 @@ class Insides:
         Args:
             deadline: wait for it until then (`time.monotonic()`); None: don't wait.
         """
+        while self._unjudged:
+            self._install(*self._unjudged.pop())
         if self.beside is not None:
             self.beside.finish(self._take, deadline)
 
@@ -180,7 +198,7 @@ class Insides:
             inputs = [node.meta["example_value"] for node in piece.gm.graph.nodes if node.op == "placeholder"]
             return compile(piece.gm, inputs), order
 
-        with tracing_lock, _implementation(self.model, IMPLEMENTATION.get(device.type)):
+        with tracing_lock, experts_implementation(self.model, IMPLEMENTATION.get(device.type)):
             (run, artifact), order = capture(_BY_COUNT[len(examples)], (layer, *examples), consume)
         return Made(run, order, time.perf_counter() - start, artifact)
 
@@ -247,17 +265,3 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
         else:
             raise CaptureError(f"the inside reads {entry.source}, which is no weight of the layer")
     return steps[0], tuple(order)
-
-
-@contextmanager
-def _implementation(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Put an experts implementation in force."""
-    saved = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs(model)]
-    try:
-        for config, _ in saved:
-            if name is not None:
-                config._experts_implementation_internal = name
-        yield
-    finally:
-        for config, before in saved:
-            config._experts_implementation_internal = before

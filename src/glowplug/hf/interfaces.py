@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
+from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.hf.caches import own_cache_class
 from glowplug.hf.mixer_entry import mixer_entry
 from glowplug.ops.arguments import encode
@@ -176,20 +177,23 @@ def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if shared_experts_name(module) is not None and id(module._modules.get("experts")) in experts
     }
-    return mapping_to_themselves(candidates, hidden_size)
+    return mapping_to_themselves(model, candidates, hidden_size)
 
 
-def mapping_to_themselves(modules: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module]:
-    """Those of the modules that map hidden states to a tensor of their shape, by name. Each class is asked once, with
-    two zero tokens."""
+def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module]:
+    """Those of the model's modules that map hidden states to a tensor of their shape, by name.
+
+    Each class is asked once, with two zero tokens; with experts that need no memory if the model has none.
+    """
     verdicts: dict[type, bool] = {}
     for module in modules.values():
         cls = type(module)
         if cls not in verdicts:
             parameter = next(module.parameters())
-            probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
             try:
-                with torch.no_grad():
+                implementation = "batched_mm" if is_fake(parameter) else None
+                with torch.no_grad(), in_mode_of(parameter), experts_implementation(model, implementation):
+                    probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
                     output = cls.forward(module, probe)
                 verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
             except (TypeError, RuntimeError, ValueError, NotImplementedError):
@@ -213,7 +217,7 @@ def untraceable_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Modul
     }
     outer = {parent for name in candidates for parent in _parents(name)}
     inner = {name: module for name, module in candidates.items() if name not in outer}
-    return mapping_to_themselves(inner, hidden_size)
+    return mapping_to_themselves(model, inner, hidden_size)
 
 
 _COUNTING = {"tolist", "item", "nonzero"}
@@ -242,6 +246,20 @@ def configs(model: nn.Module) -> list[Any]:
         found[id(config)] = config
         stack += [getattr(config, key) for key in getattr(config, "sub_configs", {}) if getattr(config, key, None)]
     return list(found.values())
+
+
+@contextmanager
+def experts_implementation(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Put an experts implementation in force; None leaves the model's own."""
+    saved = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs(model)]
+    try:
+        for config, _ in saved:
+            if name is not None:
+                config._experts_implementation_internal = name
+        yield
+    finally:
+        for config, before in saved:
+            config._experts_implementation_internal = before
 
 
 def give_attention_functions(model: PreTrainedModel) -> None:

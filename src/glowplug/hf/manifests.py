@@ -51,6 +51,8 @@ SKIP = frozenset(
         "_pp_plan",
         "_skip_keys_device_placement",
         "_tp_plan",
+        "_use_kernels",
+        "_weight_conversions",
         "all_tied_weights_keys",
         "architectures",
         "dtype",
@@ -138,10 +140,11 @@ class Manifests:
         is missing."""
         runners = {}
         for found in manifest.plan.pieces():
-            run = self.pieces.load(found.digest)
+            address = manifest.addresses.get(found.digest, found.digest)
+            run = self.pieces.load(address)
             if run is None:
-                with self.pieces.lock(found.digest, _WAIT_S):
-                    run = self.pieces.load(found.digest)
+                with self.pieces.lock(address, _WAIT_S):
+                    run = self.pieces.load(address)
             if run is None:
                 return None
             runners[found] = run
@@ -149,7 +152,10 @@ class Manifests:
 
     def load_graphs(self, manifest: Manifest) -> dict[Fingerprint, Callable[..., Sequence[Any]]] | None:
         """Every piece uncompiled, to compare with eager closely; None when one has no graph in the store."""
-        graphs = {found: self.pieces.load_graph(found.digest) for found in manifest.plan.pieces()}
+        addresses = manifest.addresses
+        graphs = {
+            found: self.pieces.load_graph(addresses.get(found.digest, found.digest)) for found in manifest.plan.pieces()
+        }
         return {k: v for k, v in graphs.items() if v is not None} if None not in graphs.values() else None
 
     def write_program(self, manifest: Manifest, registry: LayerRegistry, runners: Mapping[Any, Any]) -> Program:

@@ -99,6 +99,7 @@ def describe(
     model: PreTrainedModel,
     reads: Sequence[str],
     slots: Mapping[str, Slots],
+    addresses: Mapping[Fingerprint, str],
     report: Report,
     *,
     verified: bool,
@@ -129,6 +130,7 @@ def describe(
         reads=tuple(sorted(reads)),
         globals=globals_of(reads),
         sources=sources_of(model, recipe.files),
+        addresses={found.digest: address for found, address in addresses.items()},
         facts=facts,
         verified=verified,
     )

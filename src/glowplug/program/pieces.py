@@ -119,12 +119,15 @@ class PieceCache:
         order: the fingerprint of each distinct piece, those of `ends` too.
         ends: pieces that run uncompiled for now.
         store: where to look for compiled pieces, and to keep them.
+        addresses: what the store knows a piece by that holds only with relations between sizes which its compilation
+            wrote down; a program that keeps to them may use it.
     """
 
     compiled: dict[Fingerprint, Callable[..., Sequence[Any]]] = field(default_factory=dict)
     order: list[Fingerprint] = field(default_factory=list)
     ends: list[Ends] = field(default_factory=list)
     store: PieceStore | None = None
+    addresses: dict[Fingerprint, str] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
@@ -238,10 +241,13 @@ def _compile_jobs(
         cache.compiled[found] = result.run
         if result.local:
             local.append(found)
-        elif result.artifact is not None:
-            keep = jobs[found].keep
-            assert keep is not None
-            keep(result.artifact)
+        if result.artifact is not None and cache.store is not None:
+            address = found.digest
+            if result.local:
+                relations = repr([str(guard.expr) for guard in _guards(captured)])
+                address = f"{address}-{hashlib.sha256(relations.encode()).hexdigest()}"
+                cache.addresses[found] = address
+            cache.store.keep(address, result.artifact, jobs[found].piece)
     return local
 
 

@@ -39,6 +39,16 @@ class Entry:
     used: float
     header: Header | None
 
+    @property
+    def kind(self) -> str:
+        """What lies in its place: `"piece"`, `"inside"` or `"manifest"`."""
+        return self.path.parent.parent.name.removesuffix("s")
+
+    @property
+    def key(self) -> str:
+        """Its address."""
+        return self.path.name.removesuffix(_SUFFIX)
+
 
 class LocalStore:
     """Artifacts in a folder.
@@ -166,9 +176,8 @@ class LocalStore:
         """Every artifact that is damaged or in a wrong place, with what is wrong."""
         bad = []
         for entry in self.entries():
-            kind, key = entry.path.parent.parent.name.removesuffix("s"), entry.path.name.removesuffix(_SUFFIX)
             try:
-                unpack(entry.path.read_bytes(), kind, key, None)
+                unpack(entry.path.read_bytes(), entry.kind, entry.key, None)
             except (ArtifactError, OSError) as exc:
                 bad.append((entry, str(exc)))
         return bad

@@ -56,6 +56,7 @@ class Manifest:
         reads: sources of everything in Python that the trace depended on.
         globals: source of a plain value outside the model that the trace read -> the value, as text.
         sources: name of each Python module that was traced -> SHA-256 of its file.
+        addresses: digest of a piece -> what the store knows it by, where that is not the digest.
         facts: what the report says of it.
         verified: whether it was compared with eager.
     """
@@ -69,6 +70,7 @@ class Manifest:
     reads: tuple[str, ...]
     globals: Mapping[str, str]
     sources: Mapping[str, str]
+    addresses: Mapping[str, str]
     facts: Mapping[str, Any]
     verified: bool
 
@@ -96,6 +98,7 @@ class Manifest:
             "reads": list(self.reads),
             "globals": dict(self.globals),
             "sources": dict(self.sources),
+            "addresses": dict(self.addresses),
             "facts": dict(self.facts),
             "verified": self.verified,
         }
@@ -126,6 +129,7 @@ class Manifest:
                 reads=tuple(body["reads"]),
                 globals=body["globals"],
                 sources=body["sources"],
+                addresses=body["addresses"],
                 facts=body["facts"],
                 verified=body["verified"],
             )

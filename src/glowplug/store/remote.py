@@ -3,6 +3,7 @@ nothing of it is used that is not signed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +35,18 @@ class RemoteStore:
         self.signing_key = signing_key
         self.note = note
         self.usable = True
-        protocol = url.partition("://")[0]
+        self._process = -1
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url, **_OPTIONS.get(protocol, {}))
+            self._connect()
         except (ImportError, ValueError) as exc:
             raise StoreError(f"the artifact store {url} can't be used: {exc}") from exc
+
+    def _connect(self) -> None:
+        """Make the file system, once a process: connections do not survive a fork."""
+        if self._process != os.getpid():
+            protocol = self.url.partition("://")[0]
+            self._files, self._root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
+            self._process = os.getpid()
 
     def _path(self, kind: str, key: str) -> str:
         return f"{self._root.rstrip('/')}/{kind}s/{key[:2]}/{key}.glow"
@@ -48,6 +56,7 @@ class RemoteStore:
         if not self.usable:
             return None
         try:
+            self._connect()
             content: bytes = self._files.cat_file(self._path(kind, key))
         except FileNotFoundError:
             return None
@@ -68,8 +77,9 @@ class RemoteStore:
         """Keep a signed envelope; returns whether it was kept."""
         if not self.usable:
             return False
-        path = self._path(kind, key)
         try:
+            self._connect()
+            path = self._path(kind, key)
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(path, content)
         except Exception as exc:

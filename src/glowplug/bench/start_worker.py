@@ -1,0 +1,178 @@
+"""One start of a model folder in a process of its own: `python -m glowplug.bench.start_worker '<json>'`.
+The last line of its output is what it measured, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import glowplug
+from glowplug.bench.measure import Sequence, Text, relative_error
+from glowplug.bench.models import one_line
+from glowplug.hf.weightless import auto_class, read_config
+
+WAYS = ("eager", "load", "cold", "warm", "background", "from_pretrained", "fleet")
+PREFILL = 16
+_PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start.
+
+    Attributes:
+        folder: of the model.
+        way: one of `WAYS`. `"load"`: load the weights, and no more. `"fleet"`: cold or warm, as the store has it.
+        experts: glowplug's option.
+        device: `"cpu"` or `"cuda"`.
+        dtype: of the weights.
+        steps: decode steps of a sequence, while `"background"` serves eager.
+        evict: drop the weights' file from the page cache first, so that loading reads the disk.
+    """
+
+    folder: str
+    way: str
+    experts: str = "auto"
+    device: str = "cpu"
+    dtype: str = "float32"
+    steps: int = 300
+    evict: bool = False
+
+    def to_json(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def run(start: Start) -> dict[str, Any]:
+    """Start a model.
+
+    Returns:
+        load_s (loading weights), first_token_s and second_token_s (from the compile call), eager_first_token_s
+        (before, on the same model), ready_s (from nothing to the second token, without imports), error (against
+        eager), report.
+    """
+    if start.evict:
+        _evict(start.folder)
+    begin = time.perf_counter()
+    model = _load(start)
+    result: dict[str, Any] = {"way": start.way, "load_s": time.perf_counter() - begin}
+    if start.way == "load":
+        return result
+    text = Text.make(model, PREFILL + start.steps + 64)
+    with torch.no_grad():
+        expected: list[torch.Tensor] = []
+        if start.way != "from_pretrained":
+            expected, times = _tokens(model, text)
+            result["eager_first_token_s"], result["eager_second_token_s"] = times
+        compiled = time.perf_counter()
+        if start.way != "eager" and start.way != "from_pretrained":
+            glowplug.compile(model, experts=start.experts, background=start.way == "background")
+        actual, times = _tokens(model, text)
+        setup = time.perf_counter() - compiled - times[1]
+        result["first_token_s"], result["second_token_s"] = times[0] + setup, times[1] + setup
+        result["ready_s"] = result["load_s"] + result["second_token_s"]
+        if not expected:
+            expected = _eager_tokens(model, text)
+        result["error"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+        if start.way == "background":
+            result |= _until_taken_over(model, text, compiled, start.steps)
+        if start.way != "eager":
+            settled = time.perf_counter()
+            glowplug.settle(model)
+            result["settle_s"] = time.perf_counter() - settled
+            result["report"] = glowplug.report(model).as_dict()
+    return result
+
+
+def _load(start: Start) -> PreTrainedModel:
+    settings: dict[str, Any] = {"dtype": getattr(torch, start.dtype)}
+    if start.device != "cpu":
+        settings["device_map"] = start.device
+    if start.way == "from_pretrained":
+        model: PreTrainedModel = glowplug.from_pretrained(start.folder, experts=start.experts, **settings)
+        return model
+    loaded = auto_class(read_config(Path(start.folder))).from_pretrained(start.folder, **settings)
+    loaded.requires_grad_(False)
+    found: PreTrainedModel = loaded.eval()
+    return found
+
+
+def _tokens(model: PreTrainedModel, text: Text) -> tuple[list[torch.Tensor], list[float]]:
+    """A prefill and one decode step: their logits, and when each token was there."""
+    sequence, start = Sequence(model, text), time.perf_counter()
+    logits: list[torch.Tensor] = []
+    times: list[float] = []
+    for tokens in (PREFILL, 1):
+        logits.append(sequence.step(tokens))
+        int(logits[-1][0, -1].argmax())
+        times.append(time.perf_counter() - start)
+    return logits, times
+
+
+def _eager_tokens(model: PreTrainedModel, text: Text) -> list[torch.Tensor]:
+    """The same by the model's own forward."""
+    engine = model.__dict__.pop("forward")
+    try:
+        return _tokens(model, text)[0]
+    finally:
+        object.__setattr__(model, "forward", engine)
+
+
+def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps: int) -> dict[str, Any]:
+    """Decode until the compiled program serves, and a little longer; the tokens of the sequence in which it takes over
+    must be eager's."""
+    tokens: list[int] = []
+    served = 0
+    sequence = Sequence(model, text)
+    step = 0.0
+    while glowplug.report(model).strategy == "eager" and time.perf_counter() - compiled < _PATIENCE_S:
+        if not tokens or len(tokens) >= steps:
+            sequence, tokens = Sequence(model, text), []
+            sequence.step(PREFILL)
+        begin = time.perf_counter()
+        tokens.append(int(sequence.step(1)[0, -1].argmax()))
+        step = time.perf_counter() - begin
+        served += 1
+    over = time.perf_counter() - compiled
+    tokens += [int(sequence.step(1)[0, -1].argmax()) for _ in range(8)]
+    engine = model.__dict__.pop("forward")
+    again = Sequence(model, text)
+    again.step(PREFILL)
+    same = all(int(again.step(1)[0, -1].argmax()) == token for token in tokens)
+    object.__setattr__(model, "forward", engine)
+    return {"taken_over_s": over, "switch_s": step, "steps": served, "tokens_equal": same}
+
+
+def _evict(folder: str) -> None:
+    """Forget what the page cache has of the weights."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the start that the one argument asks for, and print what it took."""
+    start = Start(**json.loads(arguments[0]))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        result = run(start)
+    except Exception as exc:  # a start that fails is a result
+        result = {"way": start.way, "failed": f"{type(exc).__name__}: {one_line(exc)}"}
+    print("\n" + json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

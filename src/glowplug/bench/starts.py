@@ -1,0 +1,108 @@
+"""The ways to start a model, compared: cold, warm from a store, in the background, behind the weights; and fleets of
+processes on one store. Each start in a fresh process with fresh compiler caches.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glowplug.bench.isolate import Isolated, IsolatedError
+from glowplug.bench.models import check_model, default_dtype, resolve_device
+from glowplug.bench.presets import PRESETS, Width, build_model
+from glowplug.bench.start_worker import Start
+from glowplug.errors import UsageError
+
+WORKER = "glowplug.bench.start_worker"
+TIMEOUT_S = 1800.0
+DEFAULT_WAYS = ("eager", "cold", "warm", "background", "load", "from_pretrained")
+
+
+@dataclass(frozen=True)
+class Started:
+    """One start, done.
+
+    Attributes:
+        way: how.
+        result: what `start_worker.run` returned; empty when it failed.
+        error: why it failed.
+    """
+
+    way: str
+    result: dict[str, Any]
+    error: str | None = None
+
+
+def model_folder(model: str, depth: int | None, width: Width, device: str, place: Path) -> str:
+    """A folder with the model: itself, or a preset's, built and saved in `place`.
+
+    Raises:
+        UsageError: no such model, or a depth for a folder.
+    """
+    if model not in PRESETS:
+        check_model(model)
+        if depth is not None:
+            raise UsageError("--depth is for presets; a folder's model has its own depth")
+        return model
+    resolve_device(device)
+    dtype = getattr(torch, default_dtype(device))
+    build_model(model, depth=depth, width=width, device="cpu", dtype=dtype).save_pretrained(place)
+    return str(place)
+
+
+def run_ways(
+    folder: str, ways: tuple[str, ...], *, experts: str = "auto", device: str = "cpu", evict: bool = False
+) -> Iterator[Started]:
+    """Start a model in each way, one after the other. Ways but the first two share no store; warm has that of cold."""
+    with tempfile.TemporaryDirectory(prefix="glowplug-starts-") as stores:
+        for way in ways:
+            start = Start(
+                folder=folder, way=way, experts=experts, device=device, dtype=default_dtype(device), evict=evict
+            )
+            store = Path(stores, "cold" if way == "warm" else way)
+            yield _finish(way, _begin(start, store))
+
+
+def run_fleet(
+    folder: str, processes: int, *, at_once: bool, experts: str = "auto", device: str = "cpu"
+) -> list[Started]:
+    """Start so many processes on one empty store, one after the other or all at once."""
+    start = Start(folder=folder, way="fleet", experts=experts, device=device, dtype=default_dtype(device))
+    with tempfile.TemporaryDirectory(prefix="glowplug-fleet-") as store:
+        if not at_once:
+            return [_finish("fleet", _begin(start, Path(store, "store"))) for _ in range(processes)]
+        begun = [_begin(start, Path(store, "store")) for _ in range(processes)]
+        return [_finish("fleet", process) for process in begun]
+
+
+def _begin(start: Start, store: Path) -> Isolated:
+    return Isolated(WORKER, start.to_json(), timeout_s=TIMEOUT_S, extra={"GLOWPLUG_CACHE": str(store)})
+
+
+def _finish(way: str, process: Isolated) -> Started:
+    try:
+        result = process.answer()
+    except IsolatedError as exc:
+        return Started(way, {}, str(exc))
+    finally:
+        process.close()
+    return Started(way, result, result.pop("failed", None))
+
+
+def compilations(fleet: list[Started]) -> tuple[int, int]:
+    """Pieces that all processes of a fleet compiled together, and how many distinct ones there are."""
+    reports = [started.result.get("report") or {} for started in fleet]
+    compiled = sum(report.get("compiled_pieces", 0) for report in reports)
+    return compiled, max((report.get("distinct_pieces", 0) for report in reports), default=0)
+
+
+def write_starts(path: Path, environment: dict[str, Any], started: list[Started], fleets: dict[str, Any]) -> None:
+    """Write everything that was measured."""
+    rows = [{"way": one.way, "error": one.error, **one.result} for one in started]
+    path.write_text(json.dumps({"environment": environment, "starts": rows, "fleets": fleets}, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""`glowplug cache`: what is in the artifact store, whether it is whole, and making room."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from glowplug.cli.console import make_console
+from glowplug.cli.sizes import read_size, show_age, show_size
+from glowplug.errors import UsageError
+from glowplug.store import Entry, LocalStore, SigningKey, open_store
+from glowplug.store.envelope import read_header, unpack
+
+cache_app = typer.Typer(help="The artifact store: ls, verify, prune.", no_args_is_help=True)
+
+Location = Annotated[str | None, typer.Option("--cache", help="A folder; default: GLOWPLUG_CACHE, or your own store.")]
+
+
+def _open(location: str | None) -> LocalStore:
+    store = open_store(location)
+    if store is None:
+        raise UsageError("the artifact store is off (GLOWPLUG_CACHE); name one by --cache FOLDER")
+    return store.local
+
+
+@cache_app.command("ls")
+def list_entries(cache: Location = None) -> None:
+    """List artifacts with their sizes and ages, the last used first."""
+    store = _open(cache)
+    entries = store.entries()
+    table = Table()
+    for name in ("kind", "key", "size", "made", "used", "signed", "what"):
+        table.add_column(name, justify="right" if name in ("size", "made", "used") else "left")
+    now = time.time()
+    for entry in entries:
+        header = entry.header
+        table.add_row(
+            entry.kind,
+            entry.key[:12],
+            show_size(entry.size),
+            show_age(now - header.made) if header is not None else "?",
+            show_age(now - entry.used),
+            ("yes" if header.signature else "no") if header is not None else "?",
+            header.about if header is not None else "not readable",
+        )
+    console = make_console()
+    if entries:
+        console.print(table)
+    total = sum(entry.size for entry in entries)
+    console.print(f"{len(entries)} artifacts, {show_size(total)}, in {store.root}", markup=False, soft_wrap=True)
+
+
+@cache_app.command("verify")
+def verify(
+    cache: Location = None,
+    signed: Annotated[bool, typer.Option("--signed", help="Also demand a signature by the key in force.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is not whole.")] = False,
+) -> None:
+    """Read every artifact and compare its checksum; ends with 1 if one is damaged."""
+    store = _open(cache)
+    bad = store.check()
+    if signed:
+        bad += _unsigned(store, {entry.path for entry, _ in bad})
+    console = make_console()
+    for entry, problem in bad:
+        done = ""
+        if delete:
+            store.remove(entry.kind, entry.key)
+            done = "; deleted"
+        console.print(f"{entry.kind} {entry.key[:12]}: {problem}{done}", markup=False, soft_wrap=True)
+    whole = len(store.entries()) - (0 if delete else len(bad))
+    console.print(f"{whole} artifacts are whole, {len(bad)} are not", markup=False)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _unsigned(store: LocalStore, known: set[object]) -> list[tuple[Entry, str]]:
+    key = SigningKey.from_environment()
+    if key is None:
+        raise UsageError("--signed needs the key: set GLOWPLUG_SIGNING_KEY or GLOWPLUG_SIGNING_KEY_FILE")
+    found = []
+    for entry in store.entries():
+        if entry.path in known:
+            continue
+        content = entry.path.read_bytes()
+        header, _ = read_header(content)
+        try:
+            unpack(content, header.kind, header.key, key)
+        except Exception as exc:
+            found.append((entry, str(exc)))
+    return found
+
+
+@cache_app.command("prune")
+def prune(
+    max_size: Annotated[str, typer.Option(help="Keep the last used artifacts up to this size, such as 500M.")],
+    cache: Location = None,
+) -> None:
+    """Delete what was used longest ago."""
+    store = _open(cache)
+    removed = store.prune(read_size(max_size))
+    left = store.entries()
+    freed, kept = sum(entry.size for entry in removed), sum(entry.size for entry in left)
+    make_console().print(
+        f"deleted {len(removed)} artifacts, {show_size(freed)}; {len(left)} left, {show_size(kept)}", markup=False
+    )

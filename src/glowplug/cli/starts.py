@@ -1,0 +1,133 @@
+"""`glowplug starts`: the ways to start a model, side by side, and fleets of processes on one store."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.presets import PRESETS
+from glowplug.bench.runner import check_writable
+from glowplug.bench.start_worker import WAYS
+from glowplug.bench.starts import (
+    DEFAULT_WAYS,
+    Started,
+    compilations,
+    model_folder,
+    run_fleet,
+    run_ways,
+    write_starts,
+)
+from glowplug.cli.console import make_console, quiet_transformers
+from glowplug.errors import UsageError
+from glowplug.options import Options
+
+
+def starts(
+    model: Annotated[str, typer.Argument(help=f"A local folder, or a preset: {', '.join(PRESETS)}.")],
+    depth: Annotated[int | None, typer.Option(help="Layers of a preset. Default: its own.")] = None,
+    ways: Annotated[str, typer.Option(help=f"Some of {', '.join(WAYS[:-1])}.")] = ",".join(DEFAULT_WAYS),
+    fleet: Annotated[int, typer.Option(help="If not 0: so many processes, one after another and all at once.")] = 0,
+    experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
+    width: Annotated[str, typer.Option(help="Of a preset: tiny or full.")] = "tiny",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    evict: Annotated[bool, typer.Option("--evict", help="Load the weights from the disk, not from its cache.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
+) -> None:
+    """Start a model cold, warm, in the background and behind its weights, each in a fresh process."""
+    quiet_transformers()
+    Options(experts=experts)  # type: ignore[arg-type]
+    chosen = tuple(dict.fromkeys(name.strip() for name in ways.split(",") if name.strip()))
+    unknown = [name for name in chosen if name not in WAYS[:-1]]
+    if unknown or width not in ("tiny", "full") or fleet < 0:
+        wrong = f"unknown way {unknown[0]!r}" if unknown else "width is tiny or full, and --fleet 0 or more"
+        raise UsageError(f"{wrong}; ways: {', '.join(WAYS[:-1])}")
+    if json_path is not None:
+        check_writable(json_path)
+    console = make_console()
+    environment = describe_environment(device)
+    console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
+    with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
+        folder = model_folder(model, depth, width, device, Path(place))  # type: ignore[arg-type]
+        done: list[Started] = []
+        with console.status("starting") as status:
+            for started in run_ways(folder, chosen, experts=experts, device=device, evict=evict):
+                done.append(started)
+                status.update(f"{len(done)} of {len(chosen)} ways")
+        console.print(starts_table(done))
+        for started in done:
+            if started.error is not None:
+                console.print(f"{started.way}: {started.error}", markup=False)
+        fleets: dict[str, Any] = {}
+        for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
+            with console.status(f"{fleet} processes {name}"):
+                result = run_fleet(folder, fleet, at_once=at_once, experts=experts, device=device)
+            fleets[name] = [started.result | {"error": started.error} for started in result]
+            console.print(_fleet_line(name, result), markup=False)
+    if json_path is not None:
+        write_starts(json_path, environment, done, fleets)
+    if any(started.error is not None for started in done):
+        raise typer.Exit(1)
+
+
+def starts_table(done: list[Started]) -> Table:
+    """One row a start."""
+    table = Table()
+    for name in (
+        "start",
+        "loading\ns",
+        "first token\ns",
+        "second token\ns",
+        "compiled\nafter s",
+        "largest\nrel. error",
+    ):
+        table.add_column(name, justify="left" if name == "start" else "right")
+    table.add_column("what happened", overflow="fold")
+    for started in done:
+        result = started.result
+        over = result.get("taken_over_s", result.get("second_token_s"))
+        table.add_row(
+            started.way,
+            _seconds(result.get("load_s")),
+            _seconds(result.get("first_token_s")),
+            _seconds(result.get("second_token_s")),
+            _seconds(over if started.way not in ("eager", "load") else None),
+            f"{result['error']:.0e}" if result.get("error") is not None else "-",
+            _note(result),
+        )
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _note(result: dict[str, Any]) -> str:
+    report = result.get("report")
+    if not report:
+        return ""
+    notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct", f"{report['start']} start"]
+    elsewhere = report.get("elsewhere")
+    if elsewhere and elsewhere["reason"] is None and elsewhere["seconds"] is not None:
+        notes.append(f"built elsewhere in {elsewhere['seconds']:.1f} s, {elsewhere['hidden_seconds']:.1f} s hidden")
+    if "tokens_equal" in result:
+        notes.append(f"{result['steps']} tokens, {'all' if result['tokens_equal'] else 'NOT all'} eager's")
+    notes += [fallback["reason"] for fallback in report["fallbacks"]]
+    return "; ".join(notes)
+
+
+def _fleet_line(name: str, fleet: list[Started]) -> str:
+    times = sorted(started.result["second_token_s"] for started in fleet if started.error is None)
+    failed = len(fleet) - len(times)
+    stored, distinct = compilations(fleet)
+    if not times:
+        return f"{len(fleet)} processes {name}: all failed ({fleet[0].error})"
+    return (
+        f"{len(fleet)} processes {name}: {stored} pieces compiled, {distinct} distinct; ready after "
+        f"{times[0]:.2f} to {times[-1]:.2f} s, median {times[len(times) // 2]:.2f} s"
+        + (f"; {failed} failed" if failed else "")
+    )

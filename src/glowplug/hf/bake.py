@@ -1,0 +1,25 @@
+"""Traces and compiles a model from its configuration alone: no weights, and no memory for them."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from glowplug.hf.engine import attach, engine_of
+from glowplug.options import Options
+from glowplug.report import Report
+
+
+def bake(model: PreTrainedModel, options: Options) -> Report:
+    """Put the compiled program of a weightless model, and all that it needs, into the store.
+
+    Args:
+        model: made by `weightless_model`.
+        options: as those of the process that will serve it.
+
+    Returns:
+        What was done. `report.fallbacks` says why nothing could be.
+    """
+    attach(model, options)
+    engine = engine_of(model)
+    assert engine is not None
+    return engine.prepare()

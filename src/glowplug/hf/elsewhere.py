@@ -1,0 +1,102 @@
+"""Serves a model eager while its program is built in another process, and says when the program can take over."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Collection
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from glowplug.compilers import get_compiler
+from glowplug.hf.background import Elsewhere, Forked, Outcome, Spawned, can_fork
+from glowplug.hf.build import Builder
+from glowplug.hf.call import Call, Signature
+from glowplug.hf.weightless import auto_class
+from glowplug.options import Options
+from glowplug.report import ElsewhereReport, Report
+from glowplug.store import open_store
+
+_SPAWNED_OPTIONS = ("identity", "experts", "compiler", "stamp")
+
+
+def with_store(options: Options) -> tuple[Options, Any]:
+    """Options with a store, and what keeps it there: one of this process alone, if there is none."""
+    if open_store(options.cache_dir) is not None:
+        return options, None
+    folder = tempfile.TemporaryDirectory(prefix="glowplug-store-", ignore_cleanup_errors=True)
+    return dataclasses.replace(options, cache_dir=folder.name), folder
+
+
+class Background:
+    """The builds of one model in other processes, one for each signature of its calls.
+
+    Args:
+        model: the model.
+        options: how it is compiled; with a store.
+        report: receives what happens.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: Options, report: Report) -> None:
+        self.model = model
+        self.options = options
+        self.report = report
+        self._builds: dict[Signature, Elsewhere | str] = {}
+
+    @property
+    def begun(self) -> Collection[Signature]:
+        """Signatures for which a build was begun."""
+        return self._builds.keys()
+
+    def start(self, call: Call) -> None:
+        """Begin to build a program for calls like this one, unless that was begun. Called after the call was served,
+        which so is not slowed down."""
+        if call.signature in self._builds:
+            return
+        self.report.elsewhere = ElsewhereReport(eager_calls=1)
+        self._builds[call.signature] = self._begin(call)
+
+    def _begin(self, call: Call) -> Elsewhere | str:
+        options = dataclasses.replace(self.options, background=False, ends="compiled")
+        if can_fork(call.inputs.device):
+            call = dataclasses.replace(call, cache=None)
+            compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
+
+            def build() -> Report:
+                report = Report()
+                builder = Builder(self.model, options, compiler, report, open_store(options.cache_dir))
+                builder.for_others = True
+                found = builder.build(call)
+                if isinstance(found, str):
+                    report.fall_back(found)
+                return report
+
+            return Forked(build)
+        if not isinstance(options.compiler, str):
+            return "a compiler of one's own can't be used in a process of its own"
+        config = self.model.config
+        if auto_class(config)._model_mapping.get(type(config)) is not type(self.model):
+            return f"no other process can build a {type(self.model).__name__} from its configuration"
+        settings = {"attn_implementation": config._attn_implementation}
+        chosen = {name: getattr(options, name) for name in _SPAWNED_OPTIONS}
+        chosen |= {"cache_dir": str(options.cache_dir) if options.cache_dir is not None else None, "ends": "compiled"}
+        return Spawned(config, self.model.dtype, call.inputs.device, settings, chosen)
+
+    def outcome(self, call: Call) -> Outcome | None:
+        """What became of the build for calls like this one; None while it is under way, or was not begun."""
+        build = self._builds.get(call.signature)
+        found = Outcome(build, 0.0) if isinstance(build, str) else build.outcome() if build is not None else None
+        told = self.report.elsewhere
+        if found is None and build is not None and told is not None:
+            told.eager_calls += 1
+        if found is not None and told is not None:
+            told.seconds, told.reason = found.seconds, found.reason
+        return found
+
+    def wait(self, deadline: float) -> None:
+        """Until the builds that were begun have ended, or the deadline (`time.monotonic()`) is over."""
+        for build in self._builds.values():
+            if not isinstance(build, str):
+                build.outcome(max(deadline, time.monotonic()))

@@ -1,0 +1,106 @@
+"""Loads a model while another process builds its program from the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from glowplug.compilers import get_compiler
+from glowplug.errors import UsageError
+from glowplug.hf.background import Elsewhere, Forked, Spawned, can_fork
+from glowplug.hf.bake import bake
+from glowplug.hf.elsewhere import with_store
+from glowplug.hf.engine import attach, engine_of
+from glowplug.hf.weightless import auto_class, read_dtype, weightless_model
+from glowplug.options import Options
+from glowplug.report import ElsewhereReport, Report
+
+_SETTINGS = ("attn_implementation", "experts_implementation")
+"""Arguments of `from_pretrained` that say how the model computes."""
+_HUB = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "trust_remote_code", "force_download")
+_OPTIONS = ("identity", "experts", "compiler", "stamp")
+
+
+def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """See `glowplug.from_pretrained`; `settings` are transformers' own arguments."""
+    name = os.fspath(path)
+    given = settings.get("config")
+    try:
+        hub = {key: value for key, value in settings.items() if key in _HUB}
+        config = given if given is not None else AutoConfig.from_pretrained(name, **hub)
+    except Exception as exc:  # errors of many classes
+        raise UsageError(f"{name} has no configuration that transformers knows: {' '.join(str(exc).split())}") from exc
+    options, kept = with_store(options)
+    build = _begin(name, config, options, settings)
+    start = time.perf_counter()
+    model: PreTrainedModel = auto_class(config).from_pretrained(name, **settings)
+    model.eval().requires_grad_(False)
+    told = ElsewhereReport(load_seconds=round(time.perf_counter() - start, 3))
+    if isinstance(build, str):
+        told.seconds, told.reason = 0.0, build
+    else:
+        start = time.perf_counter()
+        outcome = build.outcome(math.inf)
+        told.waited_seconds = round(time.perf_counter() - start, 3)
+        if outcome is not None:
+            told.seconds, told.reason = outcome.seconds, outcome.reason
+    attach(model, dataclasses.replace(options, background=False))
+    engine = engine_of(model)
+    assert engine is not None
+    engine.keeps = kept
+    engine.report.elsewhere = told
+    engine.prepare()
+    return model
+
+
+def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapping[str, Any]) -> Elsewhere | str:
+    """Begin to build the program; or why it can't be, before there are weights."""
+    if settings.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
+        return "the weights are quantized while they load"
+    if settings.get("tp_plan") is not None or settings.get("device_mesh") is not None:
+        return "the weights are distributed while they load"
+    device = _device(settings.get("device_map"))
+    if isinstance(device, str):
+        return device
+    try:
+        dtype = settings.get("dtype", "auto")
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+        dtype = dtype if isinstance(dtype, torch.dtype) else read_dtype(Path(name), config)
+    except UsageError as exc:
+        return str(exc)
+    chosen = {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
+    if can_fork(device):
+        compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
+        options = dataclasses.replace(options, compiler=compiler, ends="compiled", background=False)
+
+        def build() -> Report:
+            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options)
+
+        return Forked(build, nice=0)
+    if not isinstance(options.compiler, str):
+        return "a compiler of one's own can't be used in a process of its own"
+    asked = {key: getattr(options, key) for key in _OPTIONS}
+    asked |= {"cache_dir": str(options.cache_dir) if options.cache_dir is not None else None, "ends": "compiled"}
+    return Spawned(config, dtype, device, chosen, asked)
+
+
+def _device(device_map: Any) -> torch.device | str:
+    """The one device of a model; or why there is none."""
+    if device_map is None:
+        return torch.get_default_device()
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    if isinstance(device_map, int) and torch.cuda.is_available():
+        return torch.device("cuda", device_map)
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        return f"device_map={device_map!r} decides where weights go while they load"
