@@ -18,6 +18,7 @@ from glowplug.options import Options
 from storing import StoringGraphs
 
 DEPTH = 8
+forks = pytest.mark.skipif(torch.cuda.is_initialized(), reason="a process that uses a GPU can't fork")
 
 
 def baked(store: Path, model: PreTrainedModel, **options: Any) -> glowplug.Report:
@@ -65,6 +66,7 @@ def save(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
+@forks
 def test_from_pretrained_builds_behind_the_weights(tmp_path: Path) -> None:
     original = families.build("glm4_moe", layers=DEPTH)
     compiler = StoringGraphs()
@@ -80,6 +82,7 @@ def test_from_pretrained_builds_behind_the_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@forks
 def test_from_pretrained_without_a_store_and_with_a_failing_build(tmp_path: Path) -> None:
     original = families.build("gpt_oss", layers=DEPTH)
     folder = save(original, tmp_path / "model")
@@ -108,6 +111,7 @@ def in_background(fault: str = "", **options: Any) -> tuple[PreTrainedModel, Pre
     return model, other
 
 
+@forks
 def test_background_answers_at_once_and_takes_over_between_two_steps() -> None:
     model, other = in_background()
     ids = families.prompt(1, 6)

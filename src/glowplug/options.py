@@ -32,8 +32,8 @@ class Options:
         identity: how layer ops say which layer they are. `"hoisted"`: by a graph input. `"ordered"`: by the order of
             creation, as vLLM's pull request 32805 did. `"baked"`: by a name in the graph, as before it. `"auto"`:
             what `fast_moe_cold_start` says.
-        experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: inline
-            where the model's experts implementation can be traced.
+        experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: opaque
+            where their inside is compiled, too (on Linux CPUs); elsewhere inline, if they can be traced.
         compiler: `"inductor"`, `"eager"` (runs pieces uncompiled: tests, debugging), or a `PieceCompiler`.
         fast_moe_cold_start: vLLM's switch. True: ordered. False: baked. None: the best safe way, hoisted.
         strict: raise `NotServableError` where eager would run instead.

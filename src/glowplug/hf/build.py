@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
+from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError, NotStorableError
 from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
@@ -188,9 +190,15 @@ class Builder:
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
         return f"{type(self.model).__name__}, {layers} layers, {self.report.strategy}"
 
+    @property
+    def _compiles_insides(self) -> bool:
+        """Whether opaque experts end up compiled: before the first answer, or beside serving where forks can do it."""
+        beside = self.options.inside == "auto" and sys.platform == "linux"
+        return isinstance(self.compiler, StoringCompiler) and (beside or self.options.inside == "compiled")
+
     def _plan(self) -> hf_experts.ExpertsPlan:
         """What happens to the experts; registers the layers."""
-        plan = hf_experts.plan(self.model, self.options.experts)
+        plan = hf_experts.plan(self.model, self.options.experts, insides=self._compiles_insides)
         if self.registry is None:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
             for op, names in plan.orders.items():

@@ -33,8 +33,16 @@ class ExpertsPlan:
     orders: dict[str, list[str]]
 
 
-def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
-    """Decide, from the option and from what the model is."""
+def plan(model: PreTrainedModel, choice: str, *, insides: bool = False) -> ExpertsPlan:
+    """Decide, from the option and from what the model is.
+
+    Args:
+        model: the model.
+        choice: `Options.experts`.
+        insides: whether the inside of opaque experts gets compiled, too. `"auto"` then means opaque on a CPU: a
+            compiled inside takes the implementation that suits the number of tokens (gpt-oss, tiny, 36 layers, two
+            cores: a decode step of 5.2 ms against 8.2 inline, a prefill of 128 tokens 22.8 against 24.3).
+    """
     attention, mixers = interfaces.attention_layers(model), interfaces.token_mixers(model)
     experts = interfaces.experts_layers(model)
     routed_only = interfaces.routed_experts_layers(model)
@@ -47,7 +55,9 @@ def plan(model: PreTrainedModel, choice: str) -> ExpertsPlan:
         layers = {name: m for name, m in model.named_modules() if name in mixers or name in untraceable}
         return ExpertsPlan("opaque" if untraceable else "none", None, untraceable, {}, layers, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
-    if choice == "inline" or (choice == "auto" and (own in _TRACEABLE or not experts)):
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    inline = (own in _TRACEABLE or not experts) and not (insides and on_cpu)
+    if choice == "inline" or (choice == "auto" and inline):
         implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
         return ExpertsPlan("inline", implementation, {}, {}, mixers, orders)
     blocks = interfaces.shared_blocks(model, hidden_size)
