@@ -29,6 +29,7 @@ to layer (0.11 after 36 layers of random weights in bfloat16, as much as other c
 about 1; that the layers are the right ones is proved more closely by the uncompiled pieces."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The same for uncompiled pieces. Half precision: 0.01."""
+Agree = Callable[[str | None], str | None]
 Classes = Sequence[tuple[int, tuple[int, ...]]]
 """(sequences, tokens of each step) of each comparison."""
 CLASSES: Classes = ((2, (7, 1)), (1, (1, 3)))
@@ -83,6 +84,7 @@ def compare(
     candidates: Sequence[Candidate],
     on_output: Callable[[type], None],
     classes: Classes = CLASSES,
+    agree: Agree | None = None,
 ) -> Problem | None:
     """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
 
@@ -92,6 +94,7 @@ def compare(
         candidates: the programs. Exact ones are compared in the first class only.
         on_output: is told the class of the model's output.
         classes: the sizes to compare.
+        agree: of a model that several processes run together: makes what one finds the finding of all.
 
     Returns:
         Why a program must not serve, or None.
@@ -99,7 +102,7 @@ def compare(
     with torch.no_grad():
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
-            problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps)
+            problem = _compare_steps(model, call, chosen, on_output, batch=batch, steps=steps, agree=agree)
             if problem is not None:
                 return problem
     return None
@@ -113,6 +116,7 @@ def _compare_steps(
     *,
     batch: int,
     steps: tuple[int, ...],
+    agree: Agree | None,
 ) -> Problem | None:
     signature = call.signature
     config = model.config.get_text_config()
@@ -142,13 +146,18 @@ def _compare_steps(
             ready = read_call(model, (), {**kwargs, "past_key_values": cache})
             if isinstance(ready, str):
                 return Problem(ready)
+            logits: Tensor | None = None
             try:
                 logits = candidate.run(ready).logits
-            except GlowplugError:
-                raise
             except Exception as exc:
-                return Problem(f"the program raised {type(exc).__name__}: {str(exc)[:200]}")
-            reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
+                if isinstance(exc, GlowplugError) and agree is None:
+                    raise
+                reason = f"the program raised {type(exc).__name__}: {str(exc)[:200]}"
+            else:
+                reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
+            reason = agree(reason) if agree is not None else reason
+            if reason is not None and (logits is None or agree is not None):
+                return Problem(reason)
             if reason is not None:
                 again = {**kwargs, "past_key_values": before}
                 ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
