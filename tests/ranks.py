@@ -1,5 +1,5 @@
-"""What `test_distributed.py` runs in each of several processes: `python ranks.py SCENARIO FOLDER`, with the rank and the
-number of ranks in the environment, as torchrun has them. Each writes what it found to `FOLDER/rank-N.json`."""
+"""What `test_distributed.py` runs in each of several processes: `python ranks.py SCENARIO FOLDER`, with the rank and
+the number of ranks in the environment, as torchrun has them. Each writes what it found to `FOLDER/rank-N.json`."""
 
 from __future__ import annotations
 

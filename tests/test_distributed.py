@@ -98,8 +98,9 @@ def test_when_one_rank_can_not_serve_all_run_eager(parallel: list[dict[str, Any]
 def _check_compiled_once(ranks: list[dict[str, Any]]) -> None:
     stored = [rank["counts"].get("piece stored", 0) for rank in ranks]
     distinct = {rank["distinct"] for rank in ranks}
+    seen = [(rank["start"], rank["counts"], rank["problems"]) for rank in ranks]
     assert len(distinct) == 1 and sum(stored) == distinct.pop()
-    assert sorted(rank["start"] for rank in ranks) == ["cold", *["warm"] * (len(ranks) - 1)]
+    assert sorted(rank["start"] for rank in ranks) == ["cold", *["warm"] * (len(ranks) - 1)], seen
 
 
 @pytest.mark.inductor

@@ -414,9 +414,7 @@ class Builder:
         served.uncompiled = None
         return None
 
-    def _compare(
-        self, served: Served, call: Call, classes: verify.Classes, *, exact: bool
-    ) -> verify.Problem | None:
+    def _compare(self, served: Served, call: Call, classes: verify.Classes, *, exact: bool) -> verify.Problem | None:
         registry = self.registry
         assert registry is not None
 

@@ -52,6 +52,7 @@ SKIP = frozenset(
         "_pp_plan",
         "_skip_keys_device_placement",
         "_tp_plan",
+        "_weight_conversions",
         "all_tied_weights_keys",
         "architectures",
         "dtype",
