@@ -147,6 +147,7 @@ def _compare_steps(
             if isinstance(ready, str):
                 return Problem(ready)
             logits: Tensor | None = None
+            reason: str | None
             try:
                 logits = candidate.run(ready).logits
             except Exception as exc:
