@@ -195,17 +195,16 @@ def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int
             )
     if len(starts) != depth:
         raise NotStampableError(f"{len(starts)} of the template's {depth} layers ran", tuple(range(len(starts), depth)))
+    for step in steps[starts[0] : starts[-1]]:
+        if isinstance(step, OpStep) and not at_layers and _called_for(step, locations) is None:
+            raise NotStampableError(f"{step.op.name} is called for a layer outside the stack, between its layers")
     return starts
 
 
 def _called_for(step: Step, locations: Locations) -> int | None:
-    """The layer that an op is called for; None for a piece."""
-    if not isinstance(step, OpStep):
-        return None
-    where = locations.own.get(getattr(step.args[0], "name", ""))
-    if where is None:
-        raise NotStampableError(f"{step.op.name} is called for a layer outside the stack")
-    return where[0]
+    """The layer that an op is called for; None for a piece, or for a module outside of the stack."""
+    where = locations.own.get(getattr(step.args[0], "name", "")) if isinstance(step, OpStep) else None
+    return where[0] if where is not None else None
 
 
 class _Reader:
@@ -319,12 +318,17 @@ def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
             raise NotStampableError(f"layers {first} and {layer} look alike, but read different values", (first, layer))
     ops: dict[int, tuple[int, list[Any]]] = {}
     for layer, unit in enumerate(units[1:], 1):
-        calls = [step.code[0] for step in unit.steps if step.found is None]
+        calls = [step.code[0] for step in unit.steps if isinstance(step.step, OpStep) and not _is_outside(step)]
         first, expected = ops.setdefault(template[layer], (layer, calls))
         if calls != expected:
             raise NotStampableError(
                 f"layers {first} and {layer} look alike, but call their ops differently", (first, layer)
             )
+
+
+def _is_outside(step: UnitStep) -> bool:
+    """Whether an op is called for a module outside of the stack, such as a model's head."""
+    return isinstance(next(iter(step.inputs.values()), None), Outside)
 
 
 def _check_joints(units: Sequence[Unit], sequence: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from glowplug.hf.insides import Insides
 from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.served import Recipe, Served
+from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.registry import LayerRegistry, register_layers
@@ -66,6 +67,12 @@ class Builder:
         self.for_others = weightless(model)
         self.insides: Insides | None = None
         self._slots: dict[str, insides.Slots] = {}
+        self.processes: Processes | None = None
+        self._refused: str | None = None
+        try:
+            self.processes = processes_of(model)
+        except CaptureError as exc:
+            self._refused = str(exc)
         self._pieces = PieceCache()
         self._reads: set[str] = set()
         self._stored: Warm | None = None
@@ -95,8 +102,10 @@ class Builder:
             CaptureError, CompileError: as the reason.
             NotServableError: with `strict`, when the model can't be stamped.
         """
+        if self._refused is not None:
+            return self._refused
         with collector_paused():
-            served = self._build(call)
+            served = self._build(call) if self.processes is None else self._build_together(call, self.processes)
             if isinstance(served, Served) and self.insides is None:
                 self._compile_insides()
             if isinstance(served, Served):
@@ -104,6 +113,11 @@ class Builder:
         if self.store is not None:
             self.report.store = StoreReport.of(self.store)
         return served
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes run the model together."""
+        return self.processes is not None or self._refused is not None
 
     @property
     def pending(self) -> bool:
@@ -139,6 +153,39 @@ class Builder:
                     self._keep(warm, key, found)
         return found
 
+    def _build_together(self, call: Call, processes: Processes) -> Served | str:
+        """The same of a model that several processes run together. Each makes or finds its program without running
+        it, as one may wait for a lock that another holds; then all compare theirs, in step."""
+        error: Exception | None = None
+        try:
+            found = self._build(call)
+        except Exception as exc:
+            error, found = exc, str(exc)
+        problem = processes.agree(found if isinstance(found, str) else None)
+        if error is not None:
+            raise error
+        if problem is not None or isinstance(found, str):
+            return problem or found
+        if self.options.verify == "once":
+            exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
+            classes = verify.GLANCE if all(proved) else verify.CLASSES
+            differs = self._prove(found, call, classes, exact=all(exact))
+            warm = self._warm(call.inputs.device)
+            if warm is not None and found.key is not None:
+                self._judge(warm, found.key, differs)
+            if differs is not None:
+                return f"the program is not equal to eager: {differs.reason}"
+        return found
+
+    def _judge(self, warm: Warm, key: str, problem: verify.Problem | None) -> None:
+        """Write down in the store what came of comparing a program that is there already."""
+        if problem is not None:
+            warm.store.drop("manifest", key, f"it is not equal to eager: {problem.reason}")
+            return
+        manifest = warm.manifests.read(key)
+        if manifest is not None and not manifest.verified:
+            warm.manifests.keep(key, dataclasses.replace(manifest, verified=True), self._about())
+
     def _warm(self, device: torch.device) -> Warm | None:
         """The store, opened for this model's device."""
         if self._stored is None:
@@ -156,12 +203,12 @@ class Builder:
             return None
         manifest, served = found.manifest, found.served
         self._reads |= set(manifest.reads)
+        served.key, served.proved = key, manifest.verified
         problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
+        if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
+            self._judge(warm, key, problem)
         if problem is not None:
-            warm.store.drop("manifest", key, f"it is not equal to eager: {problem.reason}")
             return None
-        if not manifest.verified and self.options.verify == "once":
-            warm.manifests.keep(key, dataclasses.replace(manifest, verified=True), self._about())
         self._pieces.compiled |= found.runners
         self._slots |= found.slots
         self._pieces.order += [piece for piece in found.runners if piece not in self._pieces.order]
@@ -179,12 +226,13 @@ class Builder:
                 self._slots,
                 self._pieces.addresses,
                 self.report,
-                verified=self.options.verify == "once" and not self.for_others,
+                verified=self.options.verify == "once" and not self.for_others and self.processes is None,
             )
         except NotStorableError as exc:
             warm.store.note(f"the program is not stored: {exc}")
             return
         warm.manifests.keep(key, manifest, self._about())
+        served.key = key
 
     def _about(self) -> str:
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
@@ -238,6 +286,8 @@ class Builder:
         """Compile the inside of opaque experts, now or beside."""
         registry, choice = self.registry, self.options.inside
         if not self._slots or choice == "eager" or self.compiler.name == "eager" or registry is None:
+            return
+        if self.processes is not None:  # trials would run collectives, each process its own number of them
             return
         layers = {op: {name: registry[name] for name in registry.order(op)} for op in self._slots}
         self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report, self._pieces.store)
@@ -323,7 +373,7 @@ class Builder:
                 stamping=how,
                 drop_unused=True,
                 both=self.options.verify == "once",
-                defer_ends=self.options.ends == "auto" and not self.options.strict,
+                defer_ends=self.options.ends == "auto" and not self.options.strict and self.processes is None,
             )
             unread = frozenset(e.node for e in captured.inputs if e.source.startswith("L['cache']"))
             return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))
@@ -345,15 +395,27 @@ class Builder:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
         if self.for_others:  # it can't run here; whoever serves the program compares
             return None
+        if self.processes is not None:  # all compare at once, when each has a program
+            self.watch = Watch(self.model, self._reads)
+            return None
+        return self._prove(served, call, classes, exact=self._has_exact(served))
+
+    def _has_exact(self, served: Served) -> bool:
+        """Whether there is a form of the program with uncompiled pieces."""
+        return served.uncompiled is not None or self.compiler.name == "eager"
+
+    def _prove(self, served: Served, call: Call, classes: verify.Classes, *, exact: bool) -> verify.Problem | None:
+        """Compare a program with eager; `exact`: uncompiled, too."""
         for attempt in range(2):
             self.watch = Watch(self.model, self._reads)
             if self.options.verify == "off":
                 break
             with self.report.phase("verify"):
-                problem = self._compare(served, call, classes)
+                problem = self._compare(served, call, classes, exact=exact)
             if problem is not None:
                 return problem
             changed = self.watch.change()
+            changed = self.processes.agree(changed) if self.processes is not None else changed
             if changed is None:
                 break
             if attempt == 1:  # the first run may set up what later ones find
@@ -361,7 +423,7 @@ class Builder:
         served.uncompiled = None
         return None
 
-    def _compare(self, served: Served, call: Call, classes: verify.Classes) -> verify.Problem | None:
+    def _compare(self, served: Served, call: Call, classes: verify.Classes, *, exact: bool) -> verify.Problem | None:
         registry = self.registry
         assert registry is not None
 
@@ -372,12 +434,11 @@ class Builder:
             return served.run(ready, registry, uncompiled=True)
 
         candidates = [verify.Candidate(run, exact=False)]
-        if served.uncompiled is not None:
+        if exact:  # without a form of its own, the program's pieces are uncompiled
             candidates.insert(0, verify.Candidate(run_uncompiled, exact=True))
-        elif self.compiler.name == "eager":
-            candidates = [verify.Candidate(run, exact=True), verify.Candidate(run)]
 
         def note(found: type) -> None:
             served.output_type = found
 
-        return verify.compare(self.model, call, candidates, note, classes)
+        agree = self.processes.agree if self.processes is not None else None
+        return verify.compare(self.model, call, candidates, note, classes, agree)

@@ -24,7 +24,7 @@ from glowplug.hf.served import Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.report import Report
+from glowplug.report import ElsewhereReport, Report
 from glowplug.store import open_store
 
 _SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
@@ -50,7 +50,9 @@ class Engine:
         self.keeps: Any = None
         """What lives as long as the engine, such as a store of this process alone."""
         self._background: Background | None = None
-        if options.background:
+        if options.background and self.builder.distributed:
+            self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
+        elif options.background:
             options, self.keeps = with_store(options)
             self.builder.store = open_store(options.cache_dir)
             self._background = Background(model, options, self.report)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glowplug.hf import interfaces
+from glowplug.hf.sharding import sharded_modules
 
 _TRACEABLE = ("grouped_mm", "batched_mm")
 
@@ -44,27 +45,36 @@ def plan(model: PreTrainedModel, choice: str, *, insides: bool = False) -> Exper
             cores: a decode step of 5.2 ms against 8.2 inline, a prefill of 128 tokens 22.8 against 24.3).
     """
     attention, mixers = interfaces.attention_layers(model), interfaces.token_mixers(model)
-    experts = interfaces.experts_layers(model)
-    routed_only = interfaces.routed_experts_layers(model)
+    sharded = sharded_modules(model)
+    experts = _without(sharded, interfaces.experts_layers(model))
+    routed_only = _without(sharded, interfaces.routed_experts_layers(model))
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
     orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
+    orders["glowplug::sharded"] = list(sharded)
     hidden_size = model.config.get_text_config().hidden_size
-    untraceable = interfaces.untraceable_blocks(model, hidden_size) if choice != "inline" else {}
+    probe = choice != "inline" and not sharded
+    untraceable = interfaces.untraceable_blocks(model, hidden_size) if probe else {}
+    always = {name: m for name, m in model.named_modules() if name in mixers or name in sharded or name in untraceable}
+    hidden = any(name in sharded for name in interfaces.experts_layers(model))
     if not experts and not routed_only:
         orders["glowplug::moe_forward_shared"] = list(untraceable)
-        layers = {name: m for name, m in model.named_modules() if name in mixers or name in untraceable}
-        return ExpertsPlan("opaque" if untraceable else "none", None, untraceable, {}, layers, orders)
+        return ExpertsPlan("opaque" if hidden or untraceable else "none", None, untraceable, {}, always, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
     on_cpu = next(model.parameters()).device.type == "cpu"
     inline = (own in _TRACEABLE or not experts) and not (insides and on_cpu)
     if choice == "inline" or (choice == "auto" and inline):
         implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
-        return ExpertsPlan("inline", implementation, {}, {}, mixers, orders)
+        return ExpertsPlan("inline", implementation, {}, {}, always, orders)
     blocks = interfaces.shared_blocks(model, hidden_size)
     covered = {id(module) for block in blocks.values() for module in block.modules()}
     behind = {**experts, **routed_only}
     routed = {name: m for name, m in model.named_modules() if name in behind and id(m) not in covered}
     orders["glowplug::moe_forward"] = list(routed)
     orders["glowplug::moe_forward_shared"] = list(blocks)
-    layers = {name: m for name, m in model.named_modules() if name in mixers or name in routed or name in blocks}
+    layers = {name: m for name, m in model.named_modules() if name in always or name in routed or name in blocks}
     return ExpertsPlan("opaque", interfaces.NAME if experts else None, blocks, routed_only, layers, orders)
+
+
+def _without(sharded: dict[str, nn.Module], found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules that are not distributed over processes: those run behind `glowplug::sharded`."""
+    return {name: module for name, module in found.items() if name not in sharded}

@@ -23,6 +23,7 @@ from glowplug.errors import CaptureError
 from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.hf.caches import own_cache_class
 from glowplug.hf.mixer_entry import mixer_entry
+from glowplug.hf.sharding import entry_of, sharded_modules
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
@@ -298,14 +299,20 @@ def in_force(
         for config in configs(model)
     ]
     mixers = token_mixers(model) if whole else mixer_layers(model)
+    replaced = {**blocks, **routed, **mixers}
+    entries = _sharded_entries(model, mixers, replaced)
     if not whole:
         give_attention_functions(model)
+    modules = [*replaced.values(), *(module for module, _ in entries)]
+    own = [(module, module.__dict__.get("forward")) for module in modules]
     try:
         for config, *_ in saved:
             if not whole:
                 config._attn_implementation_internal = NAME
             if experts is not None:
                 config._experts_implementation_internal = experts
+        for module, entry in entries:
+            _set_forward(module, types.MethodType(entry, module) if entry is not None else None)
         for block in blocks.values():
             object.__setattr__(block, "forward", types.MethodType(_block_entry, block))
         for layer in routed.values():
@@ -317,8 +324,30 @@ def in_force(
         for config, attn, moe in saved:
             config._attn_implementation_internal = attn
             config._experts_implementation_internal = moe
-        for module in (*blocks.values(), *routed.values(), *mixers.values()):
-            module.__dict__.pop("forward", None)
+        for module, forward in own:
+            _set_forward(module, forward)
+
+
+def _set_forward(module: nn.Module, forward: Any) -> None:
+    """Give a module a forward of its own; None: that of its class."""
+    module.__dict__.pop("forward", None)
+    if forward is not None:
+        object.__setattr__(module, "forward", forward)
+
+
+def _sharded_entries(
+    model: nn.Module, mixers: dict[str, nn.Module], replaced: dict[str, nn.Module]
+) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
+    """The modules that are distributed over processes, with what traces see in the place of their forward.
+
+    Raises:
+        CaptureError: one can't be traced.
+    """
+    distributed = sharded_modules(model)
+    for name in attention_layers(model):
+        if name in distributed and name not in mixers:
+            raise CaptureError(f"the attention of {name} is distributed as a whole")
+    return [(module, entry_of(name, module)) for name, module in distributed.items() if name not in replaced]
 
 
 def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -65,7 +65,11 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
     """Begin to build the program; or why it can't be, before there are weights."""
     if settings.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
         return "the weights are quantized while they load"
-    if settings.get("tp_plan") is not None or settings.get("device_mesh") is not None:
+    if (
+        settings.get("tp_plan") is not None
+        or settings.get("device_mesh") is not None
+        or settings.get("distributed_config")
+    ):
         return "the weights are distributed while they load"
     device = _device(settings.get("device_map"))
     if isinstance(device, str):

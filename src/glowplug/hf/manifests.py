@@ -23,6 +23,7 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature
 from glowplug.hf.experts import ExpertsPlan
+from glowplug.hf.sharding import processes_of, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack
@@ -115,6 +116,8 @@ class Manifests:
             self.pieces.environment,
             transformers.__version__,
             repr(replace(signature, device=torch.device(signature.device.type))),
+            signature.device.index or 0,  # pieces hold the device that they run on
+            world_text(processes_of(self.model)),
             [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
             [self.options.resolved_identity, self.options.stamp],
         ]

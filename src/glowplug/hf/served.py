@@ -48,6 +48,8 @@ class Served:
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         checked: sizes of a call -> why they break an assumption, or None.
         recipe: what a later process needs to run it again; None when it came from a store.
+        key: its address in the store; None when it is not there.
+        proved: whether an earlier process compared it with eager.
     """
 
     program: Program
@@ -56,6 +58,8 @@ class Served:
     uncompiled: Program | None = None
     checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
+    key: str | None = None
+    proved: bool = False
 
     def run(self, call: Call, registry: LayerRegistry, *, check_order: bool = True, uncompiled: bool = False) -> Any:
         """Run a call that the program can serve; returns what the model's forward would."""

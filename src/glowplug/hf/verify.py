@@ -32,6 +32,7 @@ to layer (0.11 after 36 layers of random weights in bfloat16, as much as other c
 about 1; that the layers are the right ones is proved more closely by the uncompiled pieces."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The same for uncompiled pieces. Half precision: 0.01."""
+Agree = Callable[[str | None], str | None]
 Classes = Sequence[tuple[int, tuple[int, ...]]]
 """(sequences, tokens of each step) of each comparison."""
 CLASSES: Classes = ((2, (7, 1)), (1, (1, 3)))
@@ -88,6 +89,7 @@ def compare(
     candidates: Sequence[Candidate],
     on_output: Callable[[type], None],
     classes: Classes = CLASSES,
+    agree: Agree | None = None,
 ) -> Problem | None:
     """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
 
@@ -97,6 +99,7 @@ def compare(
         candidates: the programs. Exact ones are compared in the first class only.
         on_output: is told the class of the model's output.
         classes: the sizes to compare.
+        agree: of a model that several processes run together: makes what one finds the finding of all.
 
     Returns:
         Why a program must not serve, or None.
@@ -105,7 +108,7 @@ def compare(
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
             compare_class = _compare_masked if number == 0 else _compare_steps
-            problem = compare_class(model, call, chosen, on_output, batch, steps)
+            problem = compare_class(model, call, chosen, on_output, batch, steps, agree)
             if problem is not None:
                 return problem
     return None
@@ -118,16 +121,17 @@ def _compare_masked(
     on_output: Callable[[type], None],
     batch: int,
     steps: tuple[int, ...],
+    agree: Agree | None,
 ) -> Problem | None:
     """Compare with a short window, if the model has one and its forward can do it."""
     try:
         twin = with_short_windows(model) if sum(steps) > WINDOW else None
-        problem = _compare_steps(twin, call, candidates, on_output, batch, steps) if twin is not None else None
+        problem = _compare_steps(twin, call, candidates, on_output, batch, steps, agree) if twin is not None else None
     except Exception:  # no other window than its own fits the model
         twin, problem = None, None
     if twin is not None and problem is None:
         return None
-    own = _compare_steps(model, call, candidates, on_output, batch, steps)
+    own = _compare_steps(model, call, candidates, on_output, batch, steps, agree)
     if own is None and problem is not None:
         return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
     return own
@@ -140,6 +144,7 @@ def _compare_steps(
     on_output: Callable[[type], None],
     batch: int,
     steps: tuple[int, ...],
+    agree: Agree | None,
 ) -> Problem | None:
     signature = call.signature
     whole, mask, positions = _sequence(model, call, batch, sum(steps))
@@ -168,15 +173,21 @@ def _compare_steps(
             ready = read_call(model, (), {**kwargs, "past_key_values": cache})
             if isinstance(ready, str):
                 return Problem(ready)
+            logits: Tensor | None = None
+            reason: str | None
             try:
                 logits = candidate.run(ready).logits
             except NotServableError as exc:
-                return Problem(str(exc))
-            except GlowplugError:
-                raise
+                reason = str(exc)
             except Exception as exc:
-                return Problem(f"the program raised {type(exc).__name__}: {str(exc)[:200]}")
-            reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
+                if isinstance(exc, GlowplugError) and agree is None:
+                    raise
+                reason = f"the program raised {type(exc).__name__}: {str(exc)[:200]}"
+            else:
+                reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
+            reason = agree(reason) if agree is not None else reason
+            if reason is not None and (logits is None or agree is not None):
+                return Problem(reason)
             if reason is not None:
                 again = {**kwargs, "past_key_values": before}
                 ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})

@@ -16,6 +16,7 @@ from torch import nn
 
 from glowplug.layers.naming import NAMING, computed_with, mentions
 from glowplug.layers.registry import MARKS
+from glowplug.layers.shards import forward_text, sharding_text
 from glowplug.layers.watch import without_inert
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
@@ -163,7 +164,7 @@ def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
             lines.append(f"{path}.{name} {_tensor(tensor)}")
         names_only = uses.names_only(module)
         for name, value in sorted(module.__dict__.items()):
-            if name in MARKS or name in names_only or name in _TABLES or name == "training":
+            if name in MARKS or name in names_only or name in _TABLES or name in ("training", "forward"):
                 continue
             if name.endswith("_hooks") and isinstance(value, dict):
                 value = list(without_inert(value).values())
@@ -223,7 +224,7 @@ def why_no_template(kinds: Sequence[int]) -> str:
 
 def _code(module: nn.Module) -> str:
     forward = module.__dict__.get("forward")
-    return f"own forward {id(forward)}" if forward is not None else ""
+    return f"own forward {forward_text(module, _describe)}" if forward is not None else ""
 
 
 def _tensor(tensor: torch.Tensor | None) -> str:
@@ -231,6 +232,7 @@ def _tensor(tensor: torch.Tensor | None) -> str:
         return "none"
     return (
         f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device} {tensor.requires_grad} {type(tensor)}"
+        f"{sharding_text(tensor)}"
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from glowplug.errors import NotStorableError
 from glowplug.layers.registry import MARKS
+from glowplug.layers.shards import is_mesh, is_placement, mesh_text, sharding_text, wrapped_forward
 from glowplug.layers.watch import without_inert
 
 _STANDARD = frozenset(nn.Module().__dict__) | MARKS
@@ -73,7 +74,7 @@ class _Description:
         for name, value in table.items():
             if name in self.hidden or (name == "forward" and not path):
                 continue
-            if name == "forward":
+            if name == "forward" and wrapped_forward(module) is None:
                 raise NotStorableError(f"the forward of {path} was replaced")
             parts.append(f"{name}:{self.value(value, name, 0)}")
         return " ".join(parts)
@@ -83,7 +84,8 @@ class _Description:
         if tensor is None:
             return "none"
         number = self.tensors.setdefault(id(tensor), len(self.tensors))
-        return f"#{number} {tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device.type}"
+        layout = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device.type}{sharding_text(tensor)}"
+        return f"#{number} {layout}"
 
     def value(self, value: Any, name: str, depth: int) -> str:
         """A value as text."""
@@ -93,6 +95,10 @@ class _Description:
             return repr(value)
         if isinstance(value, Tensor):
             return self.tensor(value)
+        if is_mesh(value):
+            return mesh_text(value)
+        if is_placement(value):
+            return repr(value)
         if isinstance(value, nn.Module):
             return f"module {self.modules.get(id(value), type(value).__qualname__)}"
         if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):

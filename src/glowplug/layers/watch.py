@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from glowplug.layers.registry import MARKS
+from glowplug.layers.shards import is_sharded, local_of
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -57,7 +58,13 @@ class Watch:
         self._copies = [dict(content) for content in self._live]
         self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
         self._layouts = [_layout(tensor) for tensor in self._tensors]
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._sharded = any(map(is_sharded, self._tensors))
+        self._pointers = self._read_pointers()
+
+    def _read_pointers(self) -> list[int]:
+        if self._sharded:  # a distributed tensor has no memory of its own
+            return [local_of(tensor).data_ptr() for tensor in self._tensors]
+        return [tensor.data_ptr() for tensor in self._tensors]
 
     def _collect(self, model: nn.Module, modules: dict[str, nn.Module], reads: Iterable[str]) -> None:
         by_class: dict[type, set[str]] = {}
@@ -156,7 +163,7 @@ class Watch:
                     self._copies[index] = dict(live)
                 elif not _equal(live, before):
                     return f"{table.strip('_').replace('_', ' ')} of {owner or 'the model'} changed"
-        pointers = [tensor.data_ptr() for tensor in self._tensors]
+        pointers = self._read_pointers()
         if pointers != self._pointers:
             for tensor, layout in zip(self._tensors, self._layouts, strict=True):
                 if _layout(tensor) != layout:
@@ -204,7 +211,8 @@ def _freeze(value: Any) -> Any:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.stride(), str(tensor.device)
+    local = local_of(tensor)
+    return tuple(tensor.shape), tensor.dtype, tuple(local.shape), local.stride(), str(tensor.device)
 
 
 def _equal(now: Any, before: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
 from glowplug.layers.context import current_context
+from glowplug.layers.shards import wrapped_forward
 from glowplug.ops.arguments import NOTHING, decode
 from glowplug.ops.layer_op import layer_op
 
@@ -78,7 +79,11 @@ def _run(
     kwargs = decode(options, tensors, context.cache if context is not None else None)
     if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
         kwargs["attention_mask"] = mask
-    output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
+    own = wrapped_forward(layer)
+    if own is not None:
+        output = own(hidden_states=hidden_states, **kwargs)
+    else:
+        output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
     outputs = output if isinstance(output, tuple) else (output,)
     output = outputs[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:
