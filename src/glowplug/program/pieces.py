@@ -40,6 +40,10 @@ class Store(Protocol):
         """Keep one."""
         ...
 
+    def note(self, problem: str) -> None:
+        """Remember, and log once, what went wrong."""
+        ...
+
     def drop(self, kind: str, key: str, why: str) -> None:
         """Forget one that is of no use."""
         ...
@@ -78,6 +82,9 @@ class PieceStore:
             return None
         try:
             return self.compiler.load(pickle.loads(payload)[0])
+        except OSError as exc:  # such as a full disk, where kernels are unpacked: no fault of the piece
+            self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
+            return None
         except Exception as exc:  # whatever a stored piece raises, it is compiled anew
             self.store.drop("piece", self.key(digest), f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
             return None

@@ -1,0 +1,91 @@
+"""A piece compiler whose pieces can be stored, and that needs no C++: it runs pieces as they are, and counts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import glowplug
+from glowplug.report import Report
+
+
+class PickleCompiler:
+    """Stores pieces as pickled graphs.
+
+    Args:
+        log: a file that gets a line for each piece compiled, by whichever process.
+    """
+
+    name = "pickle"
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.log = log
+        self.compiled = 0
+        self.loaded = 0
+
+    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        """See `PieceCompiler.compile`."""
+        self.compiled += 1
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return piece.forward
+
+    def environment(self, device: torch.device) -> str:
+        """See `StoringCompiler.environment`."""
+        return f"pickle {device.type} {torch.get_float32_matmul_precision()}"
+
+    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+        """See `StoringCompiler.forks`."""
+        return False
+
+    def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
+        """See `StoringCompiler.compile_to_bytes`."""
+        return self.compile_and_store(piece, inputs)[1]
+
+    def compile_and_store(
+        self, piece: fx.GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
+        """See `StoringCompiler.compile_and_store`."""
+        run = self.compile(piece, inputs)
+        bare = fx.GraphModule(piece, piece.graph)
+        bare.meta.clear()
+        return run, pickle.dumps(bare)
+
+    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
+        """See `StoringCompiler.load`."""
+        self.loaded += 1
+        return pickle.loads(artifact).forward
+
+
+class Start:
+    """One start of a model with a store: what it answered, and what was done for it."""
+
+    def __init__(self, model: Any, store: Path | str | None, ids: torch.Tensor, **options: Any) -> None:
+        self.compiler = options.pop("compiler", None) or PickleCompiler()
+        glowplug.compile(model, compiler=self.compiler, cache_dir=store, ends="compiled", **options)
+        with torch.no_grad():
+            self.logits = model(ids, use_cache=False).logits
+        self.report: Report = glowplug.report(model)
+
+    @property
+    def problems(self) -> str:
+        """What the store noted."""
+        assert self.report.store is not None
+        return "\n".join(self.report.store.problems)
+
+
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
