@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx.graph_module import _forward_from_src
 
 import glowplug
 from glowplug.report import Report
 
 
 class PickleCompiler:
-    """Stores pieces as pickled graphs.
+    """Stores pieces as the pickled Python of their graphs.
 
     Args:
         log: a file that gets a line for each piece compiled, by whichever process.
@@ -56,12 +58,18 @@ class PickleCompiler:
         run = self.compile(piece, inputs)
         bare = fx.GraphModule(piece, piece.graph)
         bare.meta.clear()
-        return run, pickle.dumps(bare)
+        _, (body, imports) = bare.__reduce__()
+        return run, pickle.dumps((body, imports))
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         self.loaded += 1
-        return pickle.loads(artifact).forward
+        body, imports = pickle.loads(artifact)
+        # As fx unpickles a graph, but it is not traced once more, which not every graph survives.
+        forward: Any = _forward_from_src(imports + body["_code"], {})
+        module = nn.Module()
+        module.__dict__.update(body)
+        return functools.partial(forward, module)
 
 
 class Start:

@@ -124,18 +124,17 @@ def test_depths_share_their_pieces(store: Path) -> None:
 
 def test_another_models_manifest_is_refused(store: Path) -> None:
     """Moved, its envelope tells; packed anew for the place, it does not fit, or does not equal eager."""
-    for family, layers in (("gpt_oss", 4), ("qwen3", 3), ("qwen3", 5)):
-        Start(build(family, layers=layers), store / f"{family}{layers}", IDS)
-    mine, *others = [
-        next(e for e in LocalStore(store / name, print).entries() if e.kind == "manifest")
-        for name in ("qwen33", "gpt_oss4", "qwen35")
-    ]
+    entries = []
+    for family, layers in (("qwen3", 3), ("gpt_oss", 4), ("qwen3", 5)):
+        Start(build(family, layers=layers), store, IDS)
+        entries.append(next(e for e in LocalStore(store, print).entries() if e.kind == "manifest"))
+    mine, *others = entries
     for other in others:
         content = other.path.read_bytes()
         forged = pack("manifest", mine.key, unpack(content, "manifest", other.key, None), None)
         for planted in (content, forged):
             mine.path.write_bytes(planted)
-            start = Start(build("qwen3"), store / "qwen33", IDS)
+            start = Start(build("qwen3"), store, IDS)
             assert start.report.start == "cold"
             assert "not used" in start.problems
             assert torch.equal(start.logits, eager(build("qwen3")))
@@ -145,8 +144,7 @@ MODULE = """
 from transformers import Qwen3ForCausalLM
 SCALE = 2.0
 class Mine(Qwen3ForCausalLM):
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs)
+    pass
 """
 
 
