@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.fx.graph_module import _forward_from_src
+from torch import fx
 
 import glowplug
+from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.report import Report
 
 
@@ -56,20 +54,12 @@ class PickleCompiler:
     ) -> tuple[Callable[..., Sequence[Any]], bytes]:
         """See `StoringCompiler.compile_and_store`."""
         run = self.compile(piece, inputs)
-        bare = fx.GraphModule(piece, piece.graph)
-        bare.meta.clear()
-        _, (body, imports) = bare.__reduce__()
-        return run, pickle.dumps((body, imports))
+        return run, graph_to_bytes(piece)
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         self.loaded += 1
-        body, imports = pickle.loads(artifact)
-        # As fx unpickles a graph, but it is not traced once more, which not every graph survives.
-        forward: Any = _forward_from_src(imports + body["_code"], {})
-        module = nn.Module()
-        module.__dict__.update(body)
-        return functools.partial(forward, module)
+        return graph_from_bytes(artifact)
 
 
 class Start:

@@ -20,6 +20,7 @@ from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.graph.split import Piece
 from glowplug.program.ends import Ends, choose_ends
 from glowplug.progress import piece_progress
@@ -93,10 +94,9 @@ class PieceStore:
         """The uncompiled form of a stored piece, to compare with."""
         payload = self.store.get("piece", self.key(digest))
         try:
-            graph = pickle.loads(pickle.loads(payload)[1]) if payload is not None else None
+            return graph_from_bytes(pickle.loads(payload)[1]) if payload is not None else None
         except Exception:
             return None
-        return graph.forward if isinstance(graph, fx.GraphModule) else None
 
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
@@ -109,11 +109,9 @@ class PieceStore:
 
 
 def _pickled(piece: fx.GraphModule) -> bytes:
-    """A piece's graph without what the trace knew of it; empty when it can't be stored."""
+    """A piece's graph; empty when it can't be stored."""
     with contextlib.suppress(Exception):
-        bare = fx.GraphModule(piece, piece.graph)
-        bare.meta.clear()
-        return pickle.dumps(bare)
+        return graph_to_bytes(piece)
     return b""
 
 
