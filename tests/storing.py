@@ -1,19 +1,69 @@
-"""A piece compiler whose pieces can be stored, and that compiles nothing: an artifact is a graph's text."""
+"""A piece compiler whose pieces can be stored, and that needs no C++: it runs pieces as they are, and counts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from glowplug.graph.text import graph_to_text, text_to_function
+import glowplug
+from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
+from glowplug.report import Report
 
 
-class StoringGraphs:
-    """Keeps count of what this process, and not its forks, compiled and loaded.
+class PickleCompiler:
+    """Stores pieces as the pickled Python of their graphs.
+
+    Args:
+        log: a file that gets a line for each piece compiled, by whichever process.
+    """
+
+    name = "pickle"
+
+    def __init__(self, log: Path | None = None) -> None:
+        self.log = log
+        self.compiled = 0
+        self.loaded = 0
+
+    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        """See `PieceCompiler.compile`."""
+        self.compiled += 1
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return piece.forward
+
+    def environment(self, device: torch.device) -> str:
+        """See `StoringCompiler.environment`."""
+        return f"pickle {device.type} {torch.get_float32_matmul_precision()}"
+
+    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+        """See `StoringCompiler.forks`."""
+        return False
+
+    def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
+        """See `StoringCompiler.compile_to_bytes`."""
+        return self.compile_and_store(piece, inputs)[1]
+
+    def compile_and_store(
+        self, piece: fx.GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
+        """See `StoringCompiler.compile_and_store`."""
+        run = self.compile(piece, inputs)
+        return run, graph_to_bytes(piece)
+
+    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
+        """See `StoringCompiler.load`."""
+        self.loaded += 1
+        return graph_from_bytes(artifact)
+
+
+class StoringGraphs(PickleCompiler):
+    """The same, in forks too.
 
     Args:
         fault: what compiling does in a fork: `"raises"`, `"dies"`, or nothing.
@@ -22,14 +72,9 @@ class StoringGraphs:
     name = "storing graphs"
 
     def __init__(self, fault: str = "") -> None:
+        super().__init__()
         self.fault = fault
         self.home = os.getpid()
-        self.compiled = 0
-        self.loaded = 0
-
-    def environment(self, device: torch.device) -> str:
-        """All pieces are for any device."""
-        return "storing graphs"
 
     def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """Forks are safe: nothing is compiled."""
@@ -41,21 +86,31 @@ class StoringGraphs:
             raise RuntimeError("a compiler that fails")
         if os.getpid() != self.home and self.fault == "dies":
             os._exit(3)
-        self.compiled += 1
-        return piece.forward
+        return super().compile(piece, inputs)
 
-    def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
-        """The piece's text."""
-        return self.compile_and_store(piece, inputs)[1]
 
-    def compile_and_store(
-        self, piece: fx.GraphModule, inputs: Sequence[Any]
-    ) -> tuple[Callable[..., Sequence[Any]], bytes]:
-        """Both."""
-        run = self.compile(piece, inputs)
-        return run, graph_to_text(piece).encode()
+class Start:
+    """One start of a model with a store: what it answered, and what was done for it."""
 
-    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
-        """A piece from its text."""
-        self.loaded += 1
-        return text_to_function(artifact.decode())
+    def __init__(self, model: Any, store: Path | str | None, ids: torch.Tensor, **options: Any) -> None:
+        self.compiler = options.pop("compiler", None) or PickleCompiler()
+        glowplug.compile(model, compiler=self.compiler, cache_dir=store, ends="compiled", **options)
+        with torch.no_grad():
+            self.logits = model(ids, use_cache=False).logits
+        self.report: Report = glowplug.report(model)
+
+    @property
+    def problems(self) -> str:
+        """What the store noted."""
+        assert self.report.store is not None
+        return "\n".join(self.report.store.problems)
+
+
+class Trap:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")

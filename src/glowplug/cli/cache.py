@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from glowplug.cli.console import make_console
 from glowplug.cli.sizes import read_size, show_age, show_size
 from glowplug.errors import UsageError
-from glowplug.store import Entry, LocalStore, SigningKey, open_store
-from glowplug.store.envelope import read_header, unpack
+from glowplug.store import LocalStore, SigningKey, open_store
+from glowplug.store.local import unlink
 
 cache_app = typer.Typer(help="The artifact store: ls, verify, prune.", no_args_is_help=True)
 
@@ -20,6 +22,9 @@ Location = Annotated[str | None, typer.Option("--cache", help="A folder; default
 
 
 def _open(location: str | None) -> LocalStore:
+    """The store to look at; of a URL, the folder in front of it."""
+    if location and "://" not in location and not Path(location).expanduser().is_dir():
+        raise UsageError(f"there is no artifact store {location}")
     store = open_store(location)
     if store is None:
         raise UsageError("the artifact store is off (GLOWPLUG_CACHE); name one by --cache FOLDER")
@@ -39,18 +44,23 @@ def list_entries(cache: Location = None) -> None:
         header = entry.header
         table.add_row(
             entry.kind,
-            entry.key[:12],
+            Text(_plain(entry.key[:12])),
             show_size(entry.size),
             show_age(now - header.made) if header is not None else "?",
             show_age(now - entry.used),
             ("yes" if header.signature else "no") if header is not None else "?",
-            header.about if header is not None else "not readable",
+            Text(_plain(header.about) if header is not None else "not readable"),
         )
     console = make_console()
     if entries:
         console.print(table)
     total = sum(entry.size for entry in entries)
     console.print(f"{len(entries)} artifacts, {show_size(total)}, in {store.root}", markup=False, soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    """A text of an artifact, without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 @cache_app.command("verify")
@@ -61,37 +71,26 @@ def verify(
 ) -> None:
     """Read every artifact and compare its checksum; ends with 1 if one is damaged."""
     store = _open(cache)
-    bad = store.check()
-    if signed:
-        bad += _unsigned(store, {entry.path for entry, _ in bad})
+    number = len(store.entries())
+    bad = store.check(_key() if signed else None)
     console = make_console()
     for entry, problem in bad:
         done = ""
         if delete:
-            store.remove(entry.kind, entry.key)
-            done = "; deleted"
-        console.print(f"{entry.kind} {entry.key[:12]}: {problem}{done}", markup=False, soft_wrap=True)
-    whole = len(store.entries()) - (0 if delete else len(bad))
+            done = "; deleted" if unlink(entry.path) else "; it can't be deleted"
+        line = f"{entry.kind} {entry.key[:12]}: {problem}{done}"
+        console.print(_plain(line), markup=False, soft_wrap=True)
+    whole = number - len(bad)
     console.print(f"{whole} artifacts are whole, {len(bad)} are not", markup=False)
     if bad:
         raise typer.Exit(1)
 
 
-def _unsigned(store: LocalStore, known: set[object]) -> list[tuple[Entry, str]]:
+def _key() -> SigningKey:
     key = SigningKey.from_environment()
     if key is None:
         raise UsageError("--signed needs the key: set GLOWPLUG_SIGNING_KEY or GLOWPLUG_SIGNING_KEY_FILE")
-    found = []
-    for entry in store.entries():
-        if entry.path in known:
-            continue
-        content = entry.path.read_bytes()
-        header, _ = read_header(content)
-        try:
-            unpack(content, header.kind, header.key, key)
-        except Exception as exc:
-            found.append((entry, str(exc)))
-    return found
+    return key
 
 
 @cache_app.command("prune")

@@ -19,7 +19,10 @@ def read_size(text: str) -> int:
     found = _SIZE.match(text)
     if found is None:
         raise UsageError(f"{text!r} is no size; write it as 500M or 2G")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size >= 2**63:
+        raise UsageError(f"{text[:40]!r} is more than any disk holds")
+    return int(size)
 
 
 def show_size(size: int) -> str:

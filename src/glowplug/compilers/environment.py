@@ -5,16 +5,18 @@ Reads Inductor's configuration (private; checked on torch 2.11 and 2.13).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-FORM = 1
+FORM = 2
 """Of what is stored; a change of it makes all that was stored before unreachable."""
 _VOLATILE = ("compile_threads", "worker_", "trace.", "verbose", "debug", "log", "remote_cache", "cache_dir", "_cache")
 """Inductor options that change how a piece is compiled and not what comes of it, by parts of their names."""
@@ -55,7 +57,20 @@ def _processor() -> str:
     for name in ("_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
         test = getattr(torch.cpu, name, None)
         found += [name] if test is not None and test() else []
-    return " ".join(found)
+    return " ".join([*found, _processor_flags()])
+
+
+@functools.cache
+def _processor_flags() -> str:
+    """A digest of all that the processor can do: kernels are compiled for exactly that (`-march=native`), and one that
+    uses an instruction which another processor lacks ends the process. Where the system does not say: its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    wanted = {" ".join(sorted(line.split())) for line in lines if line.lower().startswith(("flags", "features"))}
+    told = repr(sorted(wanted)) if wanted else platform.processor()
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _inductor_options() -> str:

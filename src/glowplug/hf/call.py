@@ -116,6 +116,8 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     )
     if not _masks_usable(masks):
         return f"masks of type {type(masks).__name__} can't be handed to the compiled program"
+    if isinstance(masks, dict):  # transformers makes them in the order of a set, which each process has its own of
+        masks = dict(sorted(masks.items()))
     signature = Signature(
         embeds=embeds is not None,
         dtype=inputs.dtype,

@@ -56,7 +56,10 @@ class Background:
         if call.signature in self._builds:
             return
         self.report.elsewhere = ElsewhereReport(eager_calls=1)
-        self._builds[call.signature] = self._begin(call)
+        try:
+            self._builds[call.signature] = self._begin(call)
+        except OSError as exc:  # such as a full disk; the call was served
+            self._builds[call.signature] = f"no other process can be given the model: {exc.strerror or exc}"
 
     def _begin(self, call: Call) -> Elsewhere | str:
         options = dataclasses.replace(self.options, background=False, ends="compiled")

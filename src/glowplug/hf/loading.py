@@ -39,7 +39,10 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     except Exception as exc:  # errors of many classes
         raise UsageError(f"{name} has no configuration that transformers knows: {' '.join(str(exc).split())}") from exc
     options, kept = with_store(options)
-    build = _begin(name, config, options, settings)
+    try:
+        build = _begin(name, config, options, settings)
+    except OSError as exc:  # such as a full disk
+        build = f"no other process can be given the model: {exc.strerror or exc}"
     start = time.perf_counter()
     model: PreTrainedModel = auto_class(config).from_pretrained(name, **settings)
     model.eval().requires_grad_(False)

@@ -270,7 +270,7 @@ def _changed_source(sources: Mapping[str, str]) -> str | None:
         if module is None:
             try:
                 module = importlib.import_module(name)
-            except ImportError:
+            except Exception:  # whatever importing it raises
                 return f"the Python module {name} is gone"
         file = getattr(module, "__file__", None)
         if file is None or _digest(file) != digest:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
@@ -22,7 +23,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
 from glowplug.program import PieceStore
 from glowplug.report import Report
-from glowplug.store.manifest import Manifest
+from glowplug.store.manifest import Manifest, dtype_from_name
 from glowplug.store.store import ArtifactStore
 
 
@@ -79,16 +80,16 @@ def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry) 
     runners = warm.manifests.load_pieces(manifest) if manifest is not None else None
     if manifest is None or runners is None:
         return None
-    if manifest.facts["attention"] == "cut":
-        give_attention_functions(model)
     try:
+        if manifest.facts["attention"] == "cut":
+            give_attention_functions(model)
         program = warm.manifests.write_program(manifest, registry, runners)
         graphs = warm.manifests.load_graphs(manifest) if not manifest.verified else None
         uncompiled = warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
         output_type = _class(manifest.output_type)
         slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
-    except (ArtifactError, ImportError, AttributeError, KeyError, TypeError, ValueError) as exc:
-        warm.store.drop("manifest", key, str(exc))
+    except Exception as exc:  # whatever comes of a stored program, it is made anew
+        warm.store.drop("manifest", key, f"{type(exc).__name__}: {exc}"[:200])
         return None
     return Found(Served(program, manifest.assumptions, output_type, uncompiled), manifest, runners, slots)
 
@@ -141,11 +142,11 @@ def _class(name: str) -> type:
     found: Any = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
-    if not isinstance(found, type):
-        raise ArtifactError(f"{name} is no class")
+    if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+        raise ArtifactError(f"{name} is no class of outputs")
     return found
 
 
 def _slot(entry: list[Any]) -> Slot:
     sizes, dtype = entry
-    return Slot(tuple(sizes), getattr(torch, dtype.removeprefix("torch.")))
+    return Slot(tuple(sizes), dtype_from_name(dtype))

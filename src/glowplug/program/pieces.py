@@ -17,11 +17,11 @@ from torch import fx
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.compilers.parallel import Job, compile_jobs
-from glowplug.errors import CompileError, NotStorableError
+from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.graph.split import Piece
-from glowplug.graph.text import graph_to_text, text_to_function
 from glowplug.program.ends import Ends, choose_ends
 from glowplug.progress import piece_progress
 from glowplug.report import Report
@@ -39,6 +39,10 @@ class Store(Protocol):
 
     def put(self, kind: str, key: str, payload: bytes, about: str = "") -> None:
         """Keep one."""
+        ...
+
+    def note(self, problem: str) -> None:
+        """Remember, and log once, what went wrong."""
         ...
 
     def drop(self, kind: str, key: str, why: str) -> None:
@@ -79,6 +83,9 @@ class PieceStore:
             return None
         try:
             return self.compiler.load(pickle.loads(payload)[0])
+        except OSError as exc:  # such as a full disk, where kernels are unpacked: no fault of the piece
+            self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
+            return None
         except Exception as exc:  # whatever a stored piece raises, it is compiled anew
             self.store.drop("piece", self.key(digest), f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
             return None
@@ -87,23 +94,25 @@ class PieceStore:
         """The uncompiled form of a stored piece, to compare with."""
         payload = self.store.get("piece", self.key(digest))
         try:
-            text = pickle.loads(payload)[1] if payload is not None else ""
-            return text_to_function(text) if text else None
+            return graph_from_bytes(pickle.loads(payload)[1]) if payload is not None else None
         except Exception:
             return None
 
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
-        try:
-            text = graph_to_text(piece)
-        except NotStorableError:
-            text = ""  # programs that use it are compared as compiled only
-        payload = pickle.dumps((artifact, text))
+        payload = pickle.dumps((artifact, _pickled(piece)))
         self.store.put("piece", self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
 
     def lock(self, digest: str, timeout_s: float) -> AbstractContextManager[bool]:
         """Hold the lock of a piece."""
         return self.store.lock("piece", self.key(digest), timeout_s)
+
+
+def _pickled(piece: fx.GraphModule) -> bytes:
+    """A piece's graph; empty when it can't be stored."""
+    with contextlib.suppress(Exception):
+        return graph_to_bytes(piece)
+    return b""
 
 
 @dataclass

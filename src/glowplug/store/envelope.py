@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ from glowplug.errors import ArtifactError, UnsignedArtifactError, UsageError
 MAGIC = b"GLOWPLUG-ARTIFACT 1\n"
 _LONGEST_HEADER = 4096
 _SHORTEST_KEY = 16
+_LONGEST_KEY = 2**16
 
 KEY_VARIABLE = "GLOWPLUG_SIGNING_KEY"
 KEY_FILE_VARIABLE = "GLOWPLUG_SIGNING_KEY_FILE"
@@ -49,14 +51,15 @@ class SigningKey:
         Raises:
             UsageError: it can't be read, others can read it, or it is too short.
         """
-        place = Path(path).expanduser()
+        place = Path(os.path.expanduser(path))
         try:
-            mode = place.stat().st_mode
-            secret = place.read_bytes().strip()
+            with place.open("rb") as file:
+                status = os.fstat(file.fileno())
+                secret = file.read(_LONGEST_KEY).strip()
         except OSError as exc:
             raise UsageError(f"can't read the signing key {place}: {exc.strerror or exc}") from exc
-        if os.name == "posix" and mode & 0o077:
-            raise UsageError(f"others can read the signing key {place}; chmod 600 it")
+        if os.name == "posix" and (status.st_mode & 0o077 or status.st_uid not in (os.geteuid(), 0)):
+            raise UsageError(f"others can read the signing key {place}; chmod 600 it, as a file of your own")
         return cls(secret)
 
     @classmethod
@@ -123,15 +126,25 @@ def read_header(start: bytes) -> tuple[Header, int]:
     try:
         fields: Any = json.loads(start[len(MAGIC) : end])
         header = Header(**fields)
-    except (ValueError, TypeError) as exc:
-        raise ArtifactError(f"its header can't be read: {exc}") from exc
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise ArtifactError(f"its header can't be read: {exc}"[:200]) from exc
     texts = (header.kind, header.key, header.sha256, header.about, header.signature)
     numbers = (header.size, header.made)
-    if not all(isinstance(value, str) for value in texts) or not all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers
-    ):
+    if not all(isinstance(value, str) for value in texts) or not all(map(_sane, numbers)):
         raise ArtifactError("its header has values of wrong types")
     return header, end + 1
+
+
+def _sane(number: Any) -> bool:
+    """Whether a number is one that a size or a time can be."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    return abs(number) < 2**63 and math.isfinite(number)
+
+
+def _equal(one: str, other: str) -> bool:
+    """Compare two texts, in a time that does not tell where they differ. Either may hold anything."""
+    return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
 
 
 def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) -> bytes:
@@ -148,17 +161,17 @@ def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) 
     """
     header, start = read_header(content)
     if (header.kind, header.key) != (kind, key):
-        raise ArtifactError(f"it is {header.kind} {header.key[:12]}, put in the place of {kind} {key[:12]}")
+        what = f"{header.kind[:12]} {header.key[:12]}"
+        raise ArtifactError(f"it is {what!a}, put in the place of {kind} {key[:12]}")
     payload = content[start:]
     if len(payload) != header.size:
         raise ArtifactError(f"it has {len(payload)} of {header.size} bytes")
     checksum = hashlib.sha256(payload).hexdigest()
-    if not hmac.compare_digest(checksum, header.sha256):
+    if not _equal(checksum, header.sha256):
         raise ArtifactError("its checksum is wrong")
     if signing_key is not None:
         if not header.signature:
             raise UnsignedArtifactError("it is not signed")
-        expected = signing_key.sign(header.signed_text())
-        if not hmac.compare_digest(expected.encode(), header.signature.encode()):
+        if not _equal(signing_key.sign(header.signed_text()), header.signature):
             raise UnsignedArtifactError("its signature is not by this key")
     return payload

@@ -14,12 +14,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glowplug.errors import ArtifactError, StoreError
-from glowplug.store.envelope import Header, read_header, unpack
+from glowplug.store.envelope import Header, SigningKey, read_header, unpack
+from glowplug.store.private import check_private, make_folder, read_private
 
 KINDS = ("manifest", "piece", "inside")
 _SUFFIX = ".glow"
-_STALE_PART_S = 3600.0
-"""How old a half-written file is when its writer must be dead."""
+_STALE_S = 3600.0
+"""How old a half-written file or a lock is when whoever made it must be done, or dead."""
 _HEADER_BYTES = 8192
 
 
@@ -56,25 +57,29 @@ class LocalStore:
     Args:
         root: the folder; made, for this user alone, where it is missing.
         note: is told what goes wrong: nothing that goes wrong here stops a start.
+        signing_key: what is read must be signed by it: what lies here came from a place that others can write to.
+            None: signatures are not looked at.
 
     Raises:
         StoreError: others can write to the folder, or it is no folder.
     """
 
-    def __init__(self, root: Path, note: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, note: Callable[[str], None], signing_key: SigningKey | None = None) -> None:
         self.root = root
         self.note = note
+        self.signing_key = signing_key
         self.usable = self._make()
-        if self.usable:
-            check_private(root)
 
     def _make(self) -> bool:
-        if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"the artifact store {self.root} is not a folder; give another cache_dir")
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as exc:
-            self.note(f"the artifact store {self.root} can't be made: {exc.strerror or exc}")
+            if os.path.lexists(self.root) and not self.root.is_dir():
+                raise StoreError(f"the artifact store {self.root} is not a folder; give another cache_dir")
+            make_folder(self.root)
+            self.root = check_private(self.root)
+        except (OSError, RuntimeError, ValueError) as exc:
+            if isinstance(exc, StoreError):
+                raise
+            self.note(f"the artifact store {self.root} can't be made: {getattr(exc, 'strerror', None) or exc}")
             return False
         return True
 
@@ -88,8 +93,7 @@ class LocalStore:
             return None
         path = self.path(kind, key)
         try:
-            content = path.read_bytes()
-            payload = unpack(content, kind, key, None)
+            payload = unpack(read_private(path), kind, key, self.signing_key)
         except FileNotFoundError:
             return None
         except OSError as exc:
@@ -110,7 +114,7 @@ class LocalStore:
         path = self.path(kind, key)
         part: str | None = None
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(path.parent)
             number, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
             with os.fdopen(number, "wb") as file:
                 file.write(content)
@@ -127,33 +131,33 @@ class LocalStore:
 
     def remove(self, kind: str, key: str) -> None:
         """Forget an artifact."""
-        with contextlib.suppress(OSError):
-            self.path(kind, key).unlink()
+        unlink(self.path(kind, key))
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, timeout_s: float) -> Iterator[bool]:
-        """Hold the lock of an artifact, which its maker holds; yields whether it is held.
+        """Hold the lock of an artifact, which its maker holds; yields False when another process holds it still.
 
-        It is the operating system's: it ends with the process that holds it.
+        It is the operating system's: it ends with the process that holds it. Where no lock can be had, as the folder
+        can't be written to, nobody else has one either, and it yields True.
 
         Args:
             kind, key: the artifact.
             timeout_s: seconds to wait for it; 0: don't.
         """
         if not self.usable:
-            yield False
+            yield True
             return
         folder = self.root / "locks"
-        lock = FileLock(folder / f"{kind}-{key}.lock")
+        lock = FileLock(folder / f"{kind}-{key}.lock", mode=0o600)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder)
             lock.acquire(timeout=timeout_s)
         except Timeout:
             yield False
             return
         except (OSError, NotImplementedError) as exc:
-            self.note(f"no lock can be had in {self.root}: {exc}")
-            yield False
+            self.note(f"no lock can be had in {self.root}: {getattr(exc, 'strerror', None) or exc}")
+            yield True
             return
         try:
             yield True
@@ -169,35 +173,58 @@ class LocalStore:
             for path in sorted(self.root.glob(f"{kind}s/*/*{_SUFFIX}")):
                 with contextlib.suppress(OSError):
                     status = path.stat()
-                    found.append(Entry(path, status.st_size, status.st_mtime, _header(path)))
+                    header = _header(path) if stat.S_ISREG(status.st_mode) else None
+                    found.append(Entry(path, status.st_size, status.st_mtime, header))
         return sorted(found, key=lambda entry: -entry.used)
 
-    def check(self) -> list[tuple[Entry, str]]:
-        """Every artifact that is damaged or in a wrong place, with what is wrong."""
+    def check(self, signing_key: SigningKey | None = None) -> list[tuple[Entry, str]]:
+        """Every artifact that is damaged or in a wrong place, with what is wrong.
+
+        Args:
+            signing_key: by which each must be signed; None: as for reading.
+        """
         bad = []
         for entry in self.entries():
             try:
-                unpack(entry.path.read_bytes(), entry.kind, entry.key, None)
+                unpack(read_private(entry.path), entry.kind, entry.key, signing_key or self.signing_key)
+                if entry.path != self.path(entry.kind, entry.key):
+                    raise ArtifactError(f"it lies in {entry.path.parent.name}/, where nobody looks for it")
+            except FileNotFoundError:  # somebody has pruned it meanwhile
+                continue
             except (ArtifactError, OSError) as exc:
                 bad.append((entry, str(exc)))
         return bad
 
     def prune(self, max_size: int) -> list[Entry]:
-        """Remove what was used longest ago, until all is no larger than `max_size` bytes; returns what was removed."""
+        """Remove what was used longest ago, until all is no larger than `max_size` bytes; returns what was removed.
+
+        Also what nobody needs: half-written files of processes that were killed, and locks of what is not there. A
+        process that is reading an artifact has it in memory, and goes on.
+        """
+        entries = self.entries()
+        size = sum(entry.size for entry in entries)
         removed = []
-        kept = 0
-        for entry in self.entries():
-            if kept + entry.size <= max_size:
-                kept += entry.size
-                continue
-            with contextlib.suppress(OSError):
-                entry.path.unlink()
+        while entries and size > max_size:
+            entry = entries.pop()
+            size -= entry.size
+            if unlink(entry.path):
                 removed.append(entry)
-        for part in self.root.glob("*/*/.part-*"):
+        names = {f"{entry.kind}-{entry.key}" for entry in entries}
+        locks = [path for path in self.root.glob("locks/*.lock") if path.stem not in names]
+        for path in [*self.root.glob("*/*/.part-*"), *locks]:
             with contextlib.suppress(OSError):
-                if time.time() - part.stat().st_mtime > _STALE_PART_S:
-                    part.unlink()
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
         return removed
+
+
+def unlink(path: Path) -> bool:
+    """Delete a file; returns whether it was."""
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _header(path: Path) -> Header | None:
@@ -206,27 +233,3 @@ def _header(path: Path) -> Header | None:
             return read_header(file.read(_HEADER_BYTES))[0]
     except (OSError, ArtifactError):
         return None
-
-
-def check_private(root: Path) -> None:
-    """Refuse a folder that others can write to, itself or through a folder that it lies in: whoever writes there has
-    this process run their code.
-
-    Raises:
-        StoreError: they can.
-    """
-    if os.name != "posix":
-        return
-    me = (os.geteuid(), 0)
-    place = root.resolve()
-    for folder in (place, *place.parents):
-        status = folder.stat()
-        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if folder != place and status.st_mode & stat.S_ISVTX:  # in a folder like /tmp, nobody can rename what is ours
-            continue
-        if shared or status.st_uid not in me:
-            how = "can be written to by others" if shared else "belongs to another user"
-            raise StoreError(
-                f"the artifact store {root} is refused: {folder} {how}, and a stored artifact is code that this "
-                f"process runs. chmod go-w {folder}, or give another cache_dir"
-            )

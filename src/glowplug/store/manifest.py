@@ -5,6 +5,7 @@ Reading one runs no code. The pieces that it names are artifacts of their own.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Mapping
@@ -135,8 +136,8 @@ class Manifest:
             )
         except ArtifactError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError) as exc:
-            raise ArtifactError(f"it can't be read: {type(exc).__name__}: {exc}") from exc
+        except Exception as exc:  # whatever somebody has written there
+            raise ArtifactError(f"it can't be read: {type(exc).__name__}: {exc}"[:200]) from exc
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------
@@ -155,17 +156,42 @@ _FUNCTIONS |= {name: getattr(sympy, name) for name in ("Eq", "Ne", "Ge", "Gt", "
 _FUNCTIONS |= {"Integer": sympy.Integer, "Max": torch_functions.Max, "Min": torch_functions.Min}
 
 
+_OPERATORS = (ast.operator, ast.unaryop, ast.cmpop)
+_NODES = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Compare, *_OPERATORS)
+_LONGEST_EXPRESSION = 2000
+_LARGEST_POWER = 16
+
+
 def _expression(text: str) -> Any:
-    """A relation or expression over sizes. Only names of sizes and of sympy's functions may occur."""
-    names: dict[str, Any] = dict(_FUNCTIONS)
-    code = compile(text, "<sizes>", "eval")
-    for name in code.co_names:
-        if name not in names:
-            if not (name.isalnum() and name[0] in "su" and name[-1].isdigit()):
-                raise ArtifactError(f"it has an expression of sizes with the name {name}")
-            names[name] = sympy.Symbol(name, integer=True, positive=True)
-    found = eval(code, {"__builtins__": {}}, names)
-    return sympy.sympify(found)
+    """A relation or expression over sizes: names of sizes, calls of sympy's functions, and arithmetic."""
+    if len(text) > _LONGEST_EXPRESSION:
+        raise ArtifactError("it has an expression of sizes that is too long")
+    tree = ast.parse(text, "<sizes>", "eval")
+    names: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names[node.id] = _name(node.id)
+        elif not isinstance(node, _NODES) or not _harmless(node):
+            raise ArtifactError(f"it has an expression of sizes that is none: {text[:80]!a}")
+    return sympy.sympify(eval(compile(tree, "<sizes>", "eval"), {"__builtins__": {}}, names))
+
+
+def _name(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    if not (name.isalnum() and name[0] in "su" and name[-1].isdigit()):
+        raise ArtifactError(f"it has an expression of sizes with the name {name!a}")
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def _harmless(node: ast.AST) -> bool:
+    """Whether a node of an expression has no code in it that is not arithmetic, nor a number without bounds."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, (bool, int, float))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        power = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
+        return isinstance(power, ast.Constant) and isinstance(power.value, int) and power.value <= _LARGEST_POWER
+    return not isinstance(node, ast.Call) or (isinstance(node.func, ast.Name) and not node.keywords)
 
 
 # -- plans -----------------------------------------------------------------------------------------------------
@@ -288,5 +314,17 @@ def _argument_from_json(body: Any) -> Any:
     if kind == "float":
         return float(content)
     if kind == "dtype":
-        return getattr(torch, content)
+        return dtype_from_name(content)
     return torch.device(content)
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """A dtype of torch.
+
+    Raises:
+        ArtifactError: there is none of this name.
+    """
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"torch has no dtype {name[:40]!a}")
+    return found

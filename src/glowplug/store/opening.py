@@ -10,7 +10,8 @@ import platformdirs
 
 from glowplug.errors import StoreError
 from glowplug.store.envelope import KEY_FILE_VARIABLE, KEY_VARIABLE, SigningKey
-from glowplug.store.store import ArtifactStore
+from glowplug.store.remote import hide_password
+from glowplug.store.store import ArtifactStore, logger
 
 CACHE_VARIABLE = "GLOWPLUG_CACHE"
 OFF = ("off", "0", "none")
@@ -34,19 +35,20 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
     Raises:
         StoreError: a folder that others can write to; a URL without a signing key, or of an unknown protocol.
     """
-    asked = location if location is not None else os.environ.get(CACHE_VARIABLE) or None
-    if asked is None:
+    text = os.fspath(location) if location is not None else ""
+    text = text or os.environ.get(CACHE_VARIABLE, "")
+    if not text:
         return _own()
-    text = os.fspath(asked)
     if text.lower() in OFF:
         return None
     key = SigningKey.from_environment()
     if "://" not in text:
-        return ArtifactStore(Path(text).expanduser().absolute(), signing_key=key)
+        return ArtifactStore(Path(os.path.expanduser(text)).absolute(), signing_key=key)
     if key is None:
         raise StoreError(
-            f"the artifact store {text} needs a signing key, as artifacts are code and others may write there: set "
-            f"{KEY_VARIABLE}, or {KEY_FILE_VARIABLE} to a file that only you can read, to the same secret everywhere"
+            f"the artifact store {hide_password(text)} needs a signing key, as artifacts are code and others may write "
+            f"there: set {KEY_VARIABLE}, or {KEY_FILE_VARIABLE} to a file that only you can read, to the same secret "
+            "everywhere"
         )
     folder = f"remote-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return ArtifactStore(default_root().parent / folder, text, key)
@@ -54,10 +56,12 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
 
 def _own() -> ArtifactStore | None:
     """This user's own store; None, with a warning, when it must not be used: nobody asked for it."""
+    key = SigningKey.from_environment()
+    root = default_root()
     try:
-        return ArtifactStore(default_root(), signing_key=SigningKey.from_environment())
+        if not root.is_absolute():
+            raise StoreError("this user has no home folder; give a cache_dir")
+        return ArtifactStore(root, signing_key=key)
     except StoreError as exc:
-        from glowplug.store.store import logger
-
         logger.warning("glowplug goes without its store: %s", exc)
         return None

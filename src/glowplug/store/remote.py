@@ -4,6 +4,7 @@ nothing of it is used that is not signed."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}}}
 }
 """A store that does not answer must not hold up a start for minutes."""
+
+
+_USER = re.compile(r"://[^/@]*@")
+"""A name and password in a URL, which no message repeats."""
+
+
+def hide_password(url: str) -> str:
+    """A URL for people to see."""
+    return _USER.sub("://", url)
 
 
 class RemoteStore:
@@ -34,12 +44,16 @@ class RemoteStore:
         self.url = url
         self.signing_key = signing_key
         self.note = note
-        self.usable = True
+        self.shown = hide_password(url)
+        self._given_up: set[str] = set()
         self._process = -1
         try:
             self._connect()
         except (ImportError, ValueError) as exc:
-            raise StoreError(f"the artifact store {url} can't be used: {exc}") from exc
+            raise StoreError(f"the artifact store {self.shown} can't be used: {exc}") from exc
+        except Exception as exc:  # some file systems connect at once, and have errors of their own
+            self._give_up("read", exc)
+            self._give_up("written to", exc)
 
     def _connect(self) -> None:
         """Make the file system, once a process: connections do not survive a fork."""
@@ -53,7 +67,7 @@ class RemoteStore:
 
     def read(self, kind: str, key: str) -> bytes | None:
         """An artifact's whole envelope, proved; None when there is none that can be trusted."""
-        if not self.usable:
+        if "read" in self._given_up:
             return None
         try:
             self._connect()
@@ -66,16 +80,18 @@ class RemoteStore:
         try:
             unpack(content, kind, key, self.signing_key)
         except UnsignedArtifactError as exc:
-            self.note(f"REFUSED the {kind} {key[:12]} of {self.url}: {exc}. Nothing of it was loaded; it is made anew")
+            self.note(
+                f"REFUSED the {kind} {key[:12]} of {self.shown}: {exc}. Nothing of it was loaded; it is made anew"
+            )
             return None
         except ArtifactError as exc:
-            self.note(f"the {kind} {key[:12]} of {self.url} is not used: {exc}; it is made anew")
+            self.note(f"the {kind} {key[:12]} of {self.shown} is not used: {exc}; it is made anew")
             return None
         return content
 
     def write(self, kind: str, key: str, content: bytes) -> bool:
         """Keep a signed envelope; returns whether it was kept."""
-        if not self.usable:
+        if "written to" in self._given_up:
             return False
         try:
             self._connect()
@@ -88,8 +104,7 @@ class RemoteStore:
         return True
 
     def _give_up(self, what: str, exc: Exception) -> None:
-        """This process asks no more: each question might take as long as this one did."""
-        self.usable = False
-        self.note(
-            f"the artifact store {self.url} can't be {what} ({type(exc).__name__}: {exc}); this process goes on without"
-        )
+        """This process tries no more: each time might take as long as this one did. Who can't write may still read."""
+        self._given_up.add(what)
+        why = f"{type(exc).__name__}: {exc}"[:300]
+        self.note(f"the artifact store {self.shown} can't be {what} ({why}); this process goes on without")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glowplug.store.envelope import SigningKey, pack
+from glowplug.store.envelope import SigningKey, pack, read_header
 from glowplug.store.local import LocalStore
 from glowplug.store.remote import RemoteStore
 
@@ -40,13 +40,13 @@ class ArtifactStore:
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
         self.signing_key = signing_key
-        self.local = LocalStore(root, self.note)
+        self.local = LocalStore(root, self.note, signing_key if url is not None else None)
         self.remote = RemoteStore(url, signing_key, self.note) if url is not None and signing_key is not None else None
 
     @property
     def place(self) -> str:
         """Where it is, for people."""
-        return self.remote.url if self.remote is not None else str(self.local.root)
+        return self.remote.shown if self.remote is not None else str(self.local.root)
 
     def note(self, problem: str) -> None:
         """Remember, and log once, what went wrong."""
@@ -59,10 +59,9 @@ class ArtifactStore:
         payload = self.local.read(kind, key)
         if payload is None and self.remote is not None:
             content = self.remote.read(kind, key)
-            if content is not None and self.local.write(kind, key, content):
-                payload = self.local.read(kind, key)
-            elif content is not None:
-                payload = _payload(content)
+            if content is not None:
+                self.local.write(kind, key, content)
+                payload = content[read_header(content)[1] :]
         self.counts[f"{kind} {'hits' if payload is not None else 'misses'}"] += 1
         return payload
 
@@ -81,13 +80,7 @@ class ArtifactStore:
 
     @contextmanager
     def lock(self, kind: str, key: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool]:
-        """Hold the lock of an artifact on this machine; yields whether it is held. See `LocalStore.lock`."""
+        """Hold the lock of an artifact on this machine; yields False when another process holds it still. See
+        `LocalStore.lock`."""
         with self.local.lock(kind, key, timeout_s) as held:
             yield held
-
-
-def _payload(content: bytes) -> bytes:
-    """The payload of an envelope that was proved."""
-    from glowplug.store.envelope import read_header
-
-    return content[read_header(content)[1] :]

@@ -1,0 +1,32 @@
+"""A piece's graph as bytes, and back as a callable. Uses `_forward_from_src` (private; checked on torch 2.11, 2.13).
+
+fx itself unpickles a graph by tracing its Python code once more, which fails where the code assigns to an item of a
+tensor, as blocks of experts do. Here the code is run as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import _forward_from_src
+
+
+def graph_to_bytes(piece: fx.GraphModule) -> bytes:
+    """A piece's graph, without what the trace knew of it."""
+    bare = fx.GraphModule(piece, piece.graph)
+    bare.meta.clear()
+    _, (body, imports) = bare.__reduce__()
+    return pickle.dumps((body, imports))
+
+
+def graph_from_bytes(content: bytes) -> Callable[..., Sequence[Any]]:
+    """The uncompiled piece. Runs code that the bytes hold."""
+    body, imports = pickle.loads(content)
+    forward: Any = _forward_from_src(imports + body["_code"], {})
+    module = nn.Module()
+    module.__dict__.update(body)
+    return functools.partial(forward, module)
