@@ -224,6 +224,7 @@ with torch.no_grad():
     eager = model(prompt(tokens=6), use_cache=False).logits
     glowplug.compile(model, cache_dir=sys.argv[1], ends="compiled")
     logits = model(prompt(tokens=6), use_cache=False).logits
+    glowplug.settle(model)
 report = glowplug.report(model)
 print(json.dumps({
     "start": report.start, "strategy": report.strategy, "problems": report.store.problems,

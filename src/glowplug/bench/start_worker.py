@@ -136,7 +136,7 @@ def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps
     served = 0
     sequence = Sequence(model, text)
     step = 0.0
-    while glowplug.report(model).strategy == "eager" and time.perf_counter() - compiled < _PATIENCE_S:
+    while _under_way(model) and time.perf_counter() - compiled < _PATIENCE_S:
         if not tokens or len(tokens) >= steps:
             sequence, tokens = Sequence(model, text), []
             sequence.step(PREFILL)
@@ -152,6 +152,12 @@ def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps
     same = all(int(again.step(1)[0, -1].argmax()) == token for token in tokens)
     object.__setattr__(model, "forward", engine)
     return {"taken_over_s": over, "switch_s": step, "steps": served, "tokens_equal": same}
+
+
+def _under_way(model: PreTrainedModel) -> bool:
+    """Whether eager still serves because the program is being built."""
+    report = glowplug.report(model)
+    return report.strategy == "eager" and not report.fallbacks
 
 
 def _evict(folder: str) -> None:

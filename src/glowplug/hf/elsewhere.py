@@ -80,7 +80,7 @@ class Background:
         if not isinstance(options.compiler, str):
             return "a compiler of one's own can't be used in a process of its own"
         config = self.model.config
-        if auto_class(config)._model_mapping.get(type(config)) is not type(self.model):
+        if auto_class(config)._model_mapping.get(type(config), None) is not type(self.model):
             return f"no other process can build a {type(self.model).__name__} from its configuration"
         settings = {"attn_implementation": config._attn_implementation}
         chosen = {name: getattr(options, name) for name in _SPAWNED_OPTIONS}
