@@ -76,7 +76,7 @@ class Background:
                     report.fall_back(found)
                 return report
 
-            return Forked(build)
+            return Forked(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
         if not isinstance(options.compiler, str):
             return "a compiler of one's own can't be used in a process of its own"
         config = self.model.config
