@@ -140,7 +140,7 @@ def test_a_failing_build_leaves_eager_running(fault: str) -> None:
     model, other = in_background(fault)
     ids = families.prompt(2, 5)
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(3):
             assert torch.equal(model(ids).logits, other(ids).logits)
             glowplug.settle(model)
     report = glowplug.report(model)
@@ -148,12 +148,13 @@ def test_a_failing_build_leaves_eager_running(fault: str) -> None:
     assert [f.reason for f in report.fallbacks if "came to nothing" in f.reason]
 
 
-def test_background_with_a_filled_store_is_warm_at_once(tmp_path: Path) -> None:
+def test_background_with_a_filled_store_is_warm_at_the_second_call(tmp_path: Path) -> None:
     model, other = in_background(cache_dir=tmp_path / "store")
     baked(tmp_path / "store", other)
     ids = families.prompt(2, 5)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-5)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-5)
     assert glowplug.report(model).start == "warm" and glowplug.report(model).elsewhere is None
 
 
@@ -161,6 +162,7 @@ def test_a_model_changed_meanwhile_is_not_served_stale() -> None:
     model, other = in_background()
     ids = families.prompt(2, 5)
     with torch.no_grad():
+        model(ids)
         model(ids)
         for changed in (model, other):
             changed.model.layers[5].mlp.router.register_forward_hook(lambda *_: None)
@@ -187,6 +189,8 @@ def test_the_build_does_not_hold_up_the_first_answer() -> None:
     model, _ = in_background()
     start = time.perf_counter()
     with torch.no_grad():
+        model(families.prompt(1, 4))
+        assert glowplug.report(model).elsewhere is None
         model(families.prompt(1, 4))
     elapsed = time.perf_counter() - start
     elsewhere = glowplug.report(model).elsewhere

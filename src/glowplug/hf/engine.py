@@ -49,6 +49,7 @@ class Engine:
         self.builder = Builder(model, options, compiler, self.report, store)
         self.keeps: Any = None
         """What lives as long as the engine, such as a store of this process alone."""
+        self._met: set[Signature] = set()
         self._background: Background | None = None
         if options.background and self.builder.distributed:
             self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
@@ -96,6 +97,9 @@ class Engine:
         if served is None and self._background is not None:
             served = self._take_over(call, self._background)
             if served is None:
+                if call.signature not in self._met:  # nothing at all is done before the first answer
+                    self._met.add(call.signature)
+                    return type(self.model).forward(self.model, *args, **kwargs)
                 output = type(self.model).forward(self.model, *args, **kwargs)
                 self._background.start(call)
                 return output
@@ -123,6 +127,8 @@ class Engine:
             found = self._served.get(call.signature)
             if found is not None:
                 return found
+            if call.signature not in self._met:
+                return None
             outcome = background.outcome(call)
             if outcome is None and call.signature in background.begun:
                 return None
