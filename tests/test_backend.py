@@ -90,6 +90,12 @@ def test_torch_finds_the_backend() -> None:
     assert "glowplug" in torch.compiler.list_backends()
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """What other tests traced of the same classes must not count here."""
+    torch._dynamo.reset()
+
+
 def test_backend_by_name(net: Net, x: Tensor) -> None:
     registry, report = glowplug.register_layers(net), Report()
     compiled = torch.compile(net, backend="glowplug", options={"compiler": "eager", "report": report})
