@@ -112,9 +112,11 @@ class InductorCompiler:
 
 
 def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
-    # The artifact's own __call__ adds a frame and nothing else.
-    run: Callable[..., Sequence[Any]] = getattr(artifact, "_compiled_fn", artifact)
-    return run
+    # The artifact's own __call__ adds frames and nothing else; one that can be stored has two of them.
+    if isinstance(artifact, AOTCompiledArtifact):
+        run: Callable[..., Sequence[Any]] = artifact.inner_fn.compiled_fn
+        return run
+    return getattr(artifact, "_compiled_fn", artifact)
 
 
 def on_cpu(inputs: Sequence[Any]) -> bool:

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from glowplug.compilers.fork import Beside, leave
+from glowplug.options import Options
 from glowplug.report import Report
 
 RESULT = "result.json"
@@ -139,6 +140,21 @@ class Spawned:
                 self._outcome = Outcome.read(Path(self._folder.name, RESULT))
                 self._folder.cleanup()
         return self._outcome
+
+
+_OPTIONS = ("identity", "experts", "compiler", "stamp")
+"""What a process of its own is told of the options; it compiles everything, for others."""
+
+
+def spawn(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, settings: Mapping[str, Any], options: Options
+) -> Elsewhere | str:
+    """Begin a build in a process of its own, see `Spawned`; or why there can be none."""
+    if not isinstance(options.compiler, str):
+        return "a compiler of one's own can't be used in a process of its own"
+    asked = {name: getattr(options, name) for name in _OPTIONS}
+    asked |= {"cache_dir": str(options.cache_dir) if options.cache_dir is not None else None, "ends": "compiled"}
+    return Spawned(config, dtype, device, settings, asked)
 
 
 def attempt(build: Callable[[], Report]) -> Outcome:

@@ -83,11 +83,8 @@ class Builder:
         warm = self._warm(call.inputs.device)
         if warm is None:
             return None
-        try:
-            served = self._find(warm, warm.manifests.key(call.signature, plan), call)
-        except NotStorableError as exc:
-            warm.store.note(f"the model is not stored: {exc}")
-            return None
+        key = self._address(warm, call, plan)
+        served = self._find(warm, key, call) if key is not None else None
         self.report.store = StoreReport.of(warm.store)
         if served is not None and self.insides is None:
             self._compile_insides()
@@ -135,16 +132,12 @@ class Builder:
         warm = self._warm(call.inputs.device)
         if warm is None:
             return self._trace(call, plan)
-        try:
-            with self.report.phase("load"):
-                key = warm.manifests.key(call.signature, plan)
-        except NotStorableError as exc:
-            warm.store.note(f"the model is not stored: {exc}")
+        key = self._address(warm, call, plan)
+        if key is None:
             return self._trace(call, plan)
         served = self._find(warm, key, call)
         if served is not None:
             return served
-        warm_up(self.compiler, call.inputs.device.type)
         with warm.store.lock("manifest", key):
             # Whoever held the lock before may have made it.
             found = self._find(warm, key, call) or self._trace(call, plan)
@@ -152,6 +145,15 @@ class Builder:
                 with self.report.phase("store"):
                     self._keep(warm, key, found)
         return found
+
+    def _address(self, warm: Warm, call: Call, plan: hf_experts.ExpertsPlan) -> str | None:
+        """The address of the program for calls like this one; None when the model can't be described."""
+        try:
+            with self.report.phase("load"):
+                return warm.manifests.key(call.signature, plan)
+        except NotStorableError as exc:
+            warm.store.note(f"the model is not stored: {exc}")
+            return None
 
     def _build_together(self, call: Call, processes: Processes) -> Served | str:
         """The same of a model that several processes run together. Each makes or finds its program without running

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from glowplug.compilers import get_compiler
-from glowplug.hf.background import Elsewhere, Forked, Outcome, Spawned, can_fork
+from glowplug.hf.background import Elsewhere, Forked, Outcome, can_fork, spawn
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature
 from glowplug.hf.weightless import auto_class
 from glowplug.options import Options
 from glowplug.report import ElsewhereReport, Report
 from glowplug.store import open_store
-
-_SPAWNED_OPTIONS = ("identity", "experts", "compiler", "stamp")
 
 
 def with_store(options: Options) -> tuple[Options, Any]:
@@ -77,15 +74,11 @@ class Background:
                 return report
 
             return Forked(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
-        if not isinstance(options.compiler, str):
-            return "a compiler of one's own can't be used in a process of its own"
         config = self.model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(self.model):
             return f"no other process can build a {type(self.model).__name__} from its configuration"
         settings = {"attn_implementation": config._attn_implementation}
-        chosen = {name: getattr(options, name) for name in _SPAWNED_OPTIONS}
-        chosen |= {"cache_dir": str(options.cache_dir) if options.cache_dir is not None else None, "ends": "compiled"}
-        return Spawned(config, self.model.dtype, call.inputs.device, settings, chosen)
+        return spawn(config, self.model.dtype, call.inputs.device, settings, options)
 
     def outcome(self, call: Call) -> Outcome | None:
         """What became of the build for calls like this one; None while it is under way, or was not begun."""
@@ -102,4 +95,4 @@ class Background:
         """Until the builds that were begun have ended, or the deadline (`time.monotonic()`) is over."""
         for build in self._builds.values():
             if not isinstance(build, str):
-                build.outcome(max(deadline, time.monotonic()))
+                build.outcome(deadline)

@@ -97,11 +97,10 @@ class Engine:
         if served is None and self._background is not None:
             served = self._take_over(call, self._background)
             if served is None:
-                if call.signature not in self._met:  # nothing at all is done before the first answer
-                    self._met.add(call.signature)
-                    return type(self.model).forward(self.model, *args, **kwargs)
                 output = type(self.model).forward(self.model, *args, **kwargs)
-                self._background.start(call)
+                if call.signature in self._met:  # nothing at all is done before the first answer
+                    self._background.start(call)
+                self._met.add(call.signature)
                 return output
         elif served is None:
             served = self._build(call)

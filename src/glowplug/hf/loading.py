@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from glowplug.compilers import get_compiler
 from glowplug.errors import UsageError
-from glowplug.hf.background import Elsewhere, Forked, Spawned, can_fork
+from glowplug.hf.background import Elsewhere, Forked, can_fork, spawn
 from glowplug.hf.bake import bake
 from glowplug.hf.elsewhere import with_store
 from glowplug.hf.engine import attach, engine_of
@@ -26,7 +26,6 @@ from glowplug.report import ElsewhereReport, Report
 _SETTINGS = ("attn_implementation", "experts_implementation")
 """Arguments of `from_pretrained` that say how the model computes."""
 _HUB = ("cache_dir", "revision", "token", "local_files_only", "subfolder", "trust_remote_code", "force_download")
-_OPTIONS = ("identity", "experts", "compiler", "stamp")
 
 
 def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, Any]) -> PreTrainedModel:
@@ -92,11 +91,7 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
             return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options)
 
         return Forked(build, nice=0)
-    if not isinstance(options.compiler, str):
-        return "a compiler of one's own can't be used in a process of its own"
-    asked = {key: getattr(options, key) for key in _OPTIONS}
-    asked |= {"cache_dir": str(options.cache_dir) if options.cache_dir is not None else None, "ends": "compiled"}
-    return Spawned(config, dtype, device, chosen, asked)
+    return spawn(config, dtype, device, chosen, options)
 
 
 def _device(device_map: Any) -> torch.device | str:
