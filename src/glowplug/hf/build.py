@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from typing import Any
@@ -20,16 +19,15 @@ from glowplug.hf import experts as hf_experts
 from glowplug.hf import insides, interfaces, trace, verify
 from glowplug.hf.call import Call
 from glowplug.hf.insides import Insides
-from glowplug.hf.locate import first_layer
 from glowplug.hf.masks import mask_sources
+from glowplug.hf.prover import Prover
 from glowplug.hf.served import Recipe, Served
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.registry import LayerRegistry, register_layers
-from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import PieceCache, Program, build_program
+from glowplug.program import PieceCache, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.report import Report, StoreReport
@@ -61,8 +59,6 @@ class Builder:
         self.compiler = compiler
         self.report = report
         self.registry: LayerRegistry | None = None
-        self.watch: Watch | None = None
-        self.check_order = True
         self.whole = False
         self.for_others = weightless(model)
         self.insides: Insides | None = None
@@ -75,7 +71,14 @@ class Builder:
             self._refused = str(exc)
         self._pieces = PieceCache()
         self._reads: set[str] = set()
+        self.prover = Prover(model, options, report, self._reads, self.processes)
         self._stored: Warm | None = None
+
+    @property
+    def layers(self) -> LayerRegistry:
+        """The model's layers; they are registered when the first call is planned."""
+        assert self.registry is not None
+        return self.registry
 
     def find_stored(self, call: Call) -> Served | None:
         """A program from the store that serves calls like this one; None when there is none that is right."""
@@ -83,7 +86,7 @@ class Builder:
         warm = self._warm(call.inputs.device)
         if warm is None:
             return None
-        key = self._address(warm, call, plan)
+        key = warm.address(call.signature, plan, self.report)
         served = self._find(warm, key, call) if key is not None else None
         self.report.store = StoreReport.of(warm.store)
         if served is not None and self.insides is None:
@@ -132,7 +135,7 @@ class Builder:
         warm = self._warm(call.inputs.device)
         if warm is None:
             return self._trace(call, plan)
-        key = self._address(warm, call, plan)
+        key = warm.address(call.signature, plan, self.report)
         if key is None:
             return self._trace(call, plan)
         served = self._find(warm, key, call)
@@ -145,15 +148,6 @@ class Builder:
                 with self.report.phase("store"):
                     self._keep(warm, key, found)
         return found
-
-    def _address(self, warm: Warm, call: Call, plan: hf_experts.ExpertsPlan) -> str | None:
-        """The address of the program for calls like this one; None when the model can't be described."""
-        try:
-            with self.report.phase("load"):
-                return warm.manifests.key(call.signature, plan)
-        except NotStorableError as exc:
-            warm.store.note(f"the model is not stored: {exc}")
-            return None
 
     def _build_together(self, call: Call, processes: Processes) -> Served | str:
         """The same of a model that several processes run together. Each makes or finds its program without running
@@ -171,22 +165,13 @@ class Builder:
         if self.options.verify == "once":
             exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
             classes = verify.GLANCE if all(proved) else verify.CLASSES
-            differs = self._prove(found, call, classes, exact=all(exact))
+            differs = self.prover.prove(found, call, self.layers, classes, exact=all(exact))
             warm = self._warm(call.inputs.device)
             if warm is not None and found.key is not None:
-                self._judge(warm, found.key, differs)
+                warm.judge(found.key, differs.reason if differs is not None else None)
             if differs is not None:
                 return f"the program is not equal to eager: {differs.reason}"
         return found
-
-    def _judge(self, warm: Warm, key: str, problem: verify.Problem | None) -> None:
-        """Write down in the store what came of comparing a program that is there already."""
-        if problem is not None:
-            warm.store.drop("manifest", key, f"it is not equal to eager: {problem.reason}")
-            return
-        manifest = warm.manifests.read(key)
-        if manifest is not None and not manifest.verified:
-            warm.manifests.keep(key, dataclasses.replace(manifest, verified=True), self._about())
 
     def _warm(self, device: torch.device) -> Warm | None:
         """The store, opened for this model's device."""
@@ -197,10 +182,9 @@ class Builder:
 
     def _find(self, warm: Warm, key: str, call: Call) -> Served | None:
         """A stored program that serves calls like this one; None when there is none that is right."""
-        registry, report = self.registry, self.report
-        assert registry is not None
+        report = self.report
         with report.phase("load"):
-            found = find(warm, key, self.model, registry)
+            found = find(warm, key, self.model, self.layers)
         if found is None:
             return None
         manifest, served = found.manifest, found.served
@@ -208,7 +192,7 @@ class Builder:
         served.key, served.proved = key, manifest.verified
         problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
         if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
-            self._judge(warm, key, problem)
+            warm.judge(key, problem.reason if problem is not None else None)
         if problem is not None:
             return None
         self._pieces.compiled |= found.runners
@@ -233,12 +217,8 @@ class Builder:
         except NotStorableError as exc:
             warm.store.note(f"the program is not stored: {exc}")
             return
-        warm.manifests.keep(key, manifest, self._about())
+        warm.manifests.keep(key, manifest)
         served.key = key
-
-    def _about(self) -> str:
-        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
-        return f"{type(self.model).__name__}, {layers} layers, {self.report.strategy}"
 
     @property
     def _compiles_insides(self) -> bool:
@@ -286,12 +266,12 @@ class Builder:
 
     def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, now or beside."""
-        registry, choice = self.registry, self.options.inside
-        if not self._slots or choice == "eager" or self.compiler.name == "eager" or registry is None:
+        choice = self.options.inside
+        if not self._slots or choice == "eager" or self.compiler.name == "eager":
             return
         if self.processes is not None:  # trials would run collectives, each process its own number of them
             return
-        layers = {op: {name: registry[name] for name in registry.order(op)} for op in self._slots}
+        layers = {op: {name: self.layers[name] for name in self.layers.order(op)} for op in self._slots}
         self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report, self._pieces.store)
         if self.for_others:
             with self.report.phase("inside"):
@@ -318,7 +298,7 @@ class Builder:
             return None
         problem = self._verify(served, call)
         if problem is not None:
-            layer = self._first_layer(served, template, problem)
+            layer = self.prover.first_layer(served, template.stack, problem, self.layers)
             where = f"; layer {layer} is the first that differs" if layer is not None else ""
             self._step_down(
                 f"the stamped program is not equal to eager: {problem.reason}{where}",
@@ -328,22 +308,6 @@ class Builder:
         self.report.strategy, self.report.template_layers = "stamped", template.length
         return served
 
-    def _first_layer(self, served: Served, template: Template, problem: verify.Problem) -> int | None:
-        """The first layer that differs, for the report."""
-        if problem.call is None:
-            return None
-        (call, arguments), registry, model = problem.call, self.registry, problem.model or self.model
-        assert registry is not None
-
-        def run_program(program: Program) -> Any:
-            return dataclasses.replace(served, program=program, uncompiled=None).run(call, registry)
-
-        def run_eager() -> Any:
-            with torch.no_grad():
-                return type(model).forward(model, **arguments)
-
-        return first_layer(served.uncompiled or served.program, template.stack, run_program, run_eager)
-
     def _step_down(self, reason: str, layers: tuple[str, ...]) -> None:
         reason = f"can't stamp the layers: {reason}"
         if self.options.strict:
@@ -351,8 +315,7 @@ class Builder:
         self.report.fall_back(reason, layers, to="hoisted")
 
     def _capture(self, call: Call, plan: hf_experts.ExpertsPlan, template: Template | None) -> Served:
-        model, report, registry = self.model, self.report, self.registry
-        assert registry is not None
+        model, report, registry = self.model, self.report, self.layers
         mask_names = set(mask_sources(call.masks))
         start = time.perf_counter()
 
@@ -398,49 +361,10 @@ class Builder:
         if self.for_others:  # it can't run here; whoever serves the program compares
             return None
         if self.processes is not None:  # all compare at once, when each has a program
-            self.watch = Watch(self.model, self._reads)
+            self.prover.start_watching()
             return None
-        return self._prove(served, call, classes, exact=self._has_exact(served))
+        return self.prover.prove(served, call, self.layers, classes, exact=self._has_exact(served))
 
     def _has_exact(self, served: Served) -> bool:
         """Whether there is a form of the program with uncompiled pieces."""
         return served.uncompiled is not None or self.compiler.name == "eager"
-
-    def _prove(self, served: Served, call: Call, classes: verify.Classes, *, exact: bool) -> verify.Problem | None:
-        """Compare a program with eager; `exact`: uncompiled, too."""
-        for attempt in range(2):
-            self.watch = Watch(self.model, self._reads)
-            if self.options.verify == "off":
-                break
-            with self.report.phase("verify"):
-                problem = self._compare(served, call, classes, exact=exact)
-            if problem is not None:
-                return problem
-            changed = self.watch.change()
-            changed = self.processes.agree(changed) if self.processes is not None else changed
-            if changed is None:
-                break
-            if attempt == 1:  # the first run may set up what later ones find
-                return verify.Problem(f"the model's own forward changes the model each time that it runs: {changed}")
-        served.uncompiled = None
-        return None
-
-    def _compare(self, served: Served, call: Call, classes: verify.Classes, *, exact: bool) -> verify.Problem | None:
-        registry = self.registry
-        assert registry is not None
-
-        def run(ready: Call) -> Any:
-            return served.run(ready, registry, check_order=self.check_order)
-
-        def run_uncompiled(ready: Call) -> Any:
-            return served.run(ready, registry, uncompiled=True)
-
-        candidates = [verify.Candidate(run, exact=False)]
-        if exact:  # without a form of its own, the program's pieces are uncompiled
-            candidates.insert(0, verify.Candidate(run_uncompiled, exact=True))
-
-        def note(found: type) -> None:
-            served.output_type = found
-
-        agree = self.processes.agree if self.processes is not None else None
-        return verify.compare(self.model, call, candidates, note, classes, agree)

@@ -71,11 +71,11 @@ class Engine:
     @property
     def check_order(self) -> bool:
         """With `identity="ordered"`, whether a wrong order raises. Only a demonstration turns it off."""
-        return self.builder.check_order
+        return self.builder.prover.check_order
 
     @check_order.setter
     def check_order(self, check: bool) -> None:
-        self.builder.check_order = check
+        self.builder.prover.check_order = check
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         model = memo.get(id(self.model))
@@ -218,7 +218,7 @@ class Engine:
         self._served[signature] = found
         if isinstance(found, str):
             self.report.strategy = "eager"
-        self._watch = self.builder.watch
+        self._watch = self.builder.prover.watch
         self._implementations = self._read_implementations()
 
 

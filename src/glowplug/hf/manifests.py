@@ -181,13 +181,15 @@ class Manifests:
             raise ArtifactError(f"it does not fit the model: {type(exc).__name__}: {exc}") from exc
         return replace(program, outline=manifest.plan.whole_outline(name_of))
 
-    def keep(self, key: str, manifest: Manifest, about: str) -> None:
+    def keep(self, key: str, manifest: Manifest) -> None:
         """Store a manifest."""
         try:
             content = manifest.to_bytes()
         except NotStorableError as exc:
             self.store.note(f"the program is not stored: {exc}")
             return
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
+        about = f"{type(self.model).__name__}, {layers} layers, {manifest.facts['strategy']}"
         self.store.put("manifest", key, content, about)
 
 

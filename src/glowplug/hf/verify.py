@@ -104,96 +104,93 @@ def compare(
     Returns:
         Why a program must not serve, or None.
     """
+    comparison = _Comparison(model, call, on_output, agree)
     with torch.no_grad():
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
-            compare_class = _compare_masked if number == 0 else _compare_steps
-            problem = compare_class(model, call, chosen, on_output, batch, steps, agree)
+            compare_class = comparison.in_windows if number == 0 else comparison.in_steps
+            problem = compare_class(chosen, batch, steps)
             if problem is not None:
                 return problem
     return None
 
 
-def _compare_masked(
-    model: PreTrainedModel,
-    call: Call,
-    candidates: Sequence[Candidate],
-    on_output: Callable[[type], None],
-    batch: int,
-    steps: tuple[int, ...],
-    agree: Agree | None,
-) -> Problem | None:
-    """Compare with a short window, if the model has one and its forward can do it."""
-    try:
-        twin = with_short_windows(model) if sum(steps) > WINDOW else None
-        problem = _compare_steps(twin, call, candidates, on_output, batch, steps, agree) if twin is not None else None
-    except Exception:  # no other window than its own fits the model
-        twin, problem = None, None
-    if twin is not None and problem is None:
+@dataclass(frozen=True)
+class _Comparison:
+    """What every comparison of a model has in common; see `compare`."""
+
+    model: PreTrainedModel
+    call: Call
+    on_output: Callable[[type], None]
+    agree: Agree | None
+
+    def in_windows(self, candidates: Sequence[Candidate], batch: int, steps: tuple[int, ...]) -> Problem | None:
+        """Compare with a short window, if the model has one and its forward can do it."""
+        try:
+            twin = with_short_windows(self.model) if sum(steps) > WINDOW else None
+            problem = replace(self, model=twin).in_steps(candidates, batch, steps) if twin is not None else None
+        except Exception:  # no other window than its own fits the model
+            twin, problem = None, None
+        if twin is not None and problem is None:
+            return None
+        own = self.in_steps(candidates, batch, steps)
+        if own is None and problem is not None:
+            return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
+        return own
+
+    def in_steps(self, candidates: Sequence[Candidate], batch: int, steps: tuple[int, ...]) -> Problem | None:
+        """Compare the logits of each step of some sequences."""
+        model, call, agree = self.model, self.call, self.agree
+        signature = call.signature
+        whole, mask, positions = _sequence(model, call, batch, sum(steps))
+        expected_cache = new_cache(model)
+        caches = [new_cache(model) for _ in candidates]
+        start = 0
+        for step in steps:
+            stop = start + step
+            kwargs: dict[str, Any] = {
+                "inputs_embeds" if signature.embeds else "input_ids": whole[:, start:stop].contiguous(),
+                "attention_mask": mask[:, :stop],
+                "position_ids": positions[..., start:stop].contiguous(),
+                "use_cache": True,
+            }
+            if signature.keeps and start > 0:
+                kwargs["logits_to_keep"] = 1
+            before = copy.deepcopy(expected_cache)
+            expected = type(model).forward(model, **kwargs, past_key_values=expected_cache)
+            extra = [name for name in expected if name not in ("logits", "past_key_values")]
+            if extra:
+                return Problem(
+                    f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
+                )
+            self.on_output(type(expected))
+            for candidate, cache in zip(candidates, caches, strict=True):
+                ready = read_call(model, (), {**kwargs, "past_key_values": cache})
+                if isinstance(ready, str):
+                    return Problem(ready)
+                logits: Tensor | None = None
+                reason: str | None
+                try:
+                    logits = candidate.run(ready).logits
+                except NotServableError as exc:
+                    reason = str(exc)
+                except Exception as exc:
+                    if isinstance(exc, GlowplugError) and agree is None:
+                        raise
+                    reason = f"the program raised {type(exc).__name__}: {str(exc)[:200]}"
+                else:
+                    reason = _differs(
+                        logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact
+                    )
+                reason = agree(reason) if agree is not None else reason
+                if reason is not None and (logits is None or agree is not None):
+                    return Problem(reason)
+                if reason is not None:
+                    again = {**kwargs, "past_key_values": before}
+                    ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
+                    return Problem(reason, None if isinstance(ready, str) else (ready, again), model)
+            start = stop
         return None
-    own = _compare_steps(model, call, candidates, on_output, batch, steps, agree)
-    if own is None and problem is not None:
-        return replace(problem, reason=f"{problem.reason}, with a window of {WINDOW} tokens")
-    return own
-
-
-def _compare_steps(
-    model: PreTrainedModel,
-    call: Call,
-    candidates: Sequence[Candidate],
-    on_output: Callable[[type], None],
-    batch: int,
-    steps: tuple[int, ...],
-    agree: Agree | None,
-) -> Problem | None:
-    signature = call.signature
-    whole, mask, positions = _sequence(model, call, batch, sum(steps))
-    expected_cache = new_cache(model)
-    caches = [new_cache(model) for _ in candidates]
-    start = 0
-    for step in steps:
-        stop = start + step
-        kwargs: dict[str, Any] = {
-            "inputs_embeds" if signature.embeds else "input_ids": whole[:, start:stop].contiguous(),
-            "attention_mask": mask[:, :stop],
-            "position_ids": positions[..., start:stop].contiguous(),
-            "use_cache": True,
-        }
-        if signature.keeps and start > 0:
-            kwargs["logits_to_keep"] = 1
-        before = copy.deepcopy(expected_cache)
-        expected = type(model).forward(model, **kwargs, past_key_values=expected_cache)
-        extra = [name for name in expected if name not in ("logits", "past_key_values")]
-        if extra:
-            return Problem(
-                f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
-            )
-        on_output(type(expected))
-        for candidate, cache in zip(candidates, caches, strict=True):
-            ready = read_call(model, (), {**kwargs, "past_key_values": cache})
-            if isinstance(ready, str):
-                return Problem(ready)
-            logits: Tensor | None = None
-            reason: str | None
-            try:
-                logits = candidate.run(ready).logits
-            except NotServableError as exc:
-                reason = str(exc)
-            except Exception as exc:
-                if isinstance(exc, GlowplugError) and agree is None:
-                    raise
-                reason = f"the program raised {type(exc).__name__}: {str(exc)[:200]}"
-            else:
-                reason = _differs(logits, expected.logits, f"{batch} x {step} tokens after {start}", candidate.exact)
-            reason = agree(reason) if agree is not None else reason
-            if reason is not None and (logits is None or agree is not None):
-                return Problem(reason)
-            if reason is not None:
-                again = {**kwargs, "past_key_values": before}
-                ready = read_call(model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
-                return Problem(reason, None if isinstance(ready, str) else (ready, again), model)
-        start = stop
-    return None
 
 
 def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

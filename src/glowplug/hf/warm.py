@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from transformers.utils import ModelOutput
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import ArtifactError
+from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.hf.call import Signature
+from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.interfaces import give_attention_functions
 from glowplug.hf.kinds import Slot, Slots
 from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
@@ -40,6 +42,24 @@ class Warm:
     store: ArtifactStore
     pieces: PieceStore
     manifests: Manifests
+
+    def address(self, signature: Signature, plan: ExpertsPlan, report: Report) -> str | None:
+        """The address of the program for calls of a signature; None when the model can't be described."""
+        try:
+            with report.phase("load"):
+                return self.manifests.key(signature, plan)
+        except NotStorableError as exc:
+            self.store.note(f"the model is not stored: {exc}")
+            return None
+
+    def judge(self, key: str, problem: str | None) -> None:
+        """Write down what came of comparing a program that is in the store."""
+        if problem is not None:
+            self.store.drop("manifest", key, f"it is not equal to eager: {problem}")
+            return
+        manifest = self.manifests.read(key)
+        if manifest is not None and not manifest.verified:
+            self.manifests.keep(key, replace(manifest, verified=True))
 
 
 def make_warm(
