@@ -17,6 +17,7 @@ from glowplug.bench import demo as bench_demo
 from glowplug.bench.demo_worker import Generation
 from glowplug.bench.demo_worker import generate as run_generation
 from glowplug.bench.presets import build_model
+from glowplug.bench.starts import Started
 from glowplug.cli import app
 
 PROMPT = "A plug glows"
@@ -219,14 +220,32 @@ def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_demo, "check_model", lambda name: None)
     monkeypatch.setattr(bench_demo, "find_models", lambda folder: Path("models"))
     monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
+    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda folder, ways, experts: map(_start, ways))
     result = run("demo")
     assert result.exit_code == 0, result.output
+    for way in ("eager", "cold", "warm", "background"):
+        assert f"{way}: second token after 0.500 s" in result.stdout
     assert "eager, torch-regional, baked, ordered, hoisted, stamped wrote:" in result.stdout
     assert "ordered, checks off: garbage, and no error" in result.stdout
     assert "[GARBAGE]" in result.stdout
     assert "ordered: refused" in result.stdout
     assert "a layer ran twice" in result.stdout
     assert "hoisted: eager's text" in result.stdout
+
+
+def test_the_demo_fails_when_a_start_writes_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glowplug.cli.demo.run_generations", lambda generations: iter(()))
+    monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
+    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda *_, **__: iter([_start("background", equal=False)]))
+    result = run("demo")
+    assert result.exit_code == 1
+    assert "NOT all eager's" in result.stdout.replace("\n", " ")
+
+
+def _start(way: str, *, equal: bool = True) -> Started:
+    report = {"distinct_pieces": 3, "pieces": 5, "start": "cold", "fallbacks": []}
+    result = {"load_s": 0.1, "first_token_s": 0.2, "second_token_s": 0.5, "error": 0.0, "report": report}
+    return Started(way, result | ({"tokens_equal": equal, "steps": 9} if way == "background" else {}))
 
 
 def test_explain_prints_the_program() -> None:

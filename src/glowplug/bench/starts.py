@@ -38,6 +38,11 @@ class Started:
     result: dict[str, Any]
     error: str | None = None
 
+    @property
+    def right(self) -> bool:
+        """Whether it went well, and every token that was compared is eager's."""
+        return self.error is None and self.result.get("tokens_equal", True)
+
 
 def model_folder(model: str, depth: int | None, width: Width, device: str, place: Path) -> str:
     """A folder with the model: itself, or a preset's, built and saved in `place`.

@@ -1,4 +1,4 @@
-"""`glowplug demo`: every strategy on the shipped checkpoints, with the text they write."""
+"""`glowplug demo`: every strategy and every way to start on the shipped checkpoints, with the text they write."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from glowplug.bench.demo import ORDER, PROMPT, START, Outcome, find_models, orde
 from glowplug.bench.demo import start_generations as start
 from glowplug.bench.demo_worker import Generation
 from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.starts import Started, run_ways
 from glowplug.bench.table import NONE, seconds
 from glowplug.cli.console import make_console, quiet_transformers
+from glowplug.cli.starts import starts_table
 from glowplug.compilers import get_compiler
+from glowplug.compilers.base import StoringCompiler
+
+WAYS = ("eager", "cold", "warm", "background")
 
 
 def demo(
     models: Annotated[Path | None, typer.Option(help=f"Folder with {START} and {ORDER}.")] = None,
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
 ) -> None:
-    """Start a small trained model under each strategy and compare; then show where `ordered` goes wrong."""
+    """Start a small trained model under each strategy and in each way; then show where `ordered` goes wrong."""
     quiet_transformers()
-    get_compiler(compiler)
+    stores = isinstance(get_compiler(compiler), StoringCompiler)
     folder = find_models(models)
     console = make_console()
     console.print(machine_line(describe_environment()), markup=False)
@@ -35,13 +40,14 @@ def demo(
     console.print(_start_table(started))
     console.print(f"{START} is too short to stamp: here `stamped` traces every layer, as `hoisted` does.", markup=False)
     _print_texts(console, started)
+    ways = _ways(console, folder) if stores else []
     console.print(
         f"\n{ORDER} creates text and vision experts, and text runs only half of them, "
         "so they do not run in the order of creation\n",
         markup=False,
     )
     _print_order(console, _run(console, order_generations(folder)))
-    if not all(outcome.equal for outcome in started):
+    if not all(outcome.equal for outcome in started) or not all(way.right for way in ways):
         raise typer.Exit(1)
 
 
@@ -56,6 +62,26 @@ def _run(console: Console, generations: list[Generation]) -> list[Outcome]:
             )
             status.update(_progress(generations, len(outcomes)))
     return outcomes
+
+
+def _ways(console: Console, models: Path) -> list[Started]:
+    """Start the first checkpoint without a store, with one, and behind eager."""
+    console.print(
+        f"\n{START} started cold; warm, from the store that the cold start filled; and in the background, eager "
+        "serving until another process has compiled it\n",
+        markup=False,
+    )
+    done: list[Started] = []
+    with console.status("") as status:
+        status.update(WAYS[0])
+        for way in run_ways(str(models / START), WAYS, experts="opaque"):
+            done.append(way)
+            brief = way.error or f"second token after {seconds(way.result['second_token_s'])} s"
+            console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)
+            status.update(WAYS[min(len(done), len(WAYS) - 1)])
+    console.print()
+    console.print(starts_table(done))
+    return done
 
 
 def _progress(generations: list[Generation], done: int) -> str:
