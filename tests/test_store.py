@@ -77,6 +77,22 @@ def test_wrong_headers_are_noticed(changes: dict[str, Any]) -> None:
         unpack(envelope(**changes), "piece", KEY, None)
 
 
+@pytest.mark.parametrize("letter", ["\ud800", "\x1b[2J", "\x00"])
+def test_what_an_artifact_says_does_not_reach_the_log_raw(
+    letter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hostile header must not steer a terminal, nor break a log that is written as UTF-8."""
+    store = ArtifactStore(tmp_path)
+    store.put("piece", KEY, b"payload")
+    (entry,) = store.local.entries()
+    entry.path.write_bytes(envelope(**{f"x{letter}": 1}))
+    assert store.get("piece", KEY) is None
+    (problem,) = store.problems
+    assert "is not used" in problem and "?" in problem
+    assert problem.isprintable() and problem in caplog.text
+    caplog.text.encode()
+
+
 @pytest.mark.parametrize("signature", ["", "0" * 64, "é", "\ud800", "x" * 2000])
 def test_wrong_signatures_are_refused(signature: str) -> None:
     assert unpack(envelope(signature=signature), "piece", KEY, None) == b"payload"

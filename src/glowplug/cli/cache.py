@@ -14,6 +14,7 @@ from glowplug.cli.console import make_console
 from glowplug.cli.sizes import read_size, show_age, show_size
 from glowplug.errors import UsageError
 from glowplug.store import LocalStore, SigningKey, open_store
+from glowplug.store.envelope import plain
 from glowplug.store.local import unlink
 
 cache_app = typer.Typer(help="The artifact store: ls, verify, prune.", no_args_is_help=True)
@@ -44,23 +45,18 @@ def list_entries(cache: Location = None) -> None:
         header = entry.header
         table.add_row(
             entry.kind,
-            Text(_plain(entry.key[:12])),
+            Text(plain(entry.key[:12])),
             show_size(entry.size),
             show_age(now - header.made) if header is not None else "?",
             show_age(now - entry.used),
             ("yes" if header.signature else "no") if header is not None else "?",
-            Text(_plain(header.about) if header is not None else "not readable"),
+            Text(plain(header.about) if header is not None else "not readable"),
         )
     console = make_console()
     if entries:
         console.print(table)
     total = sum(entry.size for entry in entries)
     console.print(f"{len(entries)} artifacts, {show_size(total)}, in {store.root}", markup=False, soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    """A text of an artifact, without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 @cache_app.command("verify")
@@ -79,7 +75,7 @@ def verify(
         if delete:
             done = "; deleted" if unlink(entry.path) else "; it can't be deleted"
         line = f"{entry.kind} {entry.key[:12]}: {problem}{done}"
-        console.print(_plain(line), markup=False, soft_wrap=True)
+        console.print(plain(line), markup=False, soft_wrap=True)
     whole = number - len(bad)
     console.print(f"{whole} artifacts are whole, {len(bad)} are not", markup=False)
     if bad:

@@ -135,6 +135,11 @@ def read_header(start: bytes) -> tuple[Header, int]:
     return header, end + 1
 
 
+def plain(text: str) -> str:
+    """A text that an artifact had a part in, without what would steer a terminal or can't be encoded."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _sane(number: Any) -> bool:
     """Whether a number is one that a size or a time can be."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glowplug.store.envelope import SigningKey, pack, read_header
+from glowplug.store.envelope import SigningKey, pack, plain, read_header
 from glowplug.store.local import LocalStore
 from glowplug.store.remote import RemoteStore
 
@@ -50,6 +50,7 @@ class ArtifactStore:
 
     def note(self, problem: str) -> None:
         """Remember, and log once, what went wrong."""
+        problem = plain(problem)
         if problem not in self.problems:
             self.problems.append(problem)
             logger.warning("glowplug store: %s", problem)
