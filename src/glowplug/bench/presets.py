@@ -382,11 +382,12 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    all_experts: bool = False,
 ) -> PreTrainedModel:
     """A preset's model in eval mode, with random weights made on the device itself.
 
     Args:
-        preset, depth, width: see `build_config`.
+        preset, depth, width, all_experts: see `build_config`.
         device: where the weights are made.
         dtype: dtype of the weights.
         seed: of the weights; the random state of the caller is left alone.
@@ -394,7 +395,7 @@ def build_model(
     Raises:
         UsageError: as `build_config`.
     """
-    config = build_config(preset, depth=depth, width=width, dtype=dtype)
+    config = build_config(preset, depth=depth, width=width, dtype=dtype, all_experts=all_experts)
     model_class = getattr(transformers, get_preset(preset).model_class)
     place = torch.device(device)
     cuda = [place] if place.type == "cuda" else []

@@ -44,20 +44,23 @@ class Started:
         return self.error is None and self.result.get("tokens_equal", True)
 
 
-def model_folder(model: str, depth: int | None, width: Width, device: str, place: Path) -> str:
+def model_folder(
+    model: str, depth: int | None, width: Width, device: str, place: Path, *, all_experts: bool = False
+) -> str:
     """A folder with the model: itself, or a preset's, built and saved in `place`.
 
     Raises:
-        UsageError: no such model, or a depth for a folder.
+        UsageError: no such model, or a depth or a number of experts for a folder.
     """
     if model not in PRESETS:
         check_model(model)
-        if depth is not None:
-            raise UsageError("--depth is for presets; a folder's model has its own depth")
+        if depth is not None or all_experts:
+            raise UsageError("--depth and --all-experts are for presets; a folder's model has its own")
         return model
     resolve_device(device)
     dtype = getattr(torch, default_dtype(device))
-    build_model(model, depth=depth, width=width, device="cpu", dtype=dtype).save_pretrained(place)
+    built = build_model(model, depth=depth, width=width, device="cpu", dtype=dtype, all_experts=all_experts)
+    built.save_pretrained(place)
     return str(place)
 
 

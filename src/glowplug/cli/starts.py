@@ -34,6 +34,9 @@ def starts(
     fleet: Annotated[int, typer.Option(help="If not 0: so many processes, one after another and all at once.")] = 0,
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
     width: Annotated[str, typer.Option(help="Of a preset: tiny or full.")] = "tiny",
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="As many experts a layer of a preset as were released.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     evict: Annotated[bool, typer.Option("--evict", help="Load the weights from the disk, not from its cache.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
@@ -52,7 +55,7 @@ def starts(
     environment = describe_environment(device)
     console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
-        folder = model_folder(model, depth, width, device, Path(place))  # type: ignore[arg-type]
+        folder = model_folder(model, depth, width, device, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
         done: list[Started] = []
         with console.status("starting") as status:
             for started in run_ways(folder, chosen, experts=experts, device=device, evict=evict):

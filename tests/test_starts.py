@@ -1,0 +1,77 @@
+"""`glowplug starts`: what it refuses, what it counts, and one run of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glowplug.bench.presets import build_model
+from glowplug.bench.starts import Started, compilations, model_folder
+from glowplug.cli.starts import starts_table
+from glowplug.errors import UsageError
+from test_cli import run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["glm-4.7", "--ways", "cold,tepid"], ["'tepid'", "background"]),
+        (["glm-4.7", "--fleet", "-1"], ["--fleet"]),
+        (["glm-4.7", "--width", "broad"], ["tiny or full"]),
+        (["glm-4.7", "--depth", "0"], ["at least 1"]),
+        (["glm-4.7", "--experts", "maybe"], ["'maybe'"]),
+        (["glm-4.8"], ["glm-4.8"]),
+        (["glm-4.7", "--json", "no/such/folder/x.json"], ["no/such/folder"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: list[str], said: list[str]) -> None:
+    result = run("starts", *arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    for text in said:
+        assert text in result.output
+
+
+@pytest.mark.parametrize(("depth", "all_experts"), [(3, False), (None, True)])
+def test_a_folder_has_its_own_sizes(depth: int | None, all_experts: bool, tmp_path: Path) -> None:
+    build_model("gpt-oss-20b", depth=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match="its own"):
+        model_folder(str(tmp_path / "model"), depth, "tiny", "cpu", tmp_path, all_experts=all_experts)
+
+
+def test_all_experts_of_the_released_model(tmp_path: Path) -> None:
+    folder = model_folder("gpt-oss-20b", 1, "tiny", "cpu", tmp_path, all_experts=True)
+    assert json.loads(Path(folder, "config.json").read_text())["num_local_experts"] == 32
+
+
+def test_a_fleet_is_counted_over_all_its_processes() -> None:
+    reports = [{"compiled_pieces": 3, "distinct_pieces": 4}, {"compiled_pieces": 1, "distinct_pieces": 4}]
+    fleet = [Started("fleet", {"report": report}) for report in reports]
+    assert compilations([*fleet, Started("fleet", {}, "killed")]) == (4, 4)
+
+
+def test_the_table_says_when_tokens_were_not_eagers() -> None:
+    report = {"distinct_pieces": 3, "pieces": 5, "start": "warm", "fallbacks": [{"reason": "too odd"}]}
+    result = {"second_token_s": 0.5, "taken_over_s": 9.0, "report": report, "tokens_equal": False, "steps": 7}
+    table = starts_table([Started("background", result)])
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells[:5] == ["background", "-", "-", "0.50", "9.00"]
+    assert "NOT all eager's" in str(cells[6]) and "too odd" in str(cells[6])
+
+
+@pytest.mark.inductor
+def test_cold_warm_and_a_fleet(tmp_path: Path) -> None:
+    written = tmp_path / "starts.json"
+    arguments = ("gpt-oss-20b", "--depth", "6", "--experts", "opaque", "--ways", "cold,warm", "--fleet", "2")
+    result = run("starts", *arguments, "--json", str(written))
+    assert result.exit_code == 0, result.output
+    told = json.loads(written.read_text())
+    cold, warm = told["starts"]
+    assert (cold["report"]["start"], warm["report"]["start"]) == ("cold", "warm")
+    assert cold["report"]["compiled_pieces"] > 0 and warm["report"]["compiled_pieces"] == 0
+    assert max(cold["error"], warm["error"]) < 1e-3
+    for fleet in told["fleets"].values():
+        reports = [process["report"] for process in fleet]
+        assert sum(report["compiled_pieces"] for report in reports) == reports[0]["distinct_pieces"] > 0
