@@ -35,15 +35,20 @@ def passes(model: PreTrainedModel) -> list[torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stamped_with_whole_attention(family: str) -> None:
-    model = build_family(family, FAMILIES[family])
+def assert_equal_compiled(model: PreTrainedModel) -> None:
+    """Its passes are the same before and after it is compiled."""
     with torch.no_grad():
         expected = passes(model)
         glowplug.compile(model, compiler="eager")
         actual = passes(model)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stamped_with_whole_attention(family: str) -> None:
+    model = build_family(family, FAMILIES[family])
+    assert_equal_compiled(model)
     report = glowplug.report(model)
     assert (report.strategy, report.attention, report.fallbacks) == ("stamped", "whole", [])
     assert "attention whole" in str(report)
@@ -74,12 +79,7 @@ def test_a_first_layer_that_gets_less_than_the_others(period: int) -> None:
     """Attention hands on what it chose; the first layer gets none. That keeps nobody from stamping the rest."""
     indexers = ["full" if layer % period == 0 else "shared" for layer in range(12)]
     model = glm(["sparse"] * 12, indexers)
-    with torch.no_grad():
-        expected = passes(model)
-        glowplug.compile(model, compiler="eager")
-        actual = passes(model)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert_equal_compiled(model)
     report = glowplug.report(model)
     assert (report.strategy, report.fallbacks) == ("stamped", [])
 
