@@ -108,3 +108,11 @@ def test_torch_save() -> None:
     torch.save(model, file)
     file.seek(0)
     assert torch.equal(quiet(torch.load(file, weights_only=False)), expected)
+
+
+def test_deepcopy_of_a_model_that_starts_in_the_background() -> None:
+    model = compiled(background=True)
+    twin = copy.deepcopy(model)
+    every_param_data(twin)
+    assert torch.equal(quiet(twin), eager(twin))
+    assert not torch.equal(quiet(twin), quiet(model))

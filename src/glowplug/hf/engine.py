@@ -45,23 +45,32 @@ class Engine:
         self.options = options
         compiler = get_compiler(options.compiler)
         self.report = Report(compiler=compiler.name)
-        store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
-        self.builder = Builder(model, options, compiler, self.report, store)
         self.keeps: Any = None
         """What lives as long as the engine, such as a store of this process alone."""
         self._met: set[Signature] = set()
         self._background: Background | None = None
-        if options.background and self.builder.distributed:
-            self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
-        elif options.background:
+        if options.background:
             options, self.keeps = with_store(options)
-            self.builder.store = open_store(options.cache_dir)
             self._background = Background(model, options, self.report)
+        store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
+        self._make_builder = functools.partial(Builder, model, self.options, compiler, self.report, store)
+        self._builder: Builder | None = None
         self._lock = threading.RLock()
         self._served: dict[Signature, Served | str] = {}
         self._watch: Watch | None = None
         self._implementations: tuple[Any, ...] = ()
         self._stale: str | None = None
+
+    @property
+    def builder(self) -> Builder:
+        """Made when first asked for: it reads the model, which is not whole yet while a copy's engine is made."""
+        if self._builder is None:
+            with self._lock:
+                self._builder = self._builder or self._make_builder()
+                if self._background is not None and self._builder.distributed:
+                    self._background = None
+                    self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
+        return self._builder
 
     @property
     def registry(self) -> LayerRegistry | None:
@@ -93,7 +102,7 @@ class Engine:
         call = read_call(self.model, args, kwargs) if reason is None else reason
         if isinstance(call, str):
             return self._eager(call, args, kwargs)
-        served = self._served.get(call.signature)
+        served, builder = self._served.get(call.signature), self.builder
         if served is None and self._background is not None:
             served = self._take_over(call, self._background)
             if served is None:
@@ -104,8 +113,8 @@ class Engine:
                 return output
         elif served is None:
             served = self._build(call)
-        elif self.builder.pending and not _begun(call):
-            self.builder.poll()
+        elif builder.pending and not _begun(call):
+            builder.poll()
         if isinstance(served, str):
             return self._eager(served, args, kwargs)
         broken = served.broken_by(call)
