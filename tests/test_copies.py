@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import families
 import glowplug
+from storing import PickleCompiler
 
 IDS = families.prompt(2, 9)
 
@@ -111,7 +112,7 @@ def test_torch_save() -> None:
 
 
 def test_deepcopy_of_a_model_that_starts_in_the_background() -> None:
-    model = compiled(background=True)
+    model = glowplug.compile(families.build("gpt_oss", layers=2), compiler=PickleCompiler(), background=True)
     twin = copy.deepcopy(model)
     every_param_data(twin)
     assert torch.equal(quiet(twin), eager(twin))

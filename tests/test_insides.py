@@ -16,8 +16,8 @@ import families
 import glowplug
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.hf import trials
-from glowplug.hf.insides import Slot
-from glowplug.ops.inside import INSIDE_ATTR, Inside
+from glowplug.hf.kinds import ExpertsKind, Made, Slot
+from glowplug.ops.inside import INSIDE_ATTR
 
 OPAQUE = ["gpt_oss", "glm4_moe", "qwen3_moe", "mixtral", "deepseek_v3", "llama4"]
 
@@ -108,7 +108,7 @@ def test_a_replaced_weight_is_not_missed() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        name = next(name for name, module in model.named_modules() if module in with_insides(model))
+        name = next(name for name, m in model.named_modules() if m in with_insides(model) and name.endswith("experts"))
         for one in (model, eager):
             experts = one.get_submodule(name)
             experts.down_proj = nn.Parameter(experts.down_proj * 2, requires_grad=False)
@@ -163,12 +163,8 @@ class Doubling(nn.Module):
 
 def judged(piece: Callable[..., Sequence[Tensor]]) -> trials.Verdict:
     layer = Doubling()
-    slots = (Slot((1, None, 4), torch.float32),)
-
-    def bind(layer: nn.Module, tokens: int | None) -> Inside:
-        return Inside(layer, piece, ("a0", "@weight"), tokens)
-
-    return trials.judge("op", layer, slots, bind, limited=True)
+    kind = ExpertsKind("op", ("layer",), (layer,), (Slot((1, None, 4), torch.float32),))
+    return trials.judge(kind, Made(piece, ("a0", "@weight"), 0.0), limited=True)
 
 
 def test_a_faster_inside_is_used() -> None:

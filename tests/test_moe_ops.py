@@ -64,7 +64,7 @@ def test_a_compiled_inside_is_used(block: nn.Module) -> None:
         seen.extend(arguments)
         return (torch.zeros(3, 64),)
 
-    block.experts.__dict__[INSIDE_ATTR] = Inside(block.experts, piece, ("a0", "a1", "a2"), tokens=3)
+    block.experts.__dict__[INSIDE_ATTR] = Inside(block.experts, piece, ("a0", "a1", "a2"), count=3, tokens=3)
     assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
     assert [a is b for a, b in zip(seen, (x, index, weights), strict=True)] == [True] * 3
 

@@ -41,8 +41,9 @@ class Options:
             a layer that behaves like no other of its kind, without it showing in the layer, then goes unnoticed.
         stamp: `"auto"`: trace a short template and stamp it over the full depth, where identity is hoisted and the
             model allows it. `"off"`: trace every layer.
-        inside: of opaque experts. `"auto"`: their inside is compiled once a kind beside serving, where that costs the
-            start nothing (on Linux CPUs), and used from the next sequence on where a trial finds it faster.
+        inside: of opaque experts, and of attention that is several kernels. `"auto"`: it is compiled once a kind beside
+            serving, where that costs the start nothing (on Linux CPUs), and used from the next sequence on where a
+            trial finds it faster. Attention's needs `verify="once"`, which shows how it is called.
             `"compiled"`: before the first answer, on any device. `"eager"`: never.
         cache_dir: the artifact store: a folder, an fsspec URL, or `"off"`; None: `GLOWPLUG_CACHE`, or else this user's
             own. See `glowplug.store.open_store`.

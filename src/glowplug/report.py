@@ -36,7 +36,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class InsideReport:
-    """The compiled inside of opaque experts of one kind.
+    """The compiled inside of opaque experts, or of attention, of one kind.
 
     Attributes:
         op: the op that the layers are called by.
@@ -132,7 +132,7 @@ class Report:
         fallbacks: each step down the ladder, once, with its reason.
         template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
         programs: how many programs were built (one for each signature of inputs, normally one).
-        insides: the compiled insides of opaque experts.
+        insides: the compiled insides of opaque experts and of attention.
         outlines: the steps of each program, for `glowplug.explain`.
         sources: the Python text of each program.
     """

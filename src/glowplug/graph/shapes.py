@@ -75,7 +75,9 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
             relations.append(sympy.Le(symbol, bounds.upper))
     relations = [relation for relation in dict.fromkeys(relations) if not _only_excludes_zero_and_one(relation)]
     for relation in relations:
-        if not (relation.free_symbols <= symbols or _is_renaming(relation) or _is_fixing(relation, environment)):
+        if not (
+            relation.free_symbols <= symbols or _is_renaming(relation, environment) or _is_fixing(relation, environment)
+        ):
             raise CaptureError(f"the trace relied on {relation}, a relation of sizes that a call does not give")
     return ShapeAssumptions(dims, tuple(r for r in relations if r.free_symbols <= symbols))
 
@@ -106,9 +108,12 @@ def _only_excludes_zero_and_one(relation: Any) -> bool:
     return False
 
 
-def _is_renaming(relation: Any) -> bool:
-    """Whether the relation only says that two symbols are the same size."""
-    return isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol and relation.rhs.is_Symbol
+def _is_renaming(relation: Any, environment: Any) -> bool:
+    """Whether the relation only says that two symbols are the same size, or multiples of two that are."""
+    if not isinstance(relation, sympy.Eq):
+        return False
+    same = relation.xreplace(environment.replacements) is sympy.true
+    return same or bool(relation.lhs.is_Symbol and relation.rhs.is_Symbol)
 
 
 def _is_fixing(relation: Any, environment: Any) -> bool:

@@ -17,8 +17,10 @@ from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import insides, interfaces, trace, verify
+from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
 from glowplug.hf.insides import Insides
+from glowplug.hf.kinds import Slots, experts_kinds, read_slots
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.prover import Prover
 from glowplug.hf.served import Recipe, Served
@@ -62,7 +64,7 @@ class Builder:
         self.whole = False
         self.for_others = weightless(model)
         self.insides: Insides | None = None
-        self._slots: dict[str, insides.Slots] = {}
+        self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
         try:
@@ -265,14 +267,17 @@ class Builder:
         return served if problem is None else problem.reason
 
     def _compile_insides(self) -> None:
-        """Compile the inside of opaque experts, now or beside."""
+        """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
         choice = self.options.inside
-        if not self._slots or choice == "eager" or self.compiler.name == "eager":
+        if choice == "eager" or self.compiler.name == "eager":
             return
         if self.processes is not None:  # trials would run collectives, each process its own number of them
             return
         layers = {op: {name: self.layers[name] for name in self.layers.order(op)} for op in self._slots}
-        self.insides = Insides(self.model, layers, self._slots, self.compiler, self.report, self._pieces.store)
+        kinds = experts_kinds(layers, self._slots) + attention_kinds(self.model, self.prover.forms)
+        if not kinds:
+            return
+        self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
         if self.for_others:
             with self.report.phase("inside"):
                 self.insides.compile_unjudged()
@@ -322,7 +327,7 @@ class Builder:
         def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
             report.phases["trace"] += time.perf_counter() - start
             trace.check_outputs(captured)
-            self._slots |= insides.read_slots(captured)
+            self._slots |= read_slots(captured)
             arguments, bound = trace.sort_inputs(captured, mask_names)
             how = None
             if template is not None:

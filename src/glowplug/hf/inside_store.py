@@ -27,9 +27,9 @@ def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> st
             transformers.__version__,
             kind.op,
             implementation,
-            repr(kind.slots),
+            kind.facts,
             structure_of(layer, SKIP),
-            sorted(sources_of(layer, ()).items()),
+            sorted(sources_of(layer, kind.files).items()),
         ]
     except NotStorableError:
         return None

@@ -1,14 +1,14 @@
-"""Compiles the inside of opaque experts, once for all layers of a kind, and uses it where it is faster.
+"""Compiles the inside of layer ops, once for all layers of a kind, and uses it where it is faster.
 
-An opaque op keeps the experts out of the graph, and so uncompiled. Their inside is captured from one layer of each
-kind, with the experts implementation that compiles best on the device, and bound to the weights of the others. On a
-CPU it is compiled in a fork, while the model serves already; it takes over when a sequence begins.
+An op keeps what it does out of the graph, and so uncompiled. The inside of opaque experts, and of attention that is
+several kernels, is captured from one layer of each kind (experts with the implementation that compiles best on the
+device) and bound to the weights of the others. On a CPU it is compiled in a fork, while the model serves already; it
+takes over when a sequence begins.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
@@ -26,15 +26,12 @@ from glowplug.graph.capture import Captured, capture, tracing_lock
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
 from glowplug.hf.interfaces import experts_implementation
-from glowplug.hf.kinds import Kind, Made, Slot, Slots
+from glowplug.hf.kinds import Kind, Made
 from glowplug.hf.trials import Verdict, judge
-from glowplug.layers.stack import kinds_of
-from glowplug.ops.inside import INSIDE_ATTR, Inside
-from glowplug.ops.layer_op import find_layer_op
+from glowplug.ops.inside import INSIDE_ATTR
 from glowplug.program import PieceStore
 from glowplug.report import InsideReport, Report
 
-OPS = ("glowplug::moe_forward", "glowplug::moe_forward_shared")
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation whose inside is worth compiling. On a CPU a compiled `batched_mm` took half the time of
 `grouped_mm`, at one token; on an H200 a compiled `grouped_mm` three fifths, for gpt-oss-120b."""
@@ -42,28 +39,12 @@ IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 _WAIT_S = 600.0
 
 
-def read_slots(captured: Captured) -> dict[str, Slots]:
-    """What each op of experts is called with, by name of the op."""
-    found: dict[str, Slots] = {}
-    for node in captured.gm.graph.nodes:
-        op = find_layer_op(node.target) if node.op == "call_function" else None
-        if op is not None and op.name in OPS:
-            found.setdefault(op.name, tuple(_slot(arg) for arg in node.args[1:] if arg is not None))
-    return found
-
-
-def _slot(arg: Any) -> Slot:
-    fake = arg.meta["example_value"]
-    return Slot(tuple(size if isinstance(size, int) else None for size in fake.shape), fake.dtype)
-
-
 class Insides:
     """The insides of one model.
 
     Args:
         model: the model.
-        layers: qualified name -> layer, of each op.
-        slots: what each op is called with.
+        kinds: what they are to be made for.
         compiler: compiles them.
         report: receives what was found.
         pieces: where insides are kept, if anywhere.
@@ -72,8 +53,7 @@ class Insides:
     def __init__(
         self,
         model: nn.Module,
-        layers: dict[str, dict[str, nn.Module]],
-        slots: dict[str, Slots],
+        kinds: Sequence[Kind],
         compiler: PieceCompiler,
         report: Report,
         pieces: PieceStore | None = None,
@@ -83,18 +63,10 @@ class Insides:
         self.compiler = compiler
         self.report = report
         self.device = next(model.parameters()).device
-        self.kinds: list[Kind] = []
+        self.kinds = list(kinds)
         self._keys: dict[tuple[str, ...], str] = {}
         self._unjudged: list[tuple[Kind, Made]] = []
         self.beside: Beside | None = None
-        for op, named in layers.items():
-            groups: dict[int, list[str]] = {}
-            for name, kind in zip(named, kinds_of(list(named.values())), strict=True):
-                groups.setdefault(kind, []).append(name)
-            for names in groups.values():
-                members = tuple(named[name] for name in names)
-                if len(slots[op]) in _BY_COUNT:
-                    self.kinds.append(Kind(op, tuple(names), members, slots[op]))
 
     @property
     def pending(self) -> bool:
@@ -191,24 +163,22 @@ class Insides:
         start = time.perf_counter()
         layer = kind.layers[0]
         device = next(layer.parameters()).device
-        examples = [slot.example(8, device) for slot in kind.slots]
+        examples = kind.examples(device)
 
         def consume(captured: Captured) -> tuple[Any, tuple[str, ...]]:
             piece, order = _only_piece(captured, layer)
             inputs = [node.meta["example_value"] for node in piece.gm.graph.nodes if node.op == "placeholder"]
-            return compile(piece.gm, inputs), order
+            done = compile(piece.gm, inputs)
+            kind.check(captured)
+            return done, order
 
         with tracing_lock, experts_implementation(self.model, IMPLEMENTATION.get(device.type)):
-            (run, artifact), order = capture(_BY_COUNT[len(examples)], (layer, *examples), consume)
+            (run, artifact), order = capture(kind.function(), (layer, *examples), consume)
         return Made(run, order, time.perf_counter() - start, artifact)
-
-    def _bind(self, made: Made, layer: nn.Module, tokens: int | None) -> Inside:
-        return Inside(layer, made.run, made.order, tokens)
 
     def _install(self, kind: Kind, made: Made) -> None:
         """Give a kind's layers their inside, for as many tokens as a trial finds it faster for."""
-        bind = functools.partial(self._bind, made)
-        verdict = judge(kind.op, kind.layers[0], kind.slots, bind, limited=self.device.type == "cpu")
+        verdict = judge(kind, made, limited=self.device.type == "cpu")
         self._use(kind, made, verdict)
         key = self._keys.get(kind.names)
         if self.pieces is not None and key is not None and made.artifact is not None:
@@ -217,7 +187,7 @@ class Insides:
     def _use(self, kind: Kind, made: Made, verdict: Verdict) -> None:
         if verdict.tokens != 0:
             for layer in kind.layers:
-                object.__setattr__(layer, INSIDE_ATTR, self._bind(made, layer, verdict.tokens))
+                object.__setattr__(layer, INSIDE_ATTR, kind.bind(made, layer, verdict.tokens))
         self.report.insides.append(
             InsideReport(kind.op, kind.names, made.seconds, verdict.tokens, verdict.eager_us, verdict.compiled_us)
         )
@@ -227,17 +197,6 @@ def forget(layers: Sequence[nn.Module]) -> None:
     """Let layers run their own forward again."""
     for layer in layers:
         layer.__dict__.pop(INSIDE_ATTR, None)
-
-
-def _inside_1(layer: Any, a0: Tensor) -> Tensor:
-    return type(layer).forward(layer, a0)
-
-
-def _inside_3(layer: Any, a0: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
-    return type(layer).forward(layer, a0, a1, a2)
-
-
-_BY_COUNT: dict[int, Callable[..., Tensor]] = {1: _inside_1, 3: _inside_3}
 
 
 def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from glowplug.hf import verify
+from glowplug.hf.attention_kinds import Forms, observed
 from glowplug.hf.call import Call
 from glowplug.hf.locate import first_layer
 from glowplug.hf.served import Served
@@ -35,6 +36,7 @@ class Prover:
     Attributes:
         watch: finds changes of the model since a program was last compared.
         check_order: with `identity="ordered"`, whether a wrong order raises.
+        forms: how the model's own attention functions were called, by layer.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Prover:
         self.report = report
         self.watch: Watch | None = None
         self.check_order = True
+        self.forms: Forms = {}
         self._reads = reads
         self._agree = processes.agree if processes is not None else None
 
@@ -77,7 +80,7 @@ class Prover:
             watch = self.start_watching()
             if self.options.verify == "off":
                 break
-            with self.report.phase("verify"):
+            with self.report.phase("verify"), observed(self.model, self.forms):
                 problem = self._compare(served, call, registry, classes, exact=exact)
             if problem is not None:
                 return problem

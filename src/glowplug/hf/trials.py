@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from glowplug.ops.inside import Inside
+from glowplug.hf.kinds import Kind, Made
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RUNS = 7
 _FASTER = 0.95
 """Share of the layer's own time that a compiled inside may take."""
-_GATHERED = 2**28
-"""Bytes of gathered weights, at most: on a CPU the compiled inside gathers those of each token's experts."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest ||compiled - own|| / ||own|| of one layer. Half precision: 0.05."""
 
@@ -39,33 +38,33 @@ class Verdict:
     compiled_us: float
 
 
-def judge(
-    op: str, layer: nn.Module, slots: Sequence[Any], bind: Callable[[nn.Module, int | None], Inside], *, limited: bool
-) -> Verdict:
+def judge(kind: Kind, made: Made, *, limited: bool) -> Verdict:
     """Try a compiled inside on one layer, for more and more tokens, until it is no longer the faster way.
 
     Args:
-        op: the op that the layer is called by.
-        layer: the layer.
-        slots: the op's tensors.
-        bind: makes an inside for the layer.
+        kind: the layers that it is for; the first is tried.
+        made: the inside.
         limited: never let it serve any number of tokens.
     """
-    inside = bind(layer, None)
+    layer = kind.layers[0]
+    inside, own_code = kind.bind(made, layer, None), functools.partial(kind.function(), layer)
     generator = torch.Generator().manual_seed(0)
     times: list[tuple[float, float]] = []
     served: int | None = 0
     device = next(layer.parameters()).device
     with torch.no_grad():
+        for others in kind.more_trials(generator, device):
+            if not _close(inside.run(*others), own_code(*others)):
+                return Verdict(0, math.nan, math.nan)
         for tokens in _TOKENS:
-            inputs = _inputs(layer, slots, tokens, generator, device)
+            inputs = kind.trial(tokens, generator, device)
             if inputs is None:
                 break
-            expected, actual = type(layer).forward(layer, *inputs), inside.run(*inputs)
+            expected, actual = own_code(*inputs), inside.run(*inputs)
             if not _close(actual, expected):
                 return Verdict(0, math.nan, math.nan)
-            own = _microseconds(lambda args=inputs: type(layer).forward(layer, *args), device)  # type: ignore[misc]
-            compiled = _microseconds(lambda args=inputs: inside.run(*args), device)  # type: ignore[misc]
+            own = _microseconds(functools.partial(own_code, *inputs), device)
+            compiled = _microseconds(functools.partial(inside.run, *inputs), device)
             times.append((own, compiled))
             if compiled > own * _FASTER:
                 break
@@ -75,32 +74,6 @@ def judge(
     if not limited and served == _TOKENS[-1]:
         served = None
     return Verdict(served, *times[0])
-
-
-def _inputs(
-    layer: nn.Module, slots: Sequence[Any], tokens: int, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, ...] | None:
-    """Random inputs of so many tokens; None if they would gather too many weights."""
-    stacked = [p for p in layer.parameters() if p.dim() == 3]
-    experts = min((int(p.shape[0]) for p in stacked), default=1)
-    chosen = next((int(s.sizes[-1]) for s in slots if not s.dtype.is_floating_point), 1)
-    each = sum(p.numel() * p.element_size() for p in stacked) / max(experts, 1)
-    if tokens > 1 and tokens * chosen * each > _GATHERED:
-        return None
-    made = []
-    for slot in slots:
-        sizes = [1 if size is None else size for size in slot.sizes]
-        varying = [dim for dim, size in enumerate(slot.sizes) if size is None]
-        # Experts that take no routing are handed every expert's tokens in turn.
-        sizes[varying[-1]] = tokens * experts if len(slots) == 1 and len(slot.sizes) == 2 else tokens
-        if slot.dtype.is_floating_point:
-            tensor = torch.rand(sizes, generator=generator)
-            tensor = tensor / tensor.sum(-1, keepdim=True) if slot is slots[-1] and len(slots) > 1 else tensor - 0.5
-        else:
-            picks = [torch.randperm(experts, generator=generator)[: sizes[-1]] for _ in range(sizes[0])]
-            tensor = torch.stack(picks)
-        made.append(tensor.to(device, slot.dtype))
-    return tuple(made)
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

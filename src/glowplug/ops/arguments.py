@@ -37,7 +37,8 @@ def encode(kwargs: Mapping[str, Any], caches: type | tuple[type, ...] = ()) -> t
     """
     tensors: list[Tensor] = []
     options: list[str] = []
-    for name, value in kwargs.items():
+    for name in sorted(kwargs):  # what `decode` gives back has the same text
+        value = kwargs[name]
         if isinstance(value, Tensor):
             options.append(f"{name}=@{len(tensors)}")
             tensors.append(value)
@@ -74,7 +75,7 @@ def decode(options: str, tensors: list[Tensor], cache: Any = None) -> dict[str, 
     Raises:
         NotServableError: one is `NOTHING`.
     """
-    constants, named = _parse(options)
+    constants, named = parse(options)
     kwargs = dict(constants)
     for name, places in named:
         if places is None:
@@ -109,8 +110,9 @@ Places = int | tuple[int, ...] | _Nested | None
 
 
 @lru_cache(maxsize=4096)
-def _parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Places], ...]]:
-    """The constant keyword arguments; and where the tensors of the others are, None for the cache."""
+def parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Places], ...]]:
+    """What `encode` wrote down: the constant keyword arguments; and of the others where their tensors are, None for the
+    cache."""
     constants: list[tuple[str, Any]] = []
     named: list[tuple[str, Places]] = []
     for option in options.split(";") if options else ():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from glowplug.layers.context import current_context
 from glowplug.ops.arguments import decode
+from glowplug.ops.inside import INSIDE_ATTR, AttentionInside
 from glowplug.ops.layer_op import layer_op
 
 ATTENTION_FN_ATTR = "_glowplug_attention_fn"
@@ -43,6 +44,9 @@ def attention(
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
     """
+    inside: AttentionInside | None = layer.__dict__.get(INSIDE_ATTR)
+    if inside is not None and inside.attends(layer, query, key, value, mask, options):
+        return inside.run(query, key, value, mask, *tensors)
     kwargs = decode(options, tensors)
     output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
     return output if output.is_contiguous() else output.contiguous()
