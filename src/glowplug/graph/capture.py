@@ -100,13 +100,14 @@ def is_restart(exc: BaseException) -> bool:
 
 
 class _Captured(BaseException):
-    """Thrown by the captured function's first run: the graph is all that was wanted. Not an `Exception`, so that no
-    `except Exception` in a model's code swallows it."""
+    """Thrown where Dynamo hands over the graph, which is all that was wanted: building guards and code around it takes
+    tenths of a second. Not an `Exception`, so that nothing takes it for a backend's failure."""
 
 
 class _Capture(Generic[T]):
-    def __init__(self, consume: Callable[[Captured], T]) -> None:
+    def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None) -> None:
         self.consume = consume
+        self.reads = reads
         self.result: list[T] = []
         self.error: BaseException | None = None
 
@@ -117,11 +118,9 @@ class _Capture(Generic[T]):
             if is_restart(exc):
                 raise
             self.error = exc
-
-        def stop(*_: Any) -> Any:
-            raise _Captured
-
-        return stop
+        if self.reads is not None:
+            self.reads.update(guard.name for guard in TracingContext.get().guards_context.dynamo_guards)
+        raise _Captured
 
 
 def capture(
@@ -132,7 +131,7 @@ def capture(
 ) -> T:
     """Trace `fn(*args)` in one graph and hand it to `consume` while Dynamo's tracing context is alive.
 
-    Nothing runs: the captured function is never executed. Guards are dropped: the caller must know that what the
+    Nothing runs: the captured function is never executed. No guards are made: the caller must know that what the
     trace assumed holds (see `glowplug.graph.shapes` for sizes, `glowplug.layers.watch` for the modules).
 
     Args:
@@ -147,22 +146,10 @@ def capture(
     Raises:
         CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
     """
-    job = _Capture(consume)
-
-    def drop_guards(guards: Sequence[Any]) -> list[bool]:
-        if reads is not None:
-            reads.update(guard.orig_guard.name for guard in guards)
-        return [False] * len(guards)
-
-    # Dynamo caches by code object, and without guards a cached entry would answer for every model: a fresh one each.
+    job = _Capture(consume, reads)
+    # Dynamo keeps what it knows by code object: a fresh one each time.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
-    compiled = torch.compile(
-        fresh,
-        backend=job.backend,
-        fullgraph=True,
-        dynamic=False,
-        options={"guard_filter_fn": drop_guards},
-    )
+    compiled = torch.compile(fresh, backend=job.backend, fullgraph=True, dynamic=False)
     with (
         tracing_lock,
         torch.inference_mode(False),
