@@ -173,7 +173,8 @@ def test_which_pieces_are_ends() -> None:
 
     assert choose(1, 35, 1) == [0, 2]
     assert choose(1, 3, 88, 1) == [0, 1, 3]
-    assert choose(1, 3, 1) == []
+    assert choose(1, 3, 1) == [0, 2]
+    assert choose(1, 1, 3, 1) == choose(1, 1) == []
     assert choose(*[1] * 37) == []
     assert choose(12, 12, 12, 1) == [3]
     assert choose(1, 35, 1, writes=frozenset({2})) == [0]

@@ -27,6 +27,8 @@ logger = logging.getLogger("glowplug")
 
 _SHARE = 1 / 8
 """Largest share of a program's pieces that may start uncompiled, all of them together."""
+_ENDS = 2
+"""So many may at any depth, as long as others run more often: what they cost a step does not depend on its length."""
 _RUNS = 4
 """Runs whose inputs are kept, to try the compiled piece on: those of the comparison with eager, mostly."""
 _LARGEST = 2**20
@@ -42,9 +44,9 @@ def choose_ends(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece])
         uses: how often each distinct piece runs in a step.
         pieces: one of each.
     """
-    left = sum(uses.values()) * _SHARE
+    left = max(sum(uses.values()) * _SHARE, _ENDS)
     chosen: set[Fingerprint] = set()
-    for count in sorted(set(uses.values())):
+    for count in sorted(set(uses.values()))[:-1]:
         some = {found for found, often in uses.items() if often == count}
         left -= count * len(some)
         if left < 0:
