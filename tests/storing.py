@@ -41,7 +41,7 @@ class PickleCompiler:
         """See `StoringCompiler.environment`."""
         return f"pickle {device.type} {torch.get_float32_matmul_precision()}"
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`."""
         return False
 
@@ -76,7 +76,7 @@ class StoringGraphs(PickleCompiler):
         self.fault = fault
         self.home = os.getpid()
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """Forks are safe: nothing is compiled."""
         return True
 

@@ -29,7 +29,7 @@ class Stored(EagerCompiler):
         self.here: list[fx.GraphModule] = []
         self.loaded: list[bytes] = []
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         return True
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:

@@ -40,7 +40,7 @@ class Storing(EagerCompiler):
         self.engine: Engine | None = None
         self.runs: Counter[str] = Counter()
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         return True
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:

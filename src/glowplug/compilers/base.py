@@ -41,8 +41,9 @@ class StoringCompiler(PieceCompiler, Protocol):
         """Everything besides a piece that its compilation depends on, as text: equal texts, equal compiled pieces."""
         ...
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
-        """Whether pieces of these inputs may be compiled in forks of this process; called right before."""
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
+        """Whether pieces of these inputs may be compiled in forks of this process; called right before. With `several`,
+        it pays to load here what each fork would have to."""
         ...
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:

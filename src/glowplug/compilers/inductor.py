@@ -14,7 +14,7 @@ from torch import fx
 from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
 from glowplug.compilers.light_imports import light_imports
-from glowplug.compilers.toolchain import cpu_toolchain
+from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
 
@@ -58,13 +58,15 @@ class InductorCompiler:
         """See `StoringCompiler.environment`."""
         return describe_environment(device, self.options, self.threads)
 
-    def forks(self, inputs: Sequence[Sequence[Any]]) -> bool:
+    def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""
         single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
         if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
             return False
-        cpu_toolchain().join()
-        importlib.import_module("torch._inductor.compile_fx")  # once, here, and not in each fork
+        if several or toolchain_begun():  # its thread would not be there in a fork
+            cpu_toolchain().join()
+        if several:
+            importlib.import_module("torch._inductor.compile_fx")
         return True
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:

@@ -79,7 +79,9 @@ def compile_jobs(
         One result a job, in order. After an error the rest may be missing.
     """
     workers = _workers(len(jobs), _cores())
-    if workers < 2 or not isinstance(compiler, StoringCompiler) or not compiler.forks([job.inputs for job in jobs]):
+    if workers < 2 or not isinstance(compiler, StoringCompiler):
+        return _compile_here(compiler, jobs, relations, advance, {})
+    if not compiler.forks([job.inputs for job in jobs], several=True):
         return _compile_here(compiler, jobs, relations, advance, {})
     with tempfile.TemporaryDirectory(prefix="glowplug-pieces-", ignore_cleanup_errors=True) as folder:
         shelf = Shelf(Path(folder), jobs)

@@ -118,5 +118,10 @@ def cpu_toolchain() -> CpuToolchain:
     return CpuToolchain()
 
 
+def toolchain_begun() -> bool:
+    """Whether this process has begun to prepare its toolchain."""
+    return cpu_toolchain.cache_info().currsize > 0
+
+
 def _is_x86() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and hasattr(torch._inductor.config.cpp, "vec_isa_ok")

@@ -9,12 +9,13 @@ from glowplug.options import Options
 from glowplug.report import Report
 
 
-def bake(model: PreTrainedModel, options: Options) -> Report:
+def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> Report:
     """Put the compiled program of a weightless model, and all that it needs, into the store.
 
     Args:
         model: made by `weightless_model`.
         options: as those of the process that will serve it.
+        insides: also what that process would compile beside serving. Without, it is ready sooner.
 
     Returns:
         What was done. `report.fallbacks` says why nothing could be.
@@ -22,4 +23,5 @@ def bake(model: PreTrainedModel, options: Options) -> Report:
     attach(model, options)
     engine = engine_of(model)
     assert engine is not None
+    engine.builder.bakes_insides = insides
     return engine.prepare()

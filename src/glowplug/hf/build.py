@@ -63,6 +63,7 @@ class Builder:
         self.registry: LayerRegistry | None = None
         self.whole = False
         self.for_others = weightless(model)
+        self.bakes_insides = True
         self.insides: Insides | None = None
         self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
@@ -279,8 +280,9 @@ class Builder:
             return
         self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
         if self.for_others:
-            with self.report.phase("inside"):
-                self.insides.compile_unjudged()
+            if self.bakes_insides or choice == "compiled":
+                with self.report.phase("inside"):
+                    self.insides.compile_unjudged()
             return
         if choice == "auto":
             self.insides.compile_beside()

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
             device=torch.device(asked["device"]),
             **asked["settings"],
         )
-        return bake(model, Options(**asked["options"]))
+        return bake(model, Options(**asked["options"]), insides=False)
 
     leave(folder / RESULT, attempt(build).to_bytes())
     return 0

@@ -67,7 +67,7 @@ class Background:
             def build() -> Report:
                 report = Report()
                 builder = Builder(self.model, options, compiler, report, open_store(options.cache_dir))
-                builder.for_others = True
+                builder.for_others, builder.bakes_insides = True, False  # nobody is to wait for those
                 found = builder.build(call)
                 if isinstance(found, str):
                     report.fall_back(found)

@@ -88,9 +88,9 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
         options = dataclasses.replace(options, compiler=compiler, ends="compiled", background=False)
 
         def build() -> Report:
-            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options)
+            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options, insides=False)
 
-        return Forked(build, nice=0)
+        return Forked(build)  # loading goes first
     return spawn(config, dtype, device, chosen, options)
 
 
