@@ -102,14 +102,16 @@ class Engine:
         call = read_call(self.model, args, kwargs) if reason is None else reason
         if isinstance(call, str):
             return self._eager(call, args, kwargs)
-        served, builder = self._served.get(call.signature), self.builder
+        served = self._served.get(call.signature)
+        if served is None and self._background is not None and call.signature not in self._met:
+            self._met.add(call.signature)  # nothing at all is done before the first answer
+            return type(self.model).forward(self.model, *args, **kwargs)
+        builder = self.builder
         if served is None and self._background is not None:
             served = self._take_over(call, self._background)
             if served is None:
                 output = type(self.model).forward(self.model, *args, **kwargs)
-                if call.signature in self._met:  # nothing at all is done before the first answer
-                    self._background.start(call)
-                self._met.add(call.signature)
+                self._background.start(call)
                 return output
         elif served is None:
             served = self._build(call)
@@ -135,8 +137,6 @@ class Engine:
             found = self._served.get(call.signature)
             if found is not None:
                 return found
-            if call.signature not in self._met:
-                return None
             outcome = background.outcome(call)
             if outcome is None and call.signature in background.begun:
                 return None
