@@ -69,7 +69,7 @@ def starts(
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(folder, fleet, at_once=at_once, experts=experts, device=device)
-            fleets[name] = [started.result | {"error": started.error} for started in result]
+            fleets[name] = [started.result | {"failed": started.error} for started in result]
             console.print(_fleet_line(name, result), markup=False)
     if json_path is not None:
         write_starts(json_path, environment, done, fleets)
