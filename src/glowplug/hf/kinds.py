@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """Layers that one compiled inside serves.
 
     Attributes:
@@ -51,31 +52,32 @@ class Kind:
     layers: tuple[nn.Module, ...]
 
     @property
+    @abstractmethod
     def facts(self) -> str:
         """What the inside depends on besides the layer's structure."""
-        raise NotImplementedError
 
     @property
     def files(self) -> Sequence[str]:
         """Files of code that is traced, other than the layer's own."""
         return ()
 
+    @abstractmethod
     def function(self) -> Callable[..., Tensor]:
         """What the op computes by the layer's own code: a function of `layer`, `a0`, `a1`, ..., to be traced."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, device: torch.device) -> tuple[Tensor, ...]:
         """Tensors to trace it with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trial(self, tokens: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...] | None:
         """Random tensors of so many tokens to try it with; None for more than a trial should take."""
-        raise NotImplementedError
 
     def more_trials(self, generator: torch.Generator, device: torch.device) -> list[tuple[Tensor, ...]]:
         """Tensors of other sizes, on which it must be right."""
         return []
 
+    @abstractmethod
     def check(self, captured: Captured) -> None:
         """Refuse an inside whose trace relied on sizes that calls need not have.
 
@@ -83,9 +85,9 @@ class Kind:
             CaptureError: it did.
         """
 
+    @abstractmethod
     def bind(self, made: Made, layer: nn.Module, tokens: int | None) -> Inside:
         """The inside of one layer, to serve up to so many tokens."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,9 @@ class ExpertsKind(Kind):
                 tensor = torch.stack(picks)
             made.append(tensor.to(device, slot.dtype))
         return tuple(made)
+
+    def check(self, captured: Captured) -> None:
+        """See `Kind.check`. Nothing to refuse: an inside serves as many tokens as its trial found it right for."""
 
     def bind(self, made: Made, layer: nn.Module, tokens: int | None) -> Inside:
         """See `Kind.bind`."""
