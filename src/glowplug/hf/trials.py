@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glowplug.closeness import distance
 from glowplug.hf.kinds import Kind, Made
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -79,8 +80,7 @@ def judge(kind: Kind, made: Made, *, limited: bool) -> Verdict:
 def _close(actual: Tensor, expected: Tensor) -> bool:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    error = float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
-    return error <= _TOLERANCE.get(expected.dtype, 0.05)
+    return distance(actual, expected) <= _TOLERANCE.get(expected.dtype, 0.05)
 
 
 def _microseconds(call: Callable[[], Any], device: torch.device) -> float:

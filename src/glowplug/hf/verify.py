@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from glowplug.closeness import distance
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.hf.caches import new_cache
 from glowplug.hf.call import Call, Signature, read_call
@@ -211,10 +212,6 @@ def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tu
     return whole, mask, positions
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
-
-
 def _allowed(dtype: torch.dtype, exact: bool) -> float:
     return _EXACT.get(dtype, 0.01) if exact else _TOLERANCE.get(dtype, 0.5)
 
@@ -222,7 +219,7 @@ def _allowed(dtype: torch.dtype, exact: bool) -> float:
 def _differs(actual: Tensor, expected: Tensor, what: str, exact: bool) -> str | None:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"the compiled program gives {tuple(actual.shape)} {actual.dtype}, eager {tuple(expected.shape)}"
-    error, allowed = _error(actual, expected), _allowed(expected.dtype, exact)
+    error, allowed = distance(actual, expected), _allowed(expected.dtype, exact)
     if not error <= allowed:
         return f"the compiled program differs from eager by {error:.1e} (allowed {allowed:.0e}) for {what}"
     return None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glowplug.closeness import distance
 from glowplug.errors import NotStampableError
 from glowplug.layers.registry import MARKS, LayerRegistry, register_layers
 
@@ -121,6 +122,6 @@ class _Comparison:
             return None if torch.equal(actual, expected) else f"{what} differs from eager's"
         if torch.equal(actual, expected):
             return None
-        error = float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+        error = distance(actual, expected)
         allowed = self.tolerance.get(actual.dtype, self.otherwise)
         return None if error <= allowed else f"{what} differs from eager's by {error:.1e} (allowed {allowed:.0e})"

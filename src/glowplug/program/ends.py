@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from glowplug.closeness import distance
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.fork import Beside
 from glowplug.compilers.parallel import Job, Shelf, compile_beside
@@ -167,7 +168,7 @@ def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | No
                 return f"it raised {type(exc).__name__}: {exc}"
             for one, other in zip(actual, expected, strict=True):
                 if isinstance(other, Tensor) and other.is_floating_point():
-                    error = float((one - other).float().norm() / other.float().norm().clamp(min=1e-30))
+                    error = distance(one, other)
                     allowed = _TOLERANCE.get(other.dtype, 0.05)
                     if one.shape != other.shape or not error <= allowed:
                         return f"compiled it differs by {error:.1e} from uncompiled (allowed {allowed:.0e})"
