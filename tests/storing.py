@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class StoringGraphs(PickleCompiler):
     """The same, in forks too.
 
     Args:
-        fault: what compiling does in a fork: `"raises"`, `"dies"`, or nothing.
+        fault: what compiling does in a fork: `"raises"`, `"dies"`, or nothing. In a fork of a fork, where ends of a
+            build elsewhere are compiled: `"slow ends"`, `"ends die"`.
     """
 
     name = "storing graphs"
@@ -86,6 +88,10 @@ class StoringGraphs(PickleCompiler):
             raise RuntimeError("a compiler that fails")
         if os.getpid() != self.home and self.fault == "dies":
             os._exit(3)
+        if os.getpid() != self.home != os.getppid() and self.fault in ("slow ends", "ends die"):
+            time.sleep(3)
+            if self.fault == "ends die":
+                os._exit(3)
         return super().compile(piece, inputs)
 
 

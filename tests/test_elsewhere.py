@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from glowplug.hf.bake import bake
 from glowplug.hf.weightless import weightless_model
 from glowplug.options import Options
 from storing import StoringGraphs
+from test_ends import uncompiled
 
 DEPTH = 8
 forks = pytest.mark.skipif(torch.cuda.is_initialized(), reason="a process that uses a GPU can't fork")
@@ -24,7 +26,7 @@ forks = pytest.mark.skipif(torch.cuda.is_initialized(), reason="a process that u
 def baked(store: Path, model: PreTrainedModel, **options: Any) -> glowplug.Report:
     """Bake what a model's configuration describes."""
     twin = weightless_model(model.config, dtype=torch.float32, device=torch.device("cpu"))
-    return bake(twin, Options(compiler=StoringGraphs(), cache_dir=store, **options))
+    return bake(twin, Options(compiler=StoringGraphs(), cache_dir=store, ends="compiled", **options)).report
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "llama4", "deepseek_v3", "qwen3", "ernie4_5_vl_moe"])
@@ -94,6 +96,67 @@ def test_from_pretrained_without_a_store_and_with_a_failing_build(tmp_path: Path
         ids = families.prompt(1, 4)
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@forks
+def test_ends_are_compiled_after_the_build_has_said_that_it_is_done(tmp_path: Path) -> None:
+    original = families.build("gpt_oss", layers=20)
+    folder = save(original, tmp_path / "model")
+    options: dict[str, Any] = {"cache_dir": tmp_path / "store", "dtype": torch.float32}
+    model = glowplug.from_pretrained(folder, compiler=StoringGraphs("slow ends"), **options)
+    report = glowplug.report(model)
+    assert (report.start, report.pending_pieces, report.distinct_pieces) == ("warm", 2, 3)
+    assert "still being compiled" in str(report)
+    ids = families.prompt(2, 6)
+    with torch.no_grad():
+        expected = original(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert uncompiled(model) == 2
+        glowplug.settle(model)
+        assert (report.pending_pieces, report.compiled_pieces, uncompiled(model)) == (0, 0, 0)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert report.fallbacks == []
+    later = glowplug.from_pretrained(folder, compiler=StoringGraphs("raises"), **options)
+    assert (glowplug.report(later).start, glowplug.report(later).pending_pieces) == ("warm", 0)
+
+
+@forks
+def test_ends_that_nobody_delivers_stay_uncompiled_and_are_made_at_the_next_start(tmp_path: Path) -> None:
+    original = families.build("gpt_oss", layers=20)
+    folder = save(original, tmp_path / "model")
+    ids = families.prompt(2, 6)
+    for fault in ("ends die", ""):
+        options: dict[str, Any] = {"cache_dir": tmp_path / "store", "dtype": torch.float32}
+        model = glowplug.from_pretrained(folder, compiler=StoringGraphs(fault), **options)
+        glowplug.settle(model)
+        report = glowplug.report(model)
+        assert (report.start, report.pending_pieces, uncompiled(model)) == ("warm", 0, 2 if fault else 0)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@forks
+def test_others_start_with_ends_that_a_cold_start_still_compiles(tmp_path: Path) -> None:
+    """A fork of the first compiles them; whoever must have all compiled waits for it."""
+
+    class Slow(StoringGraphs):
+        def compile(self, piece: Any, inputs: Any) -> Any:
+            if os.getpid() != self.home:
+                time.sleep(1.5)
+            return super().compile(piece, inputs)
+
+    ids = families.prompt(2, 6)
+    for compiler, ends, pending in (
+        (Slow(), "auto", 2),
+        (StoringGraphs("raises"), "auto", 2),
+        (StoringGraphs("raises"), "compiled", 0),
+    ):
+        model = families.build("gpt_oss", layers=20)
+        glowplug.compile(model, compiler=compiler, cache_dir=tmp_path / "store", ends=ends)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, type(model).forward(model, ids).logits, rtol=1e-5, atol=1e-5)
+        report = glowplug.report(model)
+        assert (report.pending_pieces, uncompiled(model), report.fallbacks) == (pending, pending, [])
 
 
 def test_from_pretrained_says_what_is_wrong(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import glowplug
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.fingerprint import fingerprint
 from glowplug.hf.engine import Engine, engine_of
-from glowplug.program.ends import Uncompiled, choose_ends
+from glowplug.program.end_makers import ForkMaker
+from glowplug.program.ends import Ends, Uncompiled, choose_ends
 from test_changes import eager, quiet
 
 DEPTH = 20
@@ -63,7 +64,7 @@ class Storing(EagerCompiler):
         assert self.engine is not None
         digest = artifact.decode()
         (ends,) = self.engine.builder._pieces.ends
-        (job,) = [job for found, job in ends.jobs.items() if found.digest == digest]
+        (job,) = [job for found, job in maker(ends).jobs.items() if found.digest == digest]
 
         def run(*args: Any) -> Sequence[Any]:
             self.runs[digest] += 1
@@ -73,6 +74,12 @@ class Storing(EagerCompiler):
             return tuple(value * 1.01 for value in outputs) if self.fault == "wrong" else outputs
 
         return run
+
+
+def maker(ends: Ends) -> ForkMaker:
+    """The fork that compiles ends."""
+    assert isinstance(ends.maker, ForkMaker)
+    return ends.maker
 
 
 def started(fault: str = "", **options: Any) -> tuple[PreTrainedModel, Storing]:
@@ -116,10 +123,11 @@ def test_a_sequence_keeps_the_pieces_it_began_with() -> None:
     with torch.no_grad():
         (ends,) = engine.builder._pieces.ends
         cache = DynamicCache(config=model.config)
-        ends.beside.finish, finish = (lambda *_: None), ends.beside.finish  # type: ignore[method-assign]
+        beside = maker(ends).beside
+        beside.finish, finish = (lambda *_: None), beside.finish  # type: ignore[method-assign]
         model(families.prompt(1, 5), past_key_values=cache)
-        ends.beside.finish = finish  # type: ignore[method-assign]
-        ends.beside.wait(time.monotonic() + 120)
+        beside.finish = finish  # type: ignore[method-assign]
+        beside.wait(time.monotonic() + 120)
         model(families.prompt(1, 1), past_key_values=cache)
         assert uncompiled(model) == 2
         model(families.prompt(1, 5))

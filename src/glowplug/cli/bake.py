@@ -48,7 +48,7 @@ def bake_command(
         f"{type(weightless).__name__}, {billions:.1f} billion parameters, {show_size(size)} of weights, none in memory",
         markup=False,
     )
-    report = bake(weightless, options)
+    report = bake(weightless, options).report
     console.print(str(report), markup=False, soft_wrap=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(f"{time.perf_counter() - start:.1f} s; peak memory of this process {show_size(peak)}", markup=False)

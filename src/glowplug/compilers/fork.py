@@ -50,6 +50,26 @@ class Child:
         return self.ended
 
 
+_running: list[Child] = []
+_parent = 0
+_scratch: str | None = None
+
+
+def reap() -> None:
+    """Take note of forks that have ended: until then the system keeps an entry of each."""
+    _running[:] = [child for child in _running if not child.poll()]
+
+
+def orphaned() -> bool:
+    """Whether this is a fork whose parent has ended."""
+    return _parent != 0 and os.getppid() != _parent
+
+
+def scratch(what: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder that is deleted with what is returned, or with the process that this one is a fork of."""
+    return tempfile.TemporaryDirectory(prefix=f"glowplug-{what}-", dir=_scratch, ignore_cleanup_errors=True)
+
+
 def fork(work: Callable[[], None]) -> Child | None:
     """Run `work` in a fork of this process, silently; its result is what it leaves in files.
 
@@ -61,6 +81,8 @@ def fork(work: Callable[[], None]) -> Child | None:
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. The child touches none of their locks, and is waited for in time.
         warnings.simplefilter("ignore", DeprecationWarning)
+        reap()
+        here = os.getpid()
         try:
             pid = os.fork()
         except OSError:
@@ -68,6 +90,9 @@ def fork(work: Callable[[], None]) -> Child | None:
     if pid == 0:  # the child; never returns
         code = 1
         try:
+            global _parent
+            _parent = here
+            _running.clear()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             with open(os.devnull, "w") as quiet:
@@ -78,11 +103,13 @@ def fork(work: Callable[[], None]) -> Child | None:
             code = 0
         finally:
             os._exit(code)
-    return Child(pid)
+    child = Child(pid)
+    _running.append(child)
+    return child
 
 
 class Beside:
-    """Work of a fork beside serving, at a low priority. Its results are files in a folder.
+    """Work of a fork beside serving, at a low priority. Its results are files in a folder, `folder`.
 
     Args:
         work: called in the fork with the folder; it leaves each file there whole or not at all, see `leave`.
@@ -90,11 +117,14 @@ class Beside:
     """
 
     def __init__(self, work: Callable[[Path], None], nice: int = 10) -> None:
-        folder = tempfile.TemporaryDirectory(prefix="glowplug-beside-", ignore_cleanup_errors=True)
+        folder = scratch("beside")
         self._folder = folder
+        self.folder = Path(folder.name)
         self._lock = threading.Lock()
 
         def run() -> None:
+            global _scratch
+            _scratch = folder.name  # what the fork has no time to delete goes with this folder
             os.nice(nice)
             work(Path(folder.name))
 
@@ -113,6 +143,22 @@ class Beside:
         if self._child is not None:
             self._child.wait(deadline)
 
+    def wait_for(self, name: str, deadline: float) -> bool:
+        """Until a file is in the folder, the fork has ended, or the deadline (`time.monotonic()`) is over.
+
+        Returns:
+            Whether the file is there, or never will be.
+        """
+        pause = 0.001
+        while not (self.folder / name).exists():
+            if self._child is None or self._child.poll():
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        return True
+
     def finish(self, take: Callable[[Path], None], deadline: float | None = None) -> None:
         """Once the fork has ended, call `take` with the folder, once, and delete the folder.
 
@@ -129,7 +175,7 @@ class Beside:
             if not child.poll():
                 return
             self._child = None
-            take(Path(self._folder.name))
+            take(self.folder)
             self._folder.cleanup()
 
 

@@ -8,13 +8,13 @@ Whatever goes wrong in a child, its pieces are compiled here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from typing import Any
 from torch import fx
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
-from glowplug.compilers.fork import Beside, fork, leave
+from glowplug.compilers.fork import Beside, fork, leave, orphaned, scratch
 
 _PATIENCE_S = 60.0
 """How much longer than this process a child may take, before its pieces are compiled here."""
+LOCKED = "locked"
+"""The file by which a fork says that it holds its locks."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Job:
 
     piece: fx.GraphModule
     inputs: Sequence[Any]
-    lock: Callable[[float], AbstractContextManager[bool]] = lambda _: nullcontext(True)
+    lock: Callable[[float], AbstractContextManager[bool]] = lambda _: contextlib.nullcontext(True)
     keep: Callable[[bytes], None] | None = None
     stored: Callable[[], bool] = lambda: False
 
@@ -83,7 +85,7 @@ def compile_jobs(
         return _compile_here(compiler, jobs, relations, advance, {})
     if not compiler.forks([job.inputs for job in jobs], several=True):
         return _compile_here(compiler, jobs, relations, advance, {})
-    with tempfile.TemporaryDirectory(prefix="glowplug-pieces-", ignore_cleanup_errors=True) as folder:
+    with scratch("pieces") as folder:
         shelf = Shelf(Path(folder), jobs)
         forked = [fork(lambda: _work(compiler, shelf, relations)) for _ in range(workers - 1)]
         children = [child for child in forked if child is not None]
@@ -194,18 +196,24 @@ def _work(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int])
 
 def _work_alone(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[], int]) -> None:
     """What a child does for which nobody waits: it stores what it makes by itself, and leaves alone what another
-    process has stored in the meantime."""
-    for index in shelf.claims():
-        job = shelf.jobs[index]
-        with job.lock(_PATIENCE_S):
-            if job.stored():
-                continue
-            before = relations()
-            artifact = compiler.compile_to_bytes(job.piece, job.inputs)
-            local = relations() > before
-            if job.keep is not None and not local:
-                job.keep(artifact)
-        shelf.leave(index, local, artifact)
+    process has stored in the meantime. It holds the lock of each piece from the beginning until it has stored it."""
+    with contextlib.ExitStack() as all_locks:
+        locks = [all_locks.enter_context(contextlib.ExitStack()) for _ in shelf.jobs]
+        held = [lock.enter_context(job.lock(0)) for lock, job in zip(locks, shelf.jobs, strict=True)]
+        leave(shelf.folder / LOCKED, b"")
+        for index in sorted(shelf.claims(), key=lambda index: not held[index]):
+            job = shelf.jobs[index]
+            with locks[index]:
+                if not held[index]:  # another process has it, and is done, or gone, before long
+                    locks[index].enter_context(job.lock(_PATIENCE_S))
+                if job.stored() or orphaned():
+                    continue
+                before = relations()
+                artifact = compiler.compile_to_bytes(job.piece, job.inputs)
+                local = relations() > before
+                if job.keep is not None and not local and not orphaned():
+                    job.keep(artifact)
+            shelf.leave(index, local, artifact)
 
 
 def _workers(jobs: int, cores: int) -> int:

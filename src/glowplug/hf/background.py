@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from glowplug.compilers.fork import Beside, leave
+from glowplug.hf.build import Builder
 from glowplug.options import Options
 from glowplug.report import Report
 
@@ -64,31 +65,24 @@ class Elsewhere(Protocol):
 
 
 class Forked:
-    """A build in a fork of this process.
+    """A build in a fork of this process. It says so when there is a program, and goes on until its ends are compiled.
 
     Args:
-        build: makes the program and stores it; returns what was done.
+        build: makes the program and stores it.
         nice: how much the fork yields to this process.
     """
 
-    def __init__(self, build: Callable[[], Report], *, nice: int = 10) -> None:
+    def __init__(self, build: Callable[[], Builder], *, nice: int = 10) -> None:
         self._outcome: Outcome | None = None
-
-        def work(folder: Path) -> None:
-            leave(folder / RESULT, attempt(build).to_bytes())
-
-        self._beside = Beside(work, nice=nice)
+        self._beside = Beside(lambda folder: attempt(build, folder), nice=nice)
 
     def outcome(self, deadline: float | None = None) -> Outcome | None:
         """See `Elsewhere.outcome`."""
         if not self._beside.started:
             return Outcome("the machine allows no further process", 0.0)
-        if self._outcome is None:
-            self._beside.finish(self._take, deadline)
+        if self._outcome is None and self._beside.wait_for(RESULT, deadline if deadline is not None else 0.0):
+            self._outcome = Outcome.read(self._beside.folder / RESULT)
         return self._outcome
-
-    def _take(self, folder: Path) -> None:
-        self._outcome = Outcome.read(folder / RESULT)
 
 
 class Spawned:
@@ -143,7 +137,7 @@ class Spawned:
 
 
 _OPTIONS = ("identity", "experts", "compiler", "stamp")
-"""What a process of its own is told of the options; it compiles everything, for others."""
+"""What a process of its own is told of the options; it compiles everything before it says so."""
 
 
 def spawn(
@@ -157,15 +151,18 @@ def spawn(
     return Spawned(config, dtype, device, settings, asked)
 
 
-def attempt(build: Callable[[], Report]) -> Outcome:
-    """Build, whatever comes of it."""
+def attempt(build: Callable[[], Builder], folder: Path) -> None:
+    """Build, whatever comes of it; leave the outcome in a folder, and finish what is compiled beside."""
     start = time.perf_counter()
+    builder: Builder | None = None
     try:
-        report = build()
-        reason = None if report.programs else _why(report)
+        builder = build()
+        reason = None if builder.report.programs else _why(builder.report)
     except Exception as exc:
         reason = f"{type(exc).__name__}: {exc}"
-    return Outcome(reason, round(time.perf_counter() - start, 3))
+    leave(folder / RESULT, Outcome(reason, round(time.perf_counter() - start, 3)).to_bytes())
+    if builder is not None:
+        builder.finish()
 
 
 def _why(report: Report) -> str:

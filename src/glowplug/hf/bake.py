@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from glowplug.hf.build import Builder
 from glowplug.hf.engine import attach, engine_of
 from glowplug.options import Options
-from glowplug.report import Report
 
 
-def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> Report:
+def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> Builder:
     """Put the compiled program of a weightless model, and all that it needs, into the store.
 
     Args:
@@ -18,10 +18,12 @@ def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> R
         insides: also what that process would compile beside serving. Without, it is ready sooner.
 
     Returns:
-        What was done. `report.fallbacks` says why nothing could be.
+        What did it. Its report says what was done, or in `fallbacks` why nothing could be. With `ends="auto"`, ends are
+        still being compiled; see `Builder.finish`.
     """
     attach(model, options)
     engine = engine_of(model)
     assert engine is not None
     engine.builder.bakes_insides = insides
-    return engine.prepare()
+    engine.prepare()
+    return engine.builder

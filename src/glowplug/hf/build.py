@@ -133,6 +133,10 @@ class Builder:
         if self.insides is not None:
             self.insides.poll(deadline)
 
+    def finish(self) -> None:
+        """Wait for the pieces that are compiled beside, for others to use."""
+        self._pieces.finish()
+
     def _build(self, call: Call) -> Served | str:
         plan = self._plan()
         warm = self._warm(call.inputs.device)
@@ -187,7 +191,7 @@ class Builder:
         """A stored program that serves calls like this one; None when there is none that is right."""
         report = self.report
         with report.phase("load"):
-            found = find(warm, key, self.model, self.layers)
+            found = find(warm, key, self.model, self.layers, wait=not self._defers_ends)
         if found is None:
             return None
         manifest, served = found.manifest, found.served
@@ -200,7 +204,10 @@ class Builder:
             return None
         self._pieces.compiled |= found.runners
         self._slots |= found.slots
-        self._pieces.order += [piece for piece in found.runners if piece not in self._pieces.order]
+        self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
+        if found.ends is not None:
+            self._pieces.ends.append(found.ends)
+            report.pending_pieces = self._pieces.pending
         report.found(served.program, manifest.facts, len(set(self._pieces.order)))
         return served
 
@@ -220,8 +227,14 @@ class Builder:
         except NotStorableError as exc:
             warm.store.note(f"the program is not stored: {exc}")
             return
+        self._pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
         warm.manifests.keep(key, manifest)
         served.key = key
+
+    @property
+    def _defers_ends(self) -> bool:
+        """Whether pieces that run seldom in a step may start uncompiled."""
+        return self.options.ends == "auto" and not self.options.strict and self.processes is None
 
     @property
     def _compiles_insides(self) -> bool:
@@ -345,7 +358,7 @@ class Builder:
                 stamping=how,
                 drop_unused=True,
                 both=self.options.verify == "once",
-                defer_ends=self.options.ends == "auto" and not self.options.strict and self.processes is None,
+                defer_ends=self._defers_ends,
             )
             unread = frozenset(e.node for e in captured.inputs if e.source.startswith("L['cache']"))
             return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from glowplug.compilers.fork import leave
-from glowplug.hf.background import RESULT, attempt
+from glowplug.hf.background import attempt
 from glowplug.hf.bake import bake
+from glowplug.hf.build import Builder
 from glowplug.hf.weightless import read_config, weightless_model
 from glowplug.options import Options
-from glowplug.report import Report
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +24,7 @@ def main(arguments: list[str]) -> int:
     logging.set_verbosity_error()
     folder = Path(asked["folder"])
 
-    def build() -> Report:
+    def build() -> Builder:
         model = weightless_model(
             read_config(folder),
             dtype=getattr(torch, asked["dtype"]),
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
         )
         return bake(model, Options(**asked["options"]), insides=False)
 
-    leave(folder / RESULT, attempt(build).to_bytes())
+    attempt(build, folder)
     return 0
 
 

@@ -59,19 +59,18 @@ class Background:
             self._builds[call.signature] = f"no other process can be given the model: {exc.strerror or exc}"
 
     def _begin(self, call: Call) -> Elsewhere | str:
-        options = dataclasses.replace(self.options, background=False, ends="compiled")
+        options = dataclasses.replace(self.options, background=False)
         if can_fork(call.inputs.device):
             call = dataclasses.replace(call, cache=None)
             compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
 
-            def build() -> Report:
-                report = Report()
-                builder = Builder(self.model, options, compiler, report, open_store(options.cache_dir))
+            def build() -> Builder:
+                builder = Builder(self.model, options, compiler, Report(), open_store(options.cache_dir))
                 builder.for_others, builder.bakes_insides = True, False  # nobody is to wait for those
                 found = builder.build(call)
                 if isinstance(found, str):
-                    report.fall_back(found)
-                return report
+                    builder.report.fall_back(found)
+                return builder
 
             return Forked(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
         config = self.model.config

@@ -17,11 +17,12 @@ from glowplug.compilers import get_compiler
 from glowplug.errors import UsageError
 from glowplug.hf.background import Elsewhere, Forked, can_fork, spawn
 from glowplug.hf.bake import bake
+from glowplug.hf.build import Builder
 from glowplug.hf.elsewhere import with_store
 from glowplug.hf.engine import attach, engine_of
 from glowplug.hf.weightless import auto_class, read_dtype, weightless_model
 from glowplug.options import Options
-from glowplug.report import ElsewhereReport, Report
+from glowplug.report import ElsewhereReport
 
 _SETTINGS = ("attn_implementation", "experts_implementation")
 """Arguments of `from_pretrained` that say how the model computes."""
@@ -57,7 +58,7 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     attach(model, dataclasses.replace(options, background=False))
     engine = engine_of(model)
     assert engine is not None
-    engine.keeps = kept
+    engine.keeps = kept, build  # which may still compile ends
     engine.report.elsewhere = told
     engine.prepare()
     return model
@@ -85,9 +86,9 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
     chosen = {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
     if can_fork(device):
         compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
-        options = dataclasses.replace(options, compiler=compiler, ends="compiled", background=False)
+        options = dataclasses.replace(options, compiler=compiler, background=False)
 
-        def build() -> Report:
+        def build() -> Builder:
             return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options, insides=False)
 
         return Forked(build)  # loading goes first

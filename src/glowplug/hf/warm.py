@@ -23,7 +23,8 @@ from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
 from glowplug.hf.served import Recipe, Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import PieceStore
+from glowplug.program import Ends, PieceStore
+from glowplug.program.piece_store import Run
 from glowplug.report import Report
 from glowplug.store.manifest import Manifest, dtype_from_name
 from glowplug.store.store import ArtifactStore
@@ -84,26 +85,38 @@ class Found:
     Attributes:
         served: the program.
         manifest: what it was written from.
-        runners: its pieces.
+        runners: its compiled pieces.
+        ends: its pieces that are still being compiled by another process, if any.
         slots: what its ops of experts are called with.
     """
 
     served: Served
     manifest: Manifest
-    runners: Mapping[Fingerprint, Any]
+    runners: Mapping[Fingerprint, Run]
+    ends: Ends | None
     slots: dict[str, Slots]
 
 
-def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry) -> Found | None:
-    """The stored program of an address, bound to the model; None when there is none that can be used."""
+def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry, *, wait: bool) -> Found | None:
+    """The stored program of an address, bound to the model; None when there is none that can be used.
+
+    Args:
+        warm: the store.
+        key: the address.
+        model: the model.
+        registry: its layers.
+        wait: for pieces that another process is compiling, see `Manifests.load_pieces`.
+    """
     manifest = warm.manifests.read(key)
-    runners = warm.manifests.load_pieces(manifest) if manifest is not None else None
-    if manifest is None or runners is None:
+    loaded = warm.manifests.load_pieces(manifest, wait=wait) if manifest is not None else None
+    if manifest is None or loaded is None:
         return None
+    runners, ends = loaded
     try:
         if manifest.facts["attention"] == "cut":
             give_attention_functions(model)
-        program = warm.manifests.write_program(manifest, registry, runners)
+        pending = ends.runners if ends is not None else {}
+        program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
         graphs = warm.manifests.load_graphs(manifest) if not manifest.verified else None
         uncompiled = warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
         output_type = _class(manifest.output_type)
@@ -111,7 +124,9 @@ def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry) 
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, f"{type(exc).__name__}: {exc}"[:200])
         return None
-    return Found(Served(program, manifest.assumptions, output_type, uncompiled), manifest, runners, slots)
+    if ends is not None:
+        ends.programs.append(program)
+    return Found(Served(program, manifest.assumptions, output_type, uncompiled), manifest, runners, ends, slots)
 
 
 def describe(

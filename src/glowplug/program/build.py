@@ -161,7 +161,7 @@ def build_program(
             uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
         if ends is not None:
             ends.programs.append(program)
-            report.pending_pieces += len(ends.runners)
+            report.pending_pieces = cache.pending
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1

@@ -1,5 +1,5 @@
 """Pieces that run seldom in a step, such as a model's first and last: their program serves with them uncompiled, a fork
-compiles them meanwhile, and they are swapped in between two sequences.
+or another process compiles them meanwhile, and they are swapped in between two sequences.
 
 On two cores a piece takes two to three seconds to compile. One that runs once in a step of dozens of pieces saves less
 in all the steps of those seconds than its compilation would delay the first.
@@ -10,16 +10,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from glowplug.closeness import distance
-from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.fork import Beside
-from glowplug.compilers.parallel import Job, Shelf, compile_beside
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
 from glowplug.program.program import Program
@@ -97,65 +94,78 @@ def _size(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) else 0
 
 
-class Ends:
-    """The pieces of one capture that run uncompiled for now. Made inside the capture, once its program compiles.
+@dataclass(frozen=True)
+class Delivered:
+    """A piece that was compiled beside serving.
 
-    Args:
-        compiler: compiles them.
-        jobs: what is to be compiled, by fingerprint.
-        relations: as for `compile_jobs`.
-        load: loads a piece that another process has stored, given the digest of its fingerprint.
+    Attributes:
+        run: the compiled piece.
+        ours: whether this process had it compiled.
     """
 
-    def __init__(
-        self,
-        compiler: StoringCompiler,
-        jobs: Mapping[Fingerprint, Job],
-        relations: Callable[[], int],
-        load: Callable[[str], Callable[..., Any] | None] | None = None,
-    ) -> None:
-        self.compiler = compiler
-        self.load = load
-        self.compiled = 0
-        self.jobs = dict(jobs)
-        self.runners = {found: Uncompiled(job.piece.forward) for found, job in jobs.items()}
-        self.programs: list[Program] = []
-        self.beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
+    run: Callable[..., Sequence[Any]]
+    ours: bool
 
-    @property
-    def pending(self) -> bool:
-        """Whether they are still being compiled, or wait to be swapped in."""
-        return self.beside.pending
+
+class Maker(Protocol):
+    """Whoever compiles ends."""
+
+    def collect(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
+        """What was compiled, once all of it was, or never will be; None while it is under way.
+
+        Args:
+            deadline: wait for it until then (`time.monotonic()`); None: don't wait.
+        """
+        ...
+
+
+class Ends:
+    """The pieces of one program that run uncompiled for now.
+
+    Args:
+        graphs: the uncompiled pieces.
+        maker: compiles them.
+
+    Attributes:
+        runners: what runs in their place.
+        programs: those that run them.
+        compiled: how many were compiled for this process.
+        pending: whether they are still being compiled, or wait to be swapped in.
+    """
+
+    def __init__(self, graphs: Mapping[Fingerprint, Callable[..., Sequence[Any]]], maker: Maker) -> None:
+        self.runners = {found: Uncompiled(run) for found, run in graphs.items()}
+        self.maker = maker
+        self.programs: list[Program] = []
+        self.compiled = 0
+        self.pending = True
 
     def poll(self, swapped: Callable[[Fingerprint, Callable[..., Any]], None], deadline: float | None = None) -> None:
         """Swap in what has been compiled, once all of it has been.
 
         Args:
             swapped: called with each piece that runs compiled from now on.
-            deadline: wait for the fork until then (`time.monotonic()`); None: don't wait.
+            deadline: as for `Maker.collect`.
         """
-
-        def take(folder: Path) -> None:
-            shelf = Shelf(folder, list(self.jobs.values()))
-            for index, (found, runner) in enumerate(self.runners.items()):
-                done = shelf.collect(index, self.compiler)
-                self.compiled += done is not None
-                run = done.run if done is not None else self.load(found.digest) if self.load is not None else None
-                if run is None:
-                    logger.info("glowplug: piece %s stays uncompiled: it was not delivered", found.digest[:12])
-                    continue
-                problem = _try(runner, run)
-                if problem is not None:
-                    logger.warning("glowplug: piece %s stays uncompiled: %s", found.digest[:12], problem)
-                    continue
-                for program in self.programs:
-                    program.replace(runner, run)
-                swapped(found, run)
-            for runner in self.runners.values():
-                runner.seen.clear()
-            self.jobs.clear()
-
-        self.beside.finish(take, deadline)
+        delivered = self.maker.collect(deadline) if self.pending else None
+        if delivered is None:
+            return
+        self.pending = False
+        for found, runner in self.runners.items():
+            one = delivered.get(found)
+            if one is None:
+                logger.info("glowplug: piece %s stays uncompiled: it was not delivered", found.digest[:12])
+                continue
+            self.compiled += one.ours
+            problem = _try(runner, one.run)
+            if problem is not None:
+                logger.warning("glowplug: piece %s stays uncompiled: %s", found.digest[:12], problem)
+                continue
+            for program in self.programs:
+                program.replace(runner, one.run)
+            swapped(found, one.run)
+        for runner in self.runners.values():
+            runner.seen.clear()
 
 
 def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | None:

@@ -5,114 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import fx
+from typing import Any
 
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
+from glowplug.compilers.fork import reap
 from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.graph.split import Piece
+from glowplug.program.end_makers import ForkMaker
 from glowplug.program.ends import Ends, choose_ends
+from glowplug.program.piece_store import PieceStore
 from glowplug.progress import piece_progress
 from glowplug.report import Report
 
 _WAIT_S = 600.0
 """How long to wait for another process that compiles the same piece."""
-
-
-class Store(Protocol):
-    """Where compiled pieces are kept; see `glowplug.store.ArtifactStore`."""
-
-    def get(self, kind: str, key: str) -> bytes | None:
-        """The payload of an artifact."""
-        ...
-
-    def put(self, kind: str, key: str, payload: bytes, about: str = "") -> None:
-        """Keep one."""
-        ...
-
-    def note(self, problem: str) -> None:
-        """Remember, and log once, what went wrong."""
-        ...
-
-    def drop(self, kind: str, key: str, why: str) -> None:
-        """Forget one that is of no use."""
-        ...
-
-    def lock(self, kind: str, key: str, timeout_s: float) -> AbstractContextManager[bool]:
-        """Hold its lock."""
-        ...
-
-
-@dataclass(frozen=True)
-class PieceStore:
-    """The pieces of a store that this process can use.
-
-    Attributes:
-        store: the store.
-        compiler: makes pieces, and loads them.
-        environment: whatever a piece's compilation depends on besides the piece.
-    """
-
-    store: Store
-    compiler: StoringCompiler
-    environment: str
-
-    def key(self, digest: str) -> str:
-        """The address of a piece with a fingerprint."""
-        return hashlib.sha256(f"{self.environment}\n{digest}".encode()).hexdigest()
-
-    def has(self, digest: str) -> bool:
-        """Whether a piece is stored."""
-        return self.store.get("piece", self.key(digest)) is not None
-
-    def load(self, digest: str) -> Callable[..., Sequence[Any]] | None:
-        """A stored piece, ready to run; None when there is none that can be loaded."""
-        payload = self.store.get("piece", self.key(digest))
-        if payload is None:
-            return None
-        try:
-            return self.compiler.load(pickle.loads(payload)[0])
-        except OSError as exc:  # such as a full disk, where kernels are unpacked: no fault of the piece
-            self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
-            return None
-        except Exception as exc:  # whatever a stored piece raises, it is compiled anew
-            self.store.drop("piece", self.key(digest), f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
-            return None
-
-    def load_graph(self, digest: str) -> Callable[..., Sequence[Any]] | None:
-        """The uncompiled form of a stored piece, to compare with."""
-        payload = self.store.get("piece", self.key(digest))
-        try:
-            return graph_from_bytes(pickle.loads(payload)[1]) if payload is not None else None
-        except Exception:
-            return None
-
-    def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
-        """Store a compiled piece."""
-        payload = pickle.dumps((artifact, _pickled(piece)))
-        self.store.put("piece", self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
-
-    def lock(self, digest: str, timeout_s: float) -> AbstractContextManager[bool]:
-        """Hold the lock of a piece."""
-        return self.store.lock("piece", self.key(digest), timeout_s)
-
-
-def _pickled(piece: fx.GraphModule) -> bytes:
-    """A piece's graph; empty when it can't be stored."""
-    with contextlib.suppress(Exception):
-        return graph_to_bytes(piece)
-    return b""
 
 
 @dataclass
@@ -145,7 +58,26 @@ class PieceCache:
                 report.compiled_pieces += ends.compiled
                 ends.compiled = 0
             self.ends = [ends for ends in self.ends if ends.pending]
-            report.pending_pieces = sum(len(ends.runners) for ends in self.ends)
+            report.pending_pieces = self.pending
+            reap()
+
+    @property
+    def pending(self) -> int:
+        """How many pieces run uncompiled for now."""
+        return sum(len(ends.runners) for ends in self.ends)
+
+    def wait_until_locked(self) -> None:
+        """Until other processes can see which pieces forks of this one are compiling."""
+        for maker in self._forks():
+            maker.wait_until_locked()
+
+    def finish(self) -> None:
+        """Wait for what forks of this process compile, and leave it to others."""
+        for maker in self._forks():
+            maker.finish()
+
+    def _forks(self) -> list[ForkMaker]:
+        return [ends.maker for ends in self.ends if isinstance(ends.maker, ForkMaker)]
 
 
 def compile_pieces(
@@ -182,8 +114,12 @@ def compile_pieces(
     ends = None
     # Asked last: a fork takes with it what compiling the others has loaded.
     if deferred and isinstance(compiler, StoringCompiler) and compiler.forks([j.inputs for j in deferred.values()]):
-        ends = Ends(compiler, deferred, lambda: len(_guards(captured)), cache.store.load if cache.store else None)
+        maker = ForkMaker(compiler, deferred, lambda: len(_guards(captured)), cache.store)
+        ends = Ends({found: job.piece.forward for found, job in deferred.items()}, maker)
         cache.ends.append(ends)
+        for found, job in deferred.items():
+            if cache.store is not None and found.stable:  # others may start with it, too
+                cache.store.keep_graph(found.digest, job.piece)
     else:
         local += _compile_new(deferred, compiler, cache, captured)
     runners = {found: cache.compiled[found] for found in pieces if found in cache.compiled}

@@ -82,7 +82,7 @@ class Header:
     """What an envelope says of its artifact.
 
     Attributes:
-        kind: `"piece"`, `"inside"` or `"manifest"`.
+        kind: `"piece"`, `"graph"` (of a piece that is being compiled), `"inside"` or `"manifest"`.
         key: its address.
         size: bytes of the payload.
         sha256: of the payload, in hex.

@@ -17,7 +17,7 @@ from glowplug.errors import ArtifactError, StoreError
 from glowplug.store.envelope import Header, SigningKey, read_header, unpack
 from glowplug.store.private import check_private, make_folder, read_private
 
-KINDS = ("manifest", "piece", "inside")
+KINDS = ("manifest", "piece", "graph", "inside")
 _SUFFIX = ".glow"
 _STALE_S = 3600.0
 """How old a half-written file or a lock is when whoever made it must be done, or dead."""
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What lies in its place: `"piece"`, `"inside"` or `"manifest"`."""
+        """What lies in its place: one of `KINDS`."""
         return self.path.parent.parent.name.removesuffix("s")
 
     @property

@@ -1,0 +1,93 @@
+"""Who compiles ends: a fork of this process, or another process whose program was found in the store."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from glowplug.compilers.base import StoringCompiler
+from glowplug.compilers.fork import Beside
+from glowplug.compilers.parallel import LOCKED, Job, Shelf, compile_beside
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.program.ends import Delivered
+from glowplug.program.piece_store import PieceStore
+
+_LOCKS_S = 30.0
+"""How long a fork may take to begin."""
+
+
+class ForkMaker:
+    """A fork compiles them. Made inside the capture, once its program compiles.
+
+    Args:
+        compiler: compiles them.
+        jobs: what is to be compiled.
+        relations: as for `compile_jobs`.
+        store: where another process may have stored them meanwhile.
+    """
+
+    def __init__(
+        self,
+        compiler: StoringCompiler,
+        jobs: Mapping[Fingerprint, Job],
+        relations: Callable[[], int],
+        store: PieceStore | None = None,
+    ) -> None:
+        self.compiler = compiler
+        self.store = store
+        self.jobs = dict(jobs)
+        self.beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
+
+    def collect(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
+        """See `Maker.collect`."""
+        found: dict[Fingerprint, Delivered] = {}
+
+        def take(folder: Path) -> None:
+            shelf = Shelf(folder, list(self.jobs.values()))
+            for index, piece in enumerate(self.jobs):
+                done = shelf.collect(index, self.compiler)
+                run = done.run if done is not None else self.store.load(piece.digest) if self.store else None
+                if run is not None:
+                    found[piece] = Delivered(run, ours=done is not None)
+
+        self.beside.finish(take, deadline)
+        if self.beside.pending:
+            return None
+        self.jobs.clear()
+        return found
+
+    def wait_until_locked(self) -> None:
+        """Until the fork holds the locks of all pieces that it will store, by which other processes know of it."""
+        self.beside.wait_for(LOCKED, time.monotonic() + _LOCKS_S)
+
+    def finish(self) -> None:
+        """Wait for the fork, and leave what it makes to others."""
+        self.beside.finish(lambda _: None, math.inf)
+
+
+class StoreMaker:
+    """Another process compiles them, and stores them: it holds their locks until it has.
+
+    Args:
+        store: the store.
+        addresses: what the store knows each piece by.
+    """
+
+    def __init__(self, store: PieceStore, addresses: Mapping[Fingerprint, str]) -> None:
+        self.store = store
+        self._left = dict(addresses)
+        self._found: dict[Fingerprint, Delivered] = {}
+
+    def collect(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
+        """See `Maker.collect`."""
+        for piece, address in list(self._left.items()):
+            with self.store.lock(address, max(deadline - time.monotonic(), 0) if deadline is not None else 0) as held:
+                if not held:
+                    return None
+            del self._left[piece]
+            run = self.store.load(address)
+            if run is not None:
+                self._found[piece] = Delivered(run, ours=False)
+        return self._found
