@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glowplug.bench.presets import build_model
-from glowplug.bench.starts import Started, compilations, model_folder
+from glowplug.bench.starts import Started, compilations, medians, model_folder
 from glowplug.cli.starts import starts_table
 from glowplug.errors import UsageError
 from test_cli import run
@@ -19,6 +19,7 @@ from test_cli import run
     [
         (["glm-4.7", "--ways", "cold,tepid"], ["'tepid'", "background"]),
         (["glm-4.7", "--fleet", "-1"], ["--fleet"]),
+        (["glm-4.7", "--rounds", "0"], ["--rounds"]),
         (["glm-4.7", "--width", "broad"], ["tiny or full"]),
         (["glm-4.7", "--depth", "0"], ["at least 1"]),
         (["glm-4.7", "--experts", "maybe"], ["'maybe'"]),
@@ -57,14 +58,43 @@ def test_the_table_says_when_tokens_were_not_eagers() -> None:
     result = {"second_token_s": 0.5, "taken_over_s": 9.0, "report": report, "tokens_equal": False, "steps": 7}
     table = starts_table([Started("background", result)])
     cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells[:5] == ["background", "-", "-", "0.50", "9.00"]
-    assert "NOT all eager's" in str(cells[6]) and "too odd" in str(cells[6])
+    assert cells[:6] == ["background", "-", "-", "0.50", "-", "9.00"]
+    assert "NOT all eager's" in str(cells[7]) and "too odd" in str(cells[7])
+
+
+def test_of_several_rounds_the_medians_are_shown() -> None:
+    times = [
+        Started("load", {"load_s": 3.0}),
+        *(
+            Started("cold", {"ready_s": ready, "error": error})
+            for ready, error in ((9.0, 1e-6), (1.0, 2e-6), (4.0, 0.0))
+        ),
+        Started("warm", {"ready_s": 2.0}),
+        Started("warm", {}, "killed"),
+        Started("load", {"load_s": 4.0}),
+    ]
+    load, cold, warm = medians(times)
+    assert load.result == {"load_s": 3.5}
+    assert cold.result == {"ready_s": 4.0, "error": 2e-6}
+    assert warm.error == "killed"
 
 
 @pytest.mark.inductor
 def test_cold_warm_and_a_fleet(tmp_path: Path) -> None:
     written = tmp_path / "starts.json"
-    arguments = ("gpt-oss-20b", "--depth", "6", "--experts", "opaque", "--ways", "cold,warm", "--fleet", "2")
+    arguments = (
+        "gpt-oss-20b",
+        "--depth",
+        "6",
+        "--experts",
+        "opaque",
+        "--ways",
+        "cold,warm",
+        "--fleet",
+        "2",
+        "--rounds",
+        "1",
+    )
     result = run("starts", *arguments, "--json", str(written))
     assert result.exit_code == 0, result.output
     told = json.loads(written.read_text())

@@ -5,6 +5,7 @@ processes on one store. Each start in a fresh process with fresh compiler caches
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def model_folder(
 def run_ways(
     folder: str, ways: tuple[str, ...], *, experts: str = "auto", device: str = "cpu", evict: bool = False
 ) -> Iterator[Started]:
-    """Start a model in each way, one after the other. Ways but the first two share no store; warm has that of cold."""
+    """Start a model in each way, one after the other. Each has a store of its own; but warm has that of cold."""
     with tempfile.TemporaryDirectory(prefix="glowplug-starts-") as stores:
         for way in ways:
             start = Start(
@@ -75,6 +76,27 @@ def run_ways(
             )
             store = Path(stores, "cold" if way == "warm" else way)
             yield _finish(way, _begin(start, store))
+
+
+def medians(starts: list[Started]) -> list[Started]:
+    """One start for each way: the median of each of its times, the largest error, and otherwise its last start that
+    went well. A way that failed once has failed."""
+    found = []
+    for way in dict.fromkeys(one.way for one in starts):
+        same = [one for one in starts if one.way == way]
+        failed = next((one for one in same if one.error is not None), None)
+        if failed is not None:
+            found.append(failed)
+            continue
+        result = dict(same[-1].result)
+        for name in [name for name in result if name.endswith("_s")]:
+            result[name] = statistics.median(one.result[name] for one in same)
+        if "error" in result:
+            result["error"] = max(one.result["error"] for one in same)
+        if "tokens_equal" in result:
+            result["tokens_equal"] = all(one.result["tokens_equal"] for one in same)
+        found.append(Started(way, result))
+    return found
 
 
 def run_fleet(

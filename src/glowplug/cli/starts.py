@@ -17,6 +17,7 @@ from glowplug.bench.starts import (
     DEFAULT_WAYS,
     Started,
     compilations,
+    medians,
     model_folder,
     run_fleet,
     run_ways,
@@ -39,15 +40,17 @@ def starts(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     evict: Annotated[bool, typer.Option("--evict", help="Load the weights from the disk, not from its cache.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
+    rounds: Annotated[int, typer.Option(help="Do all of it so many times, and show medians.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here, as they come.")] = None,
 ) -> None:
     """Start a model cold, warm, in the background and behind its weights, each in a fresh process."""
     quiet_transformers()
     Options(experts=experts)  # type: ignore[arg-type]
     chosen = tuple(dict.fromkeys(name.strip() for name in ways.split(",") if name.strip()))
     unknown = [name for name in chosen if name not in WAYS[:-1]]
-    if unknown or width not in ("tiny", "full") or fleet < 0:
-        wrong = f"unknown way {unknown[0]!r}" if unknown else "width is tiny or full, and --fleet 0 or more"
+    if unknown or width not in ("tiny", "full") or fleet < 0 or rounds < 1:
+        sizes = "width is tiny or full, --fleet 0 or more, and --rounds 1 or more"
+        wrong = f"unknown way {unknown[0]!r}" if unknown else sizes
         raise UsageError(f"{wrong}; ways: {', '.join(WAYS[:-1])}")
     if json_path is not None:
         check_writable(json_path)
@@ -57,15 +60,18 @@ def starts(
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
         folder = model_folder(model, depth, width, device, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
         done: list[Started] = []
-        with console.status("starting") as status:
-            for started in run_ways(folder, chosen, experts=experts, device=device, evict=evict):
-                done.append(started)
-                status.update(f"{len(done)} of {len(chosen)} ways")
-        console.print(starts_table(done))
-        for started in done:
-            if started.error is not None:
-                console.print(f"{started.way}: {started.error}", markup=False)
         fleets: dict[str, Any] = {}
+        with console.status("starting") as status:
+            for _ in range(rounds):
+                for started in run_ways(folder, chosen, experts=experts, device=device, evict=evict):
+                    done.append(started)
+                    status.update(f"{len(done)} of {len(chosen) * rounds} starts")
+                    console.print(_start_line(started), markup=False, soft_wrap=True)
+                    if json_path is not None:
+                        write_starts(json_path, environment, done, fleets)
+        if done:
+            console.print()
+            console.print(starts_table(medians(done)))
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(folder, fleet, at_once=at_once, experts=experts, device=device)
@@ -77,11 +83,25 @@ def starts(
         raise typer.Exit(1)
 
 
+def _start_line(started: Started) -> str:
+    if started.error is not None:
+        return f"{started.way}: {started.error}"
+    ready = started.result.get("ready_s", started.result["load_s"])
+    return f"{started.way}: ready after {ready:.2f} s"
+
+
 def starts_table(done: list[Started]) -> Table:
     """One row a start."""
     table = Table()
     table.add_column("start")
-    for name in ("loading\ns", "first token\ns", "second token\ns", "compiled\nafter s", "largest\nrel. error"):
+    for name in (
+        "loading\ns",
+        "first token\ns",
+        "second token\ns",
+        "ready\ns",
+        "compiled\nafter s",
+        "largest\nrel. error",
+    ):
         table.add_column(name, justify="right")
     table.add_column("what happened", overflow="fold")
     for started in done:
@@ -92,6 +112,7 @@ def starts_table(done: list[Started]) -> Table:
             _seconds(result.get("load_s")),
             _seconds(result.get("first_token_s")),
             _seconds(result.get("second_token_s")),
+            _seconds(result.get("ready_s", result.get("load_s"))),
             _seconds(over if started.way not in ("eager", "load") else None),
             f"{result['error']:.0e}" if result.get("error") is not None else "-",
             _note(result),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import UsageError
 
-__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler", "warm_up"]
+__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler", "warm_up", "warm_up_loading"]
 
 
 def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
@@ -32,3 +34,10 @@ def warm_up(compiler: PieceCompiler, device_type: str) -> None:
     begin = getattr(compiler, "warm_up", None)
     if begin is not None:
         begin(device_type)
+
+
+def warm_up_loading(compiler: PieceCompiler) -> None:
+    """Begin what a compiler does once a process before it loads stored pieces, if it knows any, in a thread."""
+    begin = getattr(compiler, "warm_up_loading", None)
+    if begin is not None:
+        threading.Thread(target=begin, name="glowplug-warm-up", daemon=True).start()

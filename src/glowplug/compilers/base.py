@@ -11,8 +11,9 @@ from torch import fx
 
 @runtime_checkable
 class PieceCompiler(Protocol):
-    """Turns one piece into a callable. A compiler may also have a method `warm_up(device_type)`, called before the
-    trace begins, which starts one-off work and returns at once."""
+    """Turns one piece into a callable. A compiler may also have two methods: `warm_up(device_type)`, called before the
+    trace begins, which starts one-off work and returns at once; and `warm_up_loading()`, called in a thread of its own
+    while weights are loaded, before stored pieces are."""
 
     @property
     def name(self) -> str:

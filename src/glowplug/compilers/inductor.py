@@ -28,6 +28,13 @@ except ImportError as exc:  # pragma: no cover - depends on the torch installed
         f"this torch has no torch._inductor.standalone_compile ({exc}). Install torch>=2.11."
     ) from exc
 
+_LOADING = (
+    "torch._inductor.async_compile",
+    "torch._inductor.output_code",
+    "torch._functorch._aot_autograd.aot_autograd_result",
+    "torch._inductor.decomposition",
+)
+
 
 class InductorCompiler:
     """Compiles a piece with Inductor, symbolic in whatever sizes the capture made symbolic.
@@ -49,6 +56,12 @@ class InductorCompiler:
             cpu_toolchain()
         else:  # as torch.compile does: the processes that compile Triton kernels start beside the trace
             importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+
+    def warm_up_loading(self) -> None:
+        """Import what loading a piece needs: a fifth of a second."""
+        with light_imports():
+            for name in _LOADING:
+                importlib.import_module(name)
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from glowplug.compilers import get_compiler
+from glowplug.compilers import get_compiler, warm_up_loading
 from glowplug.errors import UsageError
 from glowplug.hf.background import Elsewhere, Forked, can_fork, spawn
 from glowplug.hf.bake import bake
@@ -43,6 +43,8 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
         build = _begin(name, config, options, settings)
     except OSError as exc:  # such as a full disk
         build = f"no other process can be given the model: {exc.strerror or exc}"
+    if not isinstance(build, str):
+        warm_up_loading(get_compiler(options.compiler))  # after the fork, which has one thread
     start = time.perf_counter()
     model: PreTrainedModel = auto_class(config).from_pretrained(name, **settings)
     model.eval().requires_grad_(False)

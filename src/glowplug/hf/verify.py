@@ -36,8 +36,10 @@ _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 Agree = Callable[[str | None], str | None]
 Classes = Sequence[tuple[int, tuple[int, ...]]]
 """(sequences, tokens of each step) of each comparison."""
-CLASSES: Classes = ((2, (7, 1)), (1, (1, 3)))
+CLASSES: Classes = ((2, (3, 1)), (1, (1, 3)))
 """Several sequences and one, several tokens and one, an empty cache and a filled."""
+_BEYOND_A_WINDOW = (2 * WINDOW - 1, 1)
+"""Tokens of each step of the first comparison of a model with windows: some lie within, some beyond."""
 GLANCE: Classes = ((1, (3,)),)
 """For a program that an earlier process compared in every class: is it this model's?"""
 
@@ -109,8 +111,8 @@ def compare(
     with torch.no_grad():
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
-            compare_class = comparison.in_windows if number == 0 else comparison.in_steps
-            problem = compare_class(chosen, batch, steps)
+            in_windows = number == 0 and len(steps) > 1  # a glance looks at none
+            problem = (comparison.in_windows if in_windows else comparison.in_steps)(chosen, batch, steps)
             if problem is not None:
                 return problem
     return None
@@ -128,8 +130,11 @@ class _Comparison:
     def in_windows(self, candidates: Sequence[Candidate], batch: int, steps: tuple[int, ...]) -> Problem | None:
         """Compare with a short window, if the model has one and its forward can do it."""
         try:
-            twin = with_short_windows(self.model) if sum(steps) > WINDOW else None
-            problem = replace(self, model=twin).in_steps(candidates, batch, steps) if twin is not None else None
+            twin = with_short_windows(self.model)
+            if twin is not None:
+                problem = replace(self, model=twin).in_steps(candidates, batch, _BEYOND_A_WINDOW)
+            else:
+                problem = None
         except Exception:  # no other window than its own fits the model
             twin, problem = None, None
         if twin is not None and problem is None:
