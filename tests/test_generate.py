@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import families
 import glowplug
+from glowplug.graph.capture import capture
+from glowplug.hf import build as hf_build
 
 WINDOW = 8  # of gpt_oss
 
@@ -294,6 +296,41 @@ def test_four_threads_on_one_model(pair: Pair) -> None:
         jobs.append((pair.compiled, ids, pair.eager.generate(ids, max_new_tokens=24, do_sample=False)))
     _generate_at_once(jobs)
     pair.served()
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_other_threads_see_nothing_of_a_capture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its attention nor its experts, by which they would make other masks, and not its forwards."""
+    model = families.build(family)
+    ids = families.prompt(2, 5)
+
+    def seen() -> list[Any]:
+        config = model.config.get_text_config()
+        forwards = [module.__dict__.get("forward") for module in model.modules() if module is not model]
+        return [forwards, config._attn_implementation, getattr(config, "_experts_implementation", None)]
+
+    before, during = seen(), []
+    with torch.no_grad():
+        expected = type(model).forward(model, ids).logits
+
+    def watched(*args: Any) -> Any:
+        def other_thread() -> None:
+            with torch.no_grad():
+                during.append((seen(), type(model).forward(model, ids).logits))
+
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        thread.join(timeout=60)
+        return capture(*args)
+
+    monkeypatch.setattr(hf_build, "capture", watched)
+    glowplug.compile(model, compiler="eager", experts="opaque")
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert during
+    for found, logits in during:
+        assert found == before
+        assert torch.equal(logits, expected)
+    assert seen() == before
 
 
 def _generate_at_once(jobs: list[tuple[PreTrainedModel, Tensor, Tensor]]) -> None:

@@ -24,6 +24,7 @@ from glowplug.hf.kinds import Slots, experts_kinds, read_slots
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.prover import Prover
 from glowplug.hf.served import Recipe, Served
+from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
@@ -363,14 +364,16 @@ class Builder:
             unread = frozenset(e.node for e in captured.inputs if e.source.startswith("L['cache']"))
             return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))
 
-        with interfaces.in_force(
-            model, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self.whole
-        ):
-            layers: dict[int, Any] = {}
-            for layer in interfaces.attention_layers(model).values():
-                layers[layer.layer_idx] = layer  # type: ignore[index]
-            traced = templates.short_model(model, template) if template is not None else model
-            recipe, assumptions = capture(*trace.example(traced, call, layers), consume, self._reads)
+        if not self.whole:
+            interfaces.give_attention_functions(model)
+        shadow = Shadow(templates.short_model(model, template) if template is not None else model)
+        interfaces.put_in_force(
+            shadow, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self.whole
+        )
+        layers: dict[int, Any] = {}
+        for layer in interfaces.attention_layers(shadow.root).values():
+            layers[layer.layer_idx] = layer  # type: ignore[index]
+        recipe, assumptions = capture(*trace.example(shadow.root, call, layers), consume, self._reads)
         if template is not None:
             templates.check_reads(template, self._reads)
         built = recipe.built

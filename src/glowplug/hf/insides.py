@@ -22,11 +22,11 @@ from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.fork import Beside, leave
 from glowplug.errors import CaptureError
-from glowplug.graph.capture import Captured, capture, tracing_lock
+from glowplug.graph.capture import Captured, capture
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
-from glowplug.hf.interfaces import experts_implementation
 from glowplug.hf.kinds import Kind, Made
+from glowplug.hf.shadow import Shadow
 from glowplug.hf.trials import Verdict, judge
 from glowplug.ops.inside import INSIDE_ATTR
 from glowplug.program import PieceStore
@@ -172,8 +172,9 @@ class Insides:
             kind.check(captured)
             return done, order
 
-        with tracing_lock, experts_implementation(self.model, IMPLEMENTATION.get(device.type)):
-            (run, artifact), order = capture(kind.function(), (layer, *examples), consume)
+        shadow = Shadow(layer)
+        shadow.put_in_force(experts=IMPLEMENTATION.get(device.type))
+        (run, artifact), order = capture(kind.function(), (shadow.root, *examples), consume)
         return Made(run, order, time.perf_counter() - start, artifact)
 
     def _install(self, kind: Kind, made: Made) -> None:

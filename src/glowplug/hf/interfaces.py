@@ -1,5 +1,5 @@
-"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force while
-a model is captured. Checked on transformers 5.17 and 5.23.
+"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force in what
+is to be captured. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from glowplug.errors import CaptureError
 from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.hf.caches import own_cache_class
 from glowplug.hf.mixer_entry import mixer_entry
+from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import entry_of, sharded_modules
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
@@ -190,10 +190,14 @@ def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidde
         if cls not in verdicts:
             parameter = next(module.parameters())
             try:
-                implementation = "batched_mm" if is_fake(parameter) else None
-                with torch.no_grad(), in_mode_of(parameter), experts_implementation(model, implementation):
+                asked = module
+                if is_fake(parameter):
+                    shadow = Shadow(module)
+                    shadow.put_in_force(experts="batched_mm")
+                    asked = shadow.root
+                with torch.no_grad(), in_mode_of(parameter):
                     probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
-                    output = cls.forward(module, probe)
+                    output = cls.forward(asked, probe)
                 verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
             except (TypeError, RuntimeError, ValueError, NotImplementedError):
                 verdicts[cls] = False
@@ -234,33 +238,6 @@ def _asks_for_counts(cls: type[nn.Module]) -> bool:
     )
 
 
-def configs(model: nn.Module) -> list[Any]:
-    """Every distinct config object that the model's modules read."""
-    found: dict[int, Any] = {}
-    stack = [module.config for module in model.modules() if getattr(module, "config", None) is not None]
-    while stack:
-        config = stack.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        stack += [getattr(config, key) for key in getattr(config, "sub_configs", {}) if getattr(config, key, None)]
-    return list(found.values())
-
-
-@contextmanager
-def experts_implementation(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Put an experts implementation in force; None leaves the model's own."""
-    saved = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs(model)]
-    try:
-        for config, _ in saved:
-            if name is not None:
-                config._experts_implementation_internal = name
-        yield
-    finally:
-        for config, before in saved:
-            config._experts_implementation_internal = before
-
-
 def give_attention_functions(model: PreTrainedModel) -> None:
     """Let each attention layer keep the function that `glowplug::attention` runs for it.
 
@@ -275,64 +252,46 @@ def give_attention_functions(model: PreTrainedModel) -> None:
         object.__setattr__(layer, ATTENTION_FN_ATTR, function)
 
 
-@contextmanager
-def in_force(
-    model: PreTrainedModel,
+def put_in_force(
+    shadow: Shadow,
     *,
     experts: str | None,
-    blocks: dict[str, nn.Module],
-    routed: dict[str, nn.Module],
+    blocks: Mapping[str, nn.Module],
+    routed: Mapping[str, nn.Module],
     whole: bool = False,
-) -> Iterator[None]:
-    """Route the model's attention, and its experts, through glowplug's ops while it is captured.
+) -> None:
+    """Route attention, and experts, of what is to be captured through glowplug's ops.
 
     Args:
-        model: the model.
+        shadow: of the model that is to be captured.
         experts: the experts implementation for the capture; None leaves the model's own.
-        blocks: blocks to run whole, behind `glowplug::moe_forward_shared`.
-        routed: experts of routed tokens to run behind `glowplug::moe_forward`.
+        blocks: the model's blocks to run whole, behind `glowplug::moe_forward_shared`.
+        routed: its experts of routed tokens to run behind `glowplug::moe_forward`.
         whole: run attention modules whole, behind `glowplug::mixer`: for a model that computes with its masks or its
             cache inside them.
+
+    Raises:
+        CaptureError: a module that is distributed over processes can't be traced.
     """
-    saved = [
-        (config, config._attn_implementation_internal, getattr(config, "_experts_implementation_internal", None))
-        for config in configs(model)
-    ]
+    model, blocks, routed = shadow.root, shadow.of(blocks), shadow.of(routed)
     mixers = token_mixers(model) if whole else mixer_layers(model)
-    replaced = {**blocks, **routed, **mixers}
-    entries = _sharded_entries(model, mixers, replaced)
-    if not whole:
-        give_attention_functions(model)
-    modules = [*replaced.values(), *(module for module, _ in entries)]
-    own = [(module, module.__dict__.get("forward")) for module in modules]
-    try:
-        for config, *_ in saved:
-            if not whole:
-                config._attn_implementation_internal = NAME
-            if experts is not None:
-                config._experts_implementation_internal = experts
-        for module, entry in entries:
-            _set_forward(module, types.MethodType(entry, module) if entry is not None else None)
-        for block in blocks.values():
-            object.__setattr__(block, "forward", types.MethodType(_block_entry, block))
-        for layer in routed.values():
-            object.__setattr__(layer, "forward", types.MethodType(_routed_entry, layer))
-        for layer in mixers.values():
-            object.__setattr__(layer, "forward", types.MethodType(mixer_entry(type(layer)), layer))  # type: ignore[arg-type]
-        yield
-    finally:
-        for config, attn, moe in saved:
-            config._attn_implementation_internal = attn
-            config._experts_implementation_internal = moe
-        for module, forward in own:
-            _set_forward(module, forward)
+    entries = _sharded_entries(model, mixers, {**blocks, **routed, **mixers})
+    shadow.put_in_force(attention=None if whole else NAME, experts=experts)
+    for module, entry in entries:
+        _set_forward(module, entry)
+    for block in blocks.values():
+        _set_forward(block, _block_entry)
+    for layer in routed.values():
+        _set_forward(layer, _routed_entry)
+    for layer in mixers.values():
+        _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
 
 
-def _set_forward(module: nn.Module, forward: Any) -> None:
+def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:
     """Give a module a forward of its own; None: that of its class."""
     module.__dict__.pop("forward", None)
-    if forward is not None:
-        object.__setattr__(module, "forward", forward)
+    if function is not None:
+        object.__setattr__(module, "forward", types.MethodType(function, module))
 
 
 def _sharded_entries(
