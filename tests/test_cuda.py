@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,35 @@ def test_inductor() -> None:
         expected, output = eager(ids).logits, compiled(ids).logits
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     assert glowplug.report(compiled).fallbacks == []
+
+
+def test_cold_then_warm_then_behind_the_weights_then_in_the_background(tmp_path: Path) -> None:
+    """On a GPU the other process is a new one. In half precision, deep enough for rounding to grow."""
+    original = families.build("glm4_moe", layers=24).to("cuda", torch.bfloat16)
+    original.save_pretrained(tmp_path / "model")
+    ids = families.prompt(2, 5).cuda()
+    with torch.no_grad():
+        expected = original(ids).logits.float()
+    for way, store, start in (
+        ("compile", "a", "cold"),
+        ("compile", "a", "warm"),
+        ("from_pretrained", "b", "warm"),
+        ("background", "c", "warm"),
+    ):
+        options: dict[str, Any] = {"experts": "opaque", "cache_dir": tmp_path / store}
+        if way == "from_pretrained":
+            model = glowplug.from_pretrained(tmp_path / "model", device_map="cuda", dtype=torch.bfloat16, **options)
+        else:
+            model = type(original).from_pretrained(tmp_path / "model", device_map="cuda", dtype=torch.bfloat16)
+            glowplug.compile(model.eval().requires_grad_(False), background=way == "background", **options)
+        with torch.no_grad():
+            for _ in range(3):
+                logits = model(ids).logits.float()
+                glowplug.settle(model)
+        report = glowplug.report(model)
+        assert (report.strategy, report.start, report.fallbacks) == ("stamped", start, []), way
+        assert report.elsewhere is None or report.elsewhere.reason is None
+        assert (logits - expected).norm() < 0.2 * expected.norm()
 
 
 def test_shared_experts_run_on_another_stream() -> None:

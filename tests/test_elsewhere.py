@@ -20,7 +20,7 @@ from storing import StoringGraphs
 from test_ends import uncompiled
 
 DEPTH = 8
-forks = pytest.mark.skipif(torch.cuda.is_initialized(), reason="a process that uses a GPU can't fork")
+forks = pytest.mark.skipif(torch.accelerator.is_available(), reason="beside a GPU nothing forks")
 
 
 def baked(store: Path, model: PreTrainedModel, **options: Any) -> glowplug.Report:

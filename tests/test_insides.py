@@ -74,7 +74,7 @@ def test_every_layer_is_bound_to_its_own_weights(family: str) -> None:
             for one in (model, eager):
                 for parameter in one.get_submodule(name).parameters():
                     parameter.mul_(1 + 0.1 * (number + 1))
-        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.usefixtures("always_faster")

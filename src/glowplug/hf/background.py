@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -170,5 +169,6 @@ def _why(report: Report) -> str:
 
 
 def can_fork(device: torch.device) -> bool:
-    """Whether a build may run in a fork of this process: on Linux, as long as it has not touched a GPU."""
-    return sys.platform == "linux" and hasattr(os, "fork") and not torch.cuda.is_initialized() and device.type == "cpu"
+    """Whether a build may run in a fork of this process: on Linux without a GPU. Dynamo asks a GPU for the state of its
+    random numbers, wherever the model is, and a fork of a process that so much as counted GPUs can't."""
+    return sys.platform == "linux" and device.type == "cpu" and not torch.accelerator.is_available()

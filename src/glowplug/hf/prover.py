@@ -90,7 +90,7 @@ class Prover:
                 break
             if attempt == 1:  # the first run may set up what later ones find
                 return verify.Problem(f"the model's own forward changes the model each time that it runs: {changed}")
-        served.uncompiled = None
+        served.uncompiled = served.find_uncompiled = None
         return None
 
     def first_layer(
@@ -119,7 +119,12 @@ class Prover:
         def run_uncompiled(ready: Call) -> Any:
             return served.run(ready, registry, uncompiled=True)
 
-        candidates = [verify.Candidate(run, exact=False)]
+        def run_by_pieces(ready: Call) -> tuple[Any, str | None] | None:
+            return served.try_pieces(ready, registry)
+
+        # Of a model that several processes run together, all must have uncompiled pieces, or none uses them.
+        by_pieces = run_by_pieces if exact or self._agree is None else None
+        candidates = [verify.Candidate(run, exact=False, by_pieces=by_pieces)]
         if exact:  # without a form of its own, the program's pieces are uncompiled
             candidates.insert(0, verify.Candidate(run_uncompiled, exact=True))
 

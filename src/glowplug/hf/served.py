@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from glowplug.hf.call import Call
 from glowplug.hf.masks import mask_sources
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, Program, Stamping
+from glowplug.program import Built, Program, Stamping, try_pieces
 
 SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
 """Sources of sizes that a call gives."""
@@ -46,6 +46,7 @@ class Served:
         assumptions: what its trace assumed of sizes.
         output_type: the class of the model's output.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
+        find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
         checked: sizes of a call -> why they break an assumption, or None.
         recipe: what a later process needs to run it again; None when it came from a store.
         key: its address in the store; None when it is not there.
@@ -56,10 +57,20 @@ class Served:
     assumptions: ShapeAssumptions
     output_type: type
     uncompiled: Program | None = None
+    find_uncompiled: Callable[[], Program | None] | None = None
     checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
     key: str | None = None
     proved: bool = False
+
+    def try_pieces(self, call: Call, registry: LayerRegistry) -> tuple[Any, str | None] | None:
+        """Run a call with uncompiled pieces, and compare each compiled piece with its own, see `program.try_pieces`.
+        None when there are no uncompiled pieces."""
+        if self.uncompiled is None and self.find_uncompiled is not None:
+            self.uncompiled, self.find_uncompiled = self.find_uncompiled(), None
+        if self.uncompiled is None:
+            return None
+        return try_pieces(self.program, self.uncompiled, lambda: self.run(call, registry, uncompiled=True))
 
     def run(self, call: Call, registry: LayerRegistry, *, check_order: bool = True, uncompiled: bool = False) -> Any:
         """Run a call that the program can serve; returns what the model's forward would."""

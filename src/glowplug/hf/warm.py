@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
 from glowplug.hf.served import Recipe, Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import Ends, PieceStore
+from glowplug.program import Ends, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.report import Report
 from glowplug.store.manifest import Manifest, dtype_from_name
@@ -117,16 +118,23 @@ def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry, 
             give_attention_functions(model)
         pending = ends.runners if ends is not None else {}
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
-        graphs = warm.manifests.load_graphs(manifest) if not manifest.verified else None
-        uncompiled = warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
-        output_type = _class(manifest.output_type)
+        served = Served(program, manifest.assumptions, _class(manifest.output_type))
+        served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
+        if not manifest.verified:
+            served.uncompiled = served.find_uncompiled()
         slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, f"{type(exc).__name__}: {exc}"[:200])
         return None
     if ends is not None:
         ends.programs.append(program)
-    return Found(Served(program, manifest.assumptions, output_type, uncompiled), manifest, runners, ends, slots)
+    return Found(served, manifest, runners, ends, slots)
+
+
+def _uncompiled(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:
+    """A stored program with uncompiled pieces; None when not all of them are stored."""
+    graphs = warm.manifests.load_graphs(manifest)
+    return warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
 
 
 def describe(

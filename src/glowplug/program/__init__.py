@@ -3,9 +3,21 @@
 from glowplug.program.build import Built, Stamping, build_program
 from glowplug.program.end_makers import StoreMaker
 from glowplug.program.ends import Ends
+from glowplug.program.paired import try_pieces
 from glowplug.program.piece_store import PieceStore
 from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Plan
 from glowplug.program.program import Program
 
-__all__ = ["Built", "Ends", "PieceCache", "PieceStore", "Plan", "Program", "Stamping", "StoreMaker", "build_program"]
+__all__ = [
+    "Built",
+    "Ends",
+    "PieceCache",
+    "PieceStore",
+    "Plan",
+    "Program",
+    "Stamping",
+    "StoreMaker",
+    "build_program",
+    "try_pieces",
+]

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from glowplug.closeness import distance
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
+from glowplug.program.paired import why_different
 from glowplug.program.program import Program
 
 logger = logging.getLogger("glowplug")
@@ -31,8 +31,6 @@ _RUNS = 4
 """Runs whose inputs are kept, to try the compiled piece on: those of the comparison with eager, mostly."""
 _LARGEST = 2**20
 """Elements of the inputs kept, not counting weights: at most."""
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest ||compiled - uncompiled|| / ||uncompiled|| of a piece's output. Half precision: 0.05."""
 
 
 def choose_ends(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece]) -> set[Fingerprint]:
@@ -176,14 +174,9 @@ def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | No
                 actual, expected = compiled(*args), runner.run(*args)
             except Exception as exc:
                 return f"it raised {type(exc).__name__}: {exc}"
-            for one, other in zip(actual, expected, strict=True):
-                if isinstance(other, Tensor) and other.is_floating_point():
-                    error = distance(one, other)
-                    allowed = _TOLERANCE.get(other.dtype, 0.05)
-                    if one.shape != other.shape or not error <= allowed:
-                        return f"compiled it differs by {error:.1e} from uncompiled (allowed {allowed:.0e})"
-                elif isinstance(other, Tensor) and not torch.equal(one, other):
-                    return "compiled it gives other integers than uncompiled"
+            problem = why_different(actual, expected)
+            if problem is not None:
+                return problem
     return None
 
 
