@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import families
 import glowplug
+from glowplug.bench.presets import build_model
 from glowplug.hf import verify
+from glowplug.ops.layer_op import layer_op
+from glowplug.ops.tape import Tape
+from glowplug.program import Program, try_pieces
 from glowplug.program.paired import why_different
 from storing import PickleCompiler
 from test_changes import eager, quiet
@@ -88,6 +92,95 @@ def test_a_stored_program_with_a_wrong_piece_is_made_anew(tmp_path: Path) -> Non
     report = glowplug.report(model)
     assert report.strategy == "eager"
     assert report.store is not None and "is not equal to eager" in report.store.problems[0]
+
+
+@layer_op("test_by_pieces::choose", fake=torch.empty_like)
+def choose(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a router does with scores that are nearly tied."""
+    return torch.where(x > 0, 1.0, -1.0)
+
+
+@layer_op("test_by_pieces::count", fake=lambda seen: None, mutates=("seen",))
+def count(layer: Any, seen: torch.Tensor) -> None:
+    """An op that writes."""
+    layer.calls += 1
+    seen.add_(1)
+
+
+def tried(compiled: Callable[[Any, torch.Tensor], torch.Tensor], layer: nn.Module) -> tuple[torch.Tensor, str | None]:
+    """Compare a piece with `plain`."""
+
+    def program(piece: Any) -> Program:
+        names = {"piece_a": piece}
+        return Program(lambda x: names["piece_a"](x), ("x",), "", names)
+
+    def plain(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (3 * torch.ops.test_by_pieces.choose.hoisted(layer._glowplug_handle, x),)
+
+    uncompiled = program(plain)
+    inputs = torch.tensor([2.0, -1e-9, 1e-9])
+    made = program(lambda x: (compiled(layer, x),))
+    result, problem = try_pieces(made, uncompiled, lambda: uncompiled.run(inputs))
+    assert uncompiled.names["piece_a"] is plain
+    return result[0], problem
+
+
+def test_what_ops_make_of_rounding_is_not_held_against_a_piece() -> None:
+    root = nn.Sequential(nn.Identity())
+    registry = glowplug.register_layers(root)
+    ask = torch.ops.test_by_pieces.choose.hoisted
+
+    def rounding(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return 3 * ask(layer._glowplug_handle, x - 2e-9)
+
+    def handing_over_something_else(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return 3 * ask(layer._glowplug_handle, -x)
+
+    def calling_twice(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 * (ask(layer._glowplug_handle, x) + ask(layer._glowplug_handle, x))
+
+    def never_calling(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, 3.0, -3.0)
+
+    expected = [3.0, -3.0, 3.0]
+    assert rounding(root[0], torch.tensor([1e-9])).item() == -3.0
+    for compiled, said in (
+        (rounding, None),
+        (handing_over_something_else, "in what it hands to test_by_pieces::choose"),
+        (calling_twice, "more often"),
+        (never_calling, "fewer calls"),
+    ):
+        output, problem = tried(compiled, root[0])
+        assert output.tolist() == expected
+        assert problem is None if said is None else problem is not None and said in problem
+    assert len(registry) == 1
+
+
+def test_an_op_that_writes_does_so_once() -> None:
+    root = nn.Sequential(nn.Identity())
+    registry = glowplug.register_layers(root)
+    layer: Any = root[0]
+    layer.calls = 0
+    tape, seen = Tape(why_different), torch.zeros(3)
+    with tape.recording():
+        torch.ops.test_by_pieces.count.hoisted(layer._glowplug_handle, seen)
+    again = torch.zeros(3)
+    with tape.replaying():
+        torch.ops.test_by_pieces.count.hoisted(layer._glowplug_handle, again)
+    assert (layer.calls, seen.tolist(), again.tolist(), tape.problem) == (1, [1.0] * 3, [1.0] * 3, None)
+    assert len(registry) == 1
+
+
+@pytest.mark.inductor
+def test_a_deep_model_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its routers decide between experts that are nearly tied, one way compiled, another uncompiled."""
+    monkeypatch.setattr(verify, "_TOLERANCE", {torch.bfloat16: 1e-3})
+    model = build_model("glm-4.7", depth=92, dtype=torch.bfloat16)
+    glowplug.compile(model, experts="opaque", ends="compiled", cache_dir="off")
+    with torch.no_grad():
+        model(torch.arange(6).view(1, 6))
+    report = glowplug.report(model)
+    assert (report.strategy, report.fallbacks) == ("stamped", [])
 
 
 def test_what_outputs_may_differ_by() -> None:

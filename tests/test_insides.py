@@ -126,7 +126,9 @@ def test_eager_and_inline_have_none() -> None:
         glowplug.compile(model, compiler=Uncompiled(), **options)
         with torch.no_grad():
             model(ids)
-        assert with_insides(model) == []
+        # Attention that is several kernels may have one: a trial decides.
+        assert [layer for layer in with_insides(model) if not hasattr(layer, "is_causal")] == []
+        assert options["inside"] == "compiled" or with_insides(model) == []
 
 
 def test_beside_serving_and_used_from_the_next_sequence_on() -> None:

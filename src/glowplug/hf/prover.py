@@ -122,8 +122,10 @@ class Prover:
         def run_by_pieces(ready: Call) -> tuple[Any, str | None] | None:
             return served.try_pieces(ready, registry)
 
-        # Of a model that several processes run together, all must have uncompiled pieces, or none uses them.
-        by_pieces = run_by_pieces if exact or self._agree is None else None
+        # Of a model that several processes run together, all must have uncompiled pieces, or none uses them. Ops that
+        # count their calls can't be replayed.
+        replays = self.options.resolved_identity != "ordered" and (exact or self._agree is None)
+        by_pieces = run_by_pieces if replays else None
         candidates = [verify.Candidate(run, exact=False, by_pieces=by_pieces)]
         if exact:  # without a form of its own, the program's pieces are uncompiled
             candidates.insert(0, verify.Candidate(run_uncompiled, exact=True))

@@ -28,11 +28,12 @@ from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.windows import WINDOW, with_short_windows
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.1.
+"""Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.5.
 
 Rounding grows from layer to layer, and where two experts are nearly tied it decides between them: 0.11 after 36 layers
-of random weights in bfloat16, 0.7 after 92, as much as other compilers give; a wrong layer gives about 1. So beyond the
-tolerance a program is asked piece by piece, see `Candidate.by_pieces`."""
+of random weights in bfloat16, 0.7 after 92, as much as other compilers give; a wrong layer gives about 1. That the
+layers are the right ones is proved more closely by the uncompiled pieces, and beyond the tolerance a program is asked
+piece by piece, see `Candidate.by_pieces`."""
 _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The same for uncompiled pieces. Half precision: 0.01."""
 Agree = Callable[[str | None], str | None]
@@ -269,7 +270,7 @@ def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tu
 
 
 def _allowed(dtype: torch.dtype, exact: bool) -> float:
-    return _EXACT.get(dtype, 0.01) if exact else _TOLERANCE.get(dtype, 0.1)
+    return _EXACT.get(dtype, 0.01) if exact else _TOLERANCE.get(dtype, 0.5)
 
 
 def _differs(actual: Tensor, expected: Tensor, what: str, exact: bool) -> str | None:

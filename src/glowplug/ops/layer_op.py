@@ -26,6 +26,7 @@ from glowplug.layers.registry import (
     find_baked,
     find_registry,
 )
+from glowplug.ops.tape import current_tape
 
 _libraries: dict[str, torch.library.Library] = {}
 _by_overload: dict[Any, LayerOp] = {}
@@ -118,14 +119,21 @@ def layer_op(
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         record = LayerOp(name, fn, splitting, layer_type)
 
+        parameters = list(signature.parameters)
+        writes = {parameters.index(written) for written in mutates if written in parameters}
+
+        def run(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+            tape = current_tape()
+            return fn(layer, *args) if tape is None else tape.call(name, fn, layer, args, writes)
+
         def hoisted(handle: LayerHandle, *args: Any) -> Any:
-            return fn(handle.resolve(), *args)
+            return run(handle.resolve(), args)
 
         def baked(baked_name: str, *args: Any) -> Any:
-            return fn(find_baked(baked_name), *args)
+            return run(find_baked(baked_name), args)
 
         def ordered(kind: str, *args: Any) -> Any:
-            return fn(_next_in_order(name, kind), *args)
+            return run(_next_in_order(name, kind), args)
 
         def fake_of_any_identity(_identity: Any, *args: Any) -> Any:
             return fake(*args)

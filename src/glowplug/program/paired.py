@@ -1,5 +1,5 @@
-"""Compares compiled pieces with their uncompiled forms, each on the same inputs: what compiling does to one piece is
-rounding, whatever becomes of it in the layers behind it.
+"""Compares compiled pieces with their uncompiled forms, each on the same inputs, the outputs of the ops inside them
+being the same: what compiling does to one piece is rounding, whatever becomes of it in the layers behind it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glowplug.closeness import distance
+from glowplug.ops.tape import Tape
 from glowplug.program.program import Program
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ def why_different(actual: Sequence[Any], expected: Sequence[Any]) -> str | None:
     if len(actual) != len(expected):
         return f"compiled it gives {len(actual)} outputs, uncompiled {len(expected)}"
     for one, other in zip(actual, expected, strict=True):
+        if isinstance(one, Tensor) != isinstance(other, Tensor):
+            return "compiled it gives something else than a tensor, or the other way round"
         if isinstance(other, Tensor) and other.is_floating_point():
             allowed = _TOLERANCE.get(other.dtype, 0.05)
             error = distance(one, other) if one.shape == other.shape else float("inf")
@@ -31,6 +34,8 @@ def why_different(actual: Sequence[Any], expected: Sequence[Any]) -> str | None:
                 return f"compiled it differs by {error:.1e} from uncompiled (allowed {allowed:.0e})"
         elif isinstance(other, Tensor) and not torch.equal(one, other):
             return "compiled it gives other integers than uncompiled"
+        elif not isinstance(other, Tensor) and one is not other and one != other:
+            return f"compiled it gives {one!r:.40}, uncompiled {other!r:.40}"
     return None
 
 
@@ -44,13 +49,17 @@ class _Pair:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run both; the uncompiled outputs go on."""
-        if self.problem is None:
-            # One that writes to what it is given would do so twice.
-            copies = [arg.clone() if _may_be_written(arg) else arg for arg in args]
+        if self.problem is not None:
+            return self.uncompiled(*args)
+        # One that writes to what it is given would do so twice.
+        copies = [arg.clone() if _may_be_written(arg) else arg for arg in args]
+        tape = Tape(why_different)
+        with tape.recording():
             outputs = self.uncompiled(*args)
-            self.problem = why_different(self.compiled(*copies), outputs)
-            return outputs
-        return self.uncompiled(*args)
+        with tape.replaying():
+            compiled = self.compiled(*copies)
+        self.problem = tape.problem or why_different(compiled, outputs)
+        return outputs
 
 
 def _may_be_written(value: Any) -> bool:
