@@ -32,7 +32,6 @@ _LOADING = (
     "torch._inductor.async_compile",
     "torch._inductor.output_code",
     "torch._functorch._aot_autograd.aot_autograd_result",
-    "torch._inductor.decomposition",
 )
 
 

@@ -1,9 +1,9 @@
 """Spares a process that only loads compiled pieces the import of Inductor's compiler, half a second of a warm start.
 
-The Python module of a compiled piece, and what executes it, import three names from modules that import all the rest
-of Inductor: the table of ATen kernels, a function that rounds sizes, and a class that tests put a hook on. Meanwhile
-they come from stand-ins, which ask the real modules for whatever they don't have. (Private; checked on torch 2.11 and
-2.13.)
+The Python module of a compiled piece, and what executes it, import four names from modules that import all the rest
+of Inductor: the table of ATen kernels, a function that rounds sizes, a class that tests put a hook on, and the function
+by which the piece was decomposed. Meanwhile they come from stand-ins, which ask the real modules for whatever they
+don't have. (Private; checked on torch 2.11 and 2.13.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch._inductor
 KERNELS = "torch._inductor.select_algorithm"
 SIZES = "torch._inductor.codegen.memory_planning"
 GRAPH = "torch._inductor.graph"
+DECOMPOSITIONS = "torch._inductor.decomposition"
 
 ATEN = {"mm": torch.mm, "addmm": torch.addmm, "bmm": torch.bmm, "baddbmm": torch.baddbmm}
 """Kernels of the table that are torch's own functions."""
@@ -40,6 +41,10 @@ class _Kernels:
 
 def _align(size: Any) -> Any:
     return _real(SIZES)._align(size)
+
+
+def _select_decomp_table(*args: Any, **kwargs: Any) -> Any:
+    return _real(DECOMPOSITIONS).select_decomp_table(*args, **kwargs)
 
 
 class _GraphLowering:
@@ -65,7 +70,12 @@ def _real(name: str) -> Any:
         return importlib.import_module(name)
 
 
-_LIGHT = ((KERNELS, "extern_kernels", _Kernels()), (SIZES, "_align", _align), (GRAPH, "GraphLowering", _GraphLowering))
+_LIGHT = (
+    (KERNELS, "extern_kernels", _Kernels()),
+    (SIZES, "_align", _align),
+    (GRAPH, "GraphLowering", _GraphLowering),
+    (DECOMPOSITIONS, "select_decomp_table", _select_decomp_table),
+)
 
 
 @contextmanager

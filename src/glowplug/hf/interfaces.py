@@ -165,7 +165,7 @@ def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts"
         and not _asks_the_interface(type(module))
-        and any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
+        and _has_stacked_weights(module)
         and len(inspect.signature(type(module).forward).parameters) == 2
     }
 
@@ -209,6 +209,8 @@ def untraceable_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Modul
     no trace can answer; by name. Of blocks inside each other, the inner ones."""
     served = {**experts_layers(model), **routed_experts_layers(model), **token_mixers(model)}
     within = {id(part) for module in served.values() for part in module.modules()}
+    if not any(_has_stacked_weights(module) for module in model.modules() if id(module) not in within):
+        return {}
     candidates = {
         name: module
         for name, module in model.named_modules()
@@ -221,6 +223,11 @@ def untraceable_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Modul
     outer = {parent for name in candidates for parent in _parents(name)}
     inner = {name: module for name, module in candidates.items() if name not in outer}
     return mapping_to_themselves(model, inner, hidden_size)
+
+
+def _has_stacked_weights(module: nn.Module) -> bool:
+    """Whether a module itself has a weight of several matrices, as experts have."""
+    return any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
 
 
 _COUNTING = {"tolist", "item", "nonzero"}
