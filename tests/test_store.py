@@ -1,155 +1,27 @@
-"""The local store: envelopes, whole files or none, nobody else's hands on it, locks, pruning, and its commands."""
+"""The local store: whole files or none, nobody else's hands on it, and locks."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
-from glowplug.cli import app
-from glowplug.cli.sizes import read_size, show_age, show_size
-from glowplug.errors import ArtifactError, StoreError, UnsignedArtifactError, UsageError
+from glowplug.errors import StoreError
 from glowplug.store import ArtifactStore, LocalStore, SigningKey, open_store, opening
-from glowplug.store.envelope import MAGIC, pack, read_header, unpack
-from glowplug.store.manifest import Manifest, _expression, dtype_from_name
 
 KEY = "ab" + "c" * 62
 OTHER = "ef" + "0" * 62
-SECRET = SigningKey(b"sixteen bytes are enough")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     """An empty store."""
     return ArtifactStore(tmp_path / "store")
-
-
-def envelope(**changes: Any) -> bytes:
-    """An envelope whose header says something else."""
-    content = pack("piece", KEY, b"payload", SECRET)
-    header, start = read_header(content)
-    return MAGIC + json.dumps({**vars(header), **changes}).encode() + b"\n" + content[start:]
-
-
-# -- envelopes ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("payload", [b"", b"x", b"\n" * 99, bytes(range(256)) * 999])
-@pytest.mark.parametrize("signing_key", [None, SECRET])
-def test_payload_survives(payload: bytes, signing_key: SigningKey | None) -> None:
-    assert (
-        unpack(pack("piece", KEY, payload, signing_key, about="\U0001f600" * 500), "piece", KEY, signing_key) == payload
-    )
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"kind": "manifest"},
-        {"key": OTHER},
-        {"key": "../../../etc/passwd"},
-        {"size": 6},
-        {"size": float("nan")},
-        {"size": float("inf")},
-        {"size": 10**400},
-        {"size": True},
-        {"size": "7"},
-        {"made": 10**400},
-        {"made": None},
-        {"sha256": "é" * 64},
-        {"sha256": "\ud800"},
-        {"sha256": 0},
-        {"about": ["x"]},
-        {"unknown": 1},
-    ],
-)
-def test_wrong_headers_are_noticed(changes: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError):
-        unpack(envelope(**changes), "piece", KEY, None)
-
-
-@pytest.mark.parametrize("letter", ["\ud800", "\x1b[2J", "\x00"])
-def test_what_an_artifact_says_does_not_reach_the_log_raw(
-    letter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A hostile header must not steer a terminal, nor break a log that is written as UTF-8."""
-    store = ArtifactStore(tmp_path)
-    store.put("piece", KEY, b"payload")
-    (entry,) = store.local.entries()
-    entry.path.write_bytes(envelope(**{f"x{letter}": 1}))
-    assert store.get("piece", KEY) is None
-    (problem,) = store.problems
-    assert "is not used" in problem and "?" in problem
-    assert problem.isprintable() and problem in caplog.text
-    caplog.text.encode()
-
-
-@pytest.mark.parametrize("signature", ["", "0" * 64, "é", "\ud800", "x" * 2000])
-def test_wrong_signatures_are_refused(signature: str) -> None:
-    assert unpack(envelope(signature=signature), "piece", KEY, None) == b"payload"
-    with pytest.raises(UnsignedArtifactError):
-        unpack(envelope(signature=signature), "piece", KEY, SECRET)
-
-
-@pytest.mark.parametrize("changes", [{"made": 0.5}, {"about": "other"}])
-def test_the_signature_covers_the_header(changes: dict[str, Any]) -> None:
-    with pytest.raises(UnsignedArtifactError):
-        unpack(envelope(**changes), "piece", KEY, SECRET)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        MAGIC,
-        MAGIC[:-1],
-        MAGIC.replace(b"1", b"0") + b"{}\n",
-        MAGIC + b"[" * 4000 + b"\n",
-        MAGIC + b"{}" + b" " * 9000 + b"\n",
-        MAGIC + b"null\n",
-        MAGIC + b"\xff\xfe\n",
-        MAGIC + b'{"kind": ' + b"9" * 4000 + b"}\n",
-    ],
-)
-def test_what_is_no_envelope(content: bytes) -> None:
-    with pytest.raises(ArtifactError):
-        read_header(content)
-
-
-# -- keys --------------------------------------------------------------------------------------------------
-
-
-def test_signing_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "key"
-    file.write_bytes(SECRET.secret + b"\n")
-    file.chmod(0o644)
-    with pytest.raises(UsageError, match="others can read"):
-        SigningKey.from_file(file)
-    file.chmod(0o600)
-    assert SigningKey.from_file(file) == SECRET
-    assert "sixteen" not in repr(SECRET)
-    for wrong in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UsageError, match="can't read the signing key"):
-            SigningKey.from_file(wrong)
-    with pytest.raises(UsageError, match="at least 16"):
-        SigningKey(b"short")
-    monkeypatch.setenv("GLOWPLUG_SIGNING_KEY_FILE", str(file))
-    assert SigningKey.from_environment() == SECRET
-    monkeypatch.setenv("GLOWPLUG_SIGNING_KEY", "x" * 16)
-    with pytest.raises(UsageError, match="both set"):
-        SigningKey.from_environment()
-
-
-# -- the folder --------------------------------------------------------------------------------------------
 
 
 def test_what_was_put_is_there(store: ArtifactStore) -> None:
@@ -310,161 +182,6 @@ def test_a_killed_process_holds_no_lock(store: ArtifactStore) -> None:
     process.wait()
     with store.lock("piece", KEY, 5) as held:
         assert held
-
-
-# -- manifests ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["s0", "Eq(Mod(s0, 8), 0)", "2*s0 + 1 <= u1", "(s0 < 4) & (s1 >= 2)", "s0**2 - 1"])
-def test_relations_of_sizes_are_read(text: str) -> None:
-    assert _expression(str(_expression(text))) == _expression(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "(lambda: ().__class__.__base__.__subclasses__())()",
-        "[x.__class__ for x in (1,)]",
-        "().__class__",
-        "__import__('os')",
-        "s0.__class__",
-        "'text'",
-        "9**9**9",
-        "s0**(10**9)",
-        "s0[0]",
-        "(s0 := 1)",
-        "Eq(*s0)",
-        "1 " + "+ 1" * 2000,
-    ],
-)
-def test_relations_run_no_code(text: str) -> None:
-    with pytest.raises(ArtifactError):
-        _expression(text)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100000, b'{"schema": 1}', b'{"schema": 99}', b"\xff", b"null"])
-def test_what_is_no_manifest(content: bytes) -> None:
-    with pytest.raises(ArtifactError):
-        Manifest.from_bytes(content)
-
-
-def test_dtypes_by_name() -> None:
-    assert dtype_from_name("torch.bfloat16") is torch.bfloat16
-    with pytest.raises(ArtifactError):
-        dtype_from_name("load")
-
-
-# -- pruning, and the commands -----------------------------------------------------------------------------
-
-
-def fill(root: Path, count: int = 4, size: int = 1000) -> ArtifactStore:
-    """A store of artifacts, the last one used last."""
-    store = ArtifactStore(root)
-    for number in range(count):
-        key = f"{number:02d}" + "a" * 62
-        store.put("piece", key, bytes(size), about=f"number {number} [/red]\x1b[31m")
-        os.utime(store.local.path("piece", key), (1e9 + number, 1e9 + number))
-    return store
-
-
-def run(*arguments: str | Path) -> Any:
-    """A command line, in this process."""
-    return CliRunner().invoke(app, ["cache", *map(str, arguments)])
-
-
-def test_prune_keeps_what_was_used_last(tmp_path: Path) -> None:
-    local = fill(tmp_path / "store").local
-    size = max(entry.size for entry in local.entries())
-    assert local.prune(4 * size) == []
-    assert [entry.key[:2] for entry in local.prune(2 * size + 1)] == ["00", "01"]
-    assert [entry.key[:2] for entry in local.entries()] == ["03", "02"]
-    assert local.read("piece", "02" + "a" * 62) is not None  # which uses it
-    assert [entry.key[:2] for entry in local.prune(size)] == ["03"]
-    assert len(local.prune(0)) == 1
-
-
-def test_prune_removes_what_killed_processes_left(tmp_path: Path) -> None:
-    local = fill(tmp_path / "store").local
-    folder = next(local.root.glob("pieces/*"))
-    (local.root / "locks").mkdir()
-    used = local.entries()[0]
-    paths = [folder / ".part-old", folder / ".part-new", local.root / "locks" / "piece-gone.lock"]
-    paths.append(local.root / "locks" / f"piece-{used.key}.lock")
-    for path in paths:
-        path.write_bytes(b"half")
-        if path != paths[1]:
-            os.utime(path, (1e9, 1e9))
-    assert len(local.entries()) == 4
-    assert not local.check()
-    local.prune(10**9)
-    assert [path.exists() for path in paths] == [False, True, False, True]
-
-
-def test_ls(tmp_path: Path) -> None:
-    fill(tmp_path / "store")
-    (tmp_path / "store" / "pieces" / "00" / "odd.glow").write_bytes(b"?")
-    result = run("ls", "--cache", tmp_path / "store")
-    assert result.exit_code == 0, result.output
-    for word in ("number 3 [/red]?[31m", "1.3 KiB", "5 artifacts", "not readable", "signed", "03aaaaaaaaaa"):
-        assert word in result.stdout
-    assert run("ls", "--cache", tmp_path / "none").exit_code == 2
-    assert not (tmp_path / "none").exists()
-
-
-def test_verify(tmp_path: Path) -> None:
-    local = fill(tmp_path / "store").local
-    arguments = ("verify", "--cache", tmp_path / "store")
-    assert run(*arguments).exit_code == 0
-    damaged, good = local.entries()[0].path, local.entries()[1].path
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    misplaced = local.root / "pieces" / "zz" / good.name
-    misplaced.parent.mkdir(mode=0o700)
-    misplaced.write_bytes(good.read_bytes())
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert "checksum" in result.stdout
-    assert "nobody looks" in result.stdout
-    assert "3 artifacts are whole, 2 are not" in result.stdout
-    assert run(*arguments, "--delete").exit_code == 1
-    assert not damaged.exists() and not misplaced.exists() and good.exists()
-    assert "3 artifacts are whole, 0 are not" in run(*arguments).stdout
-
-
-def test_verify_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path / "store")
-    assert run("verify", "--signed", "--cache", tmp_path / "store").exit_code == 2
-    monkeypatch.setenv("GLOWPLUG_SIGNING_KEY", "k" * 16)
-    ArtifactStore(tmp_path / "store", signing_key=SigningKey(b"k" * 16)).put("piece", KEY, b"x")
-    result = run("verify", "--signed", "--cache", tmp_path / "store")
-    assert result.exit_code == 1
-    assert "1 artifacts are whole, 4 are not" in result.stdout
-
-
-def test_prune_command(tmp_path: Path) -> None:
-    fill(tmp_path / "store")
-    result = run("prune", "--max-size", "3K", "--cache", tmp_path / "store")
-    assert result.exit_code == 0, result.output
-    assert "deleted 2 artifacts" in result.stdout
-    assert "2 left" in result.stdout
-
-
-@pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("prune", "--max-size", "1")])
-def test_commands_without_a_store(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    assert run(*arguments).exit_code == 2  # off
-    (tmp_path / "open").mkdir(mode=0o700)
-    (tmp_path / "open").chmod(0o777)
-    result = run(*arguments, "--cache", tmp_path / "open")
-    assert result.exit_code == 2
-    assert "can be written to by others" in result.stderr
-
-
-def test_sizes() -> None:
-    assert [read_size(text) for text in ("0", "5", "2K", "1.5MB", "2GiB")] == [0, 5, 2048, 1572864, 2**31]
-    for text in ("", "-1", "many", "5X", "9" * 400, "1e3"):
-        with pytest.raises(UsageError):
-            read_size(text)
-    assert [show_size(size) for size in (0, 1023, 2048, 2**30)] == ["0 B", "1023 B", "2.0 KiB", "1.0 GiB"]
-    assert [show_age(age) for age in (-5, 59, 60, 7200, 3 * 86400)] == ["0 s", "59 s", "1 min", "2 h", "3 d"]
 
 
 def test_reading_is_a_use(store: ArtifactStore) -> None:
