@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from glowplug.errors import StoreError
-from glowplug.store import ArtifactStore, LocalStore, SigningKey, open_store, opening
+from glowplug.store import ArtifactStore, LocalStore, open_store, opening
 
 KEY = "ab" + "c" * 62
 OTHER = "ef" + "0" * 62
