@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.fork import Beside, leave
+from glowplug.compilers.fork import Beside, leave, orphaned
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.split import Piece, split
@@ -130,8 +130,13 @@ class Insides:
 
         def work(folder: Path) -> None:
             for number, kind in enumerate(self.kinds):
-                with contextlib.suppress(CaptureError):
-                    leave(folder / f"{number}.inside", pickle.dumps(self._make(kind, to_bytes)))
+                with contextlib.suppress(CaptureError), self._if_missing(kind) as missing:
+                    if missing:
+                        made = self._make(kind, to_bytes)
+                        leave(folder / f"{number}.inside", pickle.dumps(made))
+                        key = self._keys.get(kind.names)
+                        if self.pieces is not None and key is not None and not orphaned():
+                            keep_inside(self.pieces, key, kind, made, None)
 
         self.beside = Beside(work)
 
@@ -146,6 +151,16 @@ class Insides:
         if self.beside is not None:
             self.beside.finish(self._take, deadline)
 
+    @contextlib.contextmanager
+    def _if_missing(self, kind: Kind) -> Iterator[bool]:
+        """Whether an inside is still to be made, once no other process is making it."""
+        key = self._keys.get(kind.names)
+        if self.pieces is None or key is None:
+            yield True
+            return
+        with self.pieces.store.lock("inside", key, _WAIT_S):
+            yield self.pieces.store.get("inside", key) is None
+
     def _take(self, folder: Path) -> None:
         compiler = self.compiler
         assert isinstance(compiler, StoringCompiler)
@@ -155,8 +170,18 @@ class Insides:
                 assert made.artifact is not None
                 run = compiler.load(made.artifact)
             except Exception:
-                continue  # its layers go on as they are
-            self._install(kind, replace(made, run=run))
+                self._take_others(kind)
+            else:
+                self._install(kind, replace(made, run=run))
+
+    def _take_others(self, kind: Kind) -> None:
+        """Use what another process has made meanwhile; without, the layers go on as they are."""
+        key = self._keys.get(kind.names)
+        stored = load_inside(self.pieces, key) if self.pieces is not None and key is not None else None
+        if stored is not None and stored[1] is not None:
+            self._use(kind, stored[0], stored[1])
+        elif stored is not None:
+            self._install(kind, stored[0])
 
     def _make(self, kind: Kind, compile: Callable[..., Any]) -> Made:
         """Capture and compile the inside of a kind's first layer."""
