@@ -6,6 +6,7 @@ import copy
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from glowplug.compilers.eager import EagerCompiler
 from glowplug.hf import trials
 from glowplug.hf.kinds import ExpertsKind, Made, Slot
 from glowplug.ops.inside import INSIDE_ATTR
+from storing import StoringGraphs
 
 OPAQUE = ["gpt_oss", "glm4_moe", "qwen3_moe", "mixtral", "deepseek_v3", "llama4"]
 
@@ -149,6 +151,30 @@ def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
         assert glowplug.report(model).insides
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     glowplug.settle(model)
+
+
+@pytest.mark.usefixtures("always_faster")
+def test_of_models_that_start_at_once_on_a_store_one_makes_them(tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("beside a GPU nothing forks")
+    made = []
+    ids = families.prompt(2, 5)
+    for count in (1, 3):
+        models = [families.build("gpt_oss", layers=8) for _ in range(count)]
+        for model in models:
+            compiler = StoringGraphs()
+            compiler.log = tmp_path / f"log-{count}"
+            glowplug.compile(model, experts="opaque", compiler=compiler, cache_dir=tmp_path / f"store-{count}")
+        with torch.no_grad():
+            expected = type(models[0]).forward(models[0], ids).logits
+            for model in models:
+                model(ids)
+            for model in models:
+                glowplug.settle(model)
+                assert len(with_insides(model)) > 8  # experts and attention
+                torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=5e-5)
+        made.append(len((tmp_path / f"log-{count}").read_text().splitlines()))
+    assert made[0] == made[1] > glowplug.report(model).distinct_pieces
 
 
 class Doubling(nn.Module):
