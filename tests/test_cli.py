@@ -220,7 +220,7 @@ def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_demo, "check_model", lambda name: None)
     monkeypatch.setattr(bench_demo, "find_models", lambda folder: Path("models"))
     monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
-    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda folder, ways, experts: map(_start, ways))
+    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda start, ways: map(_start, ways))
     result = run("demo")
     assert result.exit_code == 0, result.output
     for way in ("eager", "cold", "warm", "background"):
@@ -245,7 +245,11 @@ def test_the_demo_fails_when_a_start_writes_other_tokens(monkeypatch: pytest.Mon
 def _start(way: str, *, equal: bool = True) -> Started:
     report = {"distinct_pieces": 3, "pieces": 5, "start": "cold", "fallbacks": []}
     result = {"load_s": 0.1, "first_token_s": 0.2, "second_token_s": 0.5, "error": 0.0, "report": report}
-    return Started(way, result | ({"tokens_equal": equal, "steps": 9} if way == "background" else {}))
+    return Started(way, result | (_served(equal) if way == "background" else {}))
+
+
+def _served(equal: bool) -> dict[str, Any]:
+    return {"tokens_equal": equal, "steps": 9, "compared": 17, "others": 0 if equal else 2}
 
 
 def test_explain_prints_the_program() -> None:

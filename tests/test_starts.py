@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from glowplug.bench.presets import build_model
+from glowplug.bench.start_worker import Start
+from glowplug.bench.start_worker import run as run_start
 from glowplug.bench.starts import Started, compilations, medians, model_folder
 from glowplug.cli.starts import starts_table
 from glowplug.errors import UsageError
@@ -23,6 +25,8 @@ from test_cli import run
         (["glm-4.7", "--width", "broad"], ["tiny or full"]),
         (["glm-4.7", "--depth", "0"], ["at least 1"]),
         (["glm-4.7", "--experts", "maybe"], ["'maybe'"]),
+        (["glm-4.7", "--dtype", "int8"], ["bfloat16", "'int8'"]),
+        (["glm-4.7", "--device", "tpu"], ["'tpu'"]),
         (["glm-4.8"], ["glm-4.8"]),
         (["glm-4.7", "--json", "no/such/folder/x.json"], ["no/such/folder"]),
     ],
@@ -39,11 +43,11 @@ def test_what_makes_no_sense_is_refused(arguments: list[str], said: list[str]) -
 def test_a_folder_has_its_own_sizes(depth: int | None, all_experts: bool, tmp_path: Path) -> None:
     build_model("gpt-oss-20b", depth=1).save_pretrained(tmp_path / "model")
     with pytest.raises(UsageError, match="its own"):
-        model_folder(str(tmp_path / "model"), depth, "tiny", "cpu", tmp_path, all_experts=all_experts)
+        model_folder(str(tmp_path / "model"), depth, "tiny", "float32", tmp_path, all_experts=all_experts)
 
 
 def test_all_experts_of_the_released_model(tmp_path: Path) -> None:
-    folder = model_folder("gpt-oss-20b", 1, "tiny", "cpu", tmp_path, all_experts=True)
+    folder = model_folder("gpt-oss-20b", 1, "tiny", "float32", tmp_path, all_experts=True)
     assert json.loads(Path(folder, "config.json").read_text())["num_local_experts"] == 32
 
 
@@ -55,11 +59,12 @@ def test_a_fleet_is_counted_over_all_its_processes() -> None:
 
 def test_the_table_says_when_tokens_were_not_eagers() -> None:
     report = {"distinct_pieces": 3, "pieces": 5, "start": "warm", "fallbacks": [{"reason": "too odd"}]}
-    result = {"second_token_s": 0.5, "taken_over_s": 9.0, "report": report, "tokens_equal": False, "steps": 7}
+    tokens = {"tokens_equal": False, "steps": 7, "compared": 5, "others": 2}
+    result = {"second_token_s": 0.5, "taken_over_s": 9.0, "report": report, **tokens}
     table = starts_table([Started("background", result)])
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells[:6] == ["background", "-", "-", "0.50", "-", "9.00"]
-    assert "NOT all eager's" in str(cells[7]) and "too odd" in str(cells[7])
+    assert "NOT all eager's: 2 of the last 5 differ" in str(cells[7]) and "too odd" in str(cells[7])
 
 
 def test_of_several_rounds_the_medians_are_shown() -> None:
@@ -77,6 +82,24 @@ def test_of_several_rounds_the_medians_are_shown() -> None:
     assert load.result == {"load_s": 3.5}
     assert cold.result == {"ready_s": 4.0, "error": 2e-6}
     assert warm.error == "killed"
+
+
+def test_tokens_of_all_rounds_are_counted() -> None:
+    rounds = [
+        Started("background", {"tokens_equal": others == 0, "steps": 7, "compared": 15, "others": others})
+        for others in (2, 0)
+    ]
+    (background,) = medians(rounds)
+    assert background.result == {"tokens_equal": False, "steps": 7, "compared": 30, "others": 2}
+
+
+def test_half_precision_is_measured_against_float32(tmp_path: Path) -> None:
+    folder = model_folder("gpt-oss-20b", 2, "tiny", "bfloat16", tmp_path)
+    half = run_start(Start(folder=folder, way="eager", dtype="bfloat16"))
+    assert 1e-4 < half["error"] < 1.0
+    assert "error of bfloat16 itself" in str(list(starts_table([Started("eager", half)]).columns[7].cells))
+    whole = run_start(Start(folder=folder, way="eager"))
+    assert whole["error"] == 0.0 and "rounds_to" not in whole
 
 
 @pytest.mark.inductor
@@ -98,6 +121,7 @@ def test_cold_warm_and_a_fleet(tmp_path: Path) -> None:
     result = run("starts", *arguments, "--json", str(written))
     assert result.exit_code == 0, result.output
     told = json.loads(written.read_text())
+    assert (told["model"], told["depth"], told["dtype"]) == ("gpt-oss-20b", 6, "float32")
     cold, warm = told["starts"]
     assert (cold["report"]["start"], warm["report"]["start"]) == ("cold", "warm")
     assert cold["report"]["compiled_pieces"] > 0 and warm["report"]["compiled_pieces"] == 0

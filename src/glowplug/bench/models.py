@@ -45,6 +45,18 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
+def check_dtype(dtype: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        UsageError: models don't run in it here.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"dtype must be float32, bfloat16 or float16; not {dtype!r}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
 def load_model(
     name: str, *, depth: int | None = None, width: Width = "tiny", device: str = "cpu", dtype: str | None = None
 ) -> PreTrainedModel:
@@ -63,9 +75,7 @@ def load_model(
     """
     check_depth(depth)
     place = resolve_device(device)
-    torch_dtype = getattr(torch, dtype or default_dtype(device), None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise UsageError(f"dtype must be float32, bfloat16 or float16; not {dtype!r}")
+    torch_dtype = check_dtype(dtype or default_dtype(device))
     if name in PRESETS:
         return build_model(name, depth=depth, width=width, device=place, dtype=torch_dtype)
     folder = find_folder(name)

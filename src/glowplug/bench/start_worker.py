@@ -42,7 +42,7 @@ class Start:
     """
 
     folder: str
-    way: str
+    way: str = "cold"
     experts: str = "auto"
     device: str = "cpu"
     dtype: str = "float32"
@@ -60,7 +60,8 @@ def run(start: Start) -> dict[str, Any]:
     Returns:
         load_s (loading weights), first_token_s and second_token_s (from the compile call), eager_first_token_s
         (before, on the same model), ready_s (from nothing to the second token, without imports), error (against
-        eager), report.
+        eager; of eager itself in half precision: against the same weights in float32, and rounds_to is that dtype),
+        report.
     """
     if start.evict:
         _evict(start.folder)
@@ -85,6 +86,8 @@ def run(start: Start) -> dict[str, Any]:
         if not expected:
             expected = _eager_tokens(model, text)
         result["error"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+        if start.way == "eager" and start.dtype != "float32":
+            result |= _rounding(model, text, expected, start.dtype)
         if start.way == "background":
             result |= _until_taken_over(model, text, compiled, start.steps)
         if start.way != "eager":
@@ -129,6 +132,16 @@ def _eager_tokens(model: PreTrainedModel, text: Text) -> list[torch.Tensor]:
         object.__setattr__(model, "forward", engine)
 
 
+def _rounding(model: PreTrainedModel, text: Text, rounded: list[torch.Tensor], dtype: str) -> dict[str, Any]:
+    """How far the model's own forward in its dtype is from that in float32: no other start can be held to less.
+    Nothing where the memory is too small for it. The model is lost."""
+    try:
+        exact = _tokens(model.float(), text)[0]
+    except torch.OutOfMemoryError:
+        return {}
+    return {"error": max(relative_error(a, e) for a, e in zip(rounded, exact, strict=True)), "rounds_to": dtype}
+
+
 def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps: int) -> dict[str, Any]:
     """Decode until the compiled program serves, and a little longer; the tokens of the sequence in which it takes over
     must be eager's."""
@@ -149,9 +162,16 @@ def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps
     engine = model.__dict__.pop("forward")
     again = Sequence(model, text)
     again.step(PREFILL)
-    same = all(int(again.step(1)[0, -1].argmax()) == token for token in tokens)
+    others = sum(int(again.step(1)[0, -1].argmax()) != token for token in tokens)
     object.__setattr__(model, "forward", engine)
-    return {"taken_over_s": over, "switch_s": step, "steps": served, "tokens_equal": same}
+    return {
+        "taken_over_s": over,
+        "switch_s": step,
+        "steps": served,
+        "tokens_equal": others == 0,
+        "compared": len(tokens),
+        "others": others,
+    }
 
 
 def _under_way(model: PreTrainedModel) -> bool:

@@ -8,14 +8,14 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glowplug.bench.isolate import Isolated, IsolatedError
-from glowplug.bench.models import check_model, default_dtype, resolve_device
+from glowplug.bench.models import check_model
 from glowplug.bench.presets import PRESETS, Width, build_model
 from glowplug.bench.start_worker import Start
 from glowplug.errors import UsageError
@@ -46,9 +46,17 @@ class Started:
 
 
 def model_folder(
-    model: str, depth: int | None, width: Width, device: str, place: Path, *, all_experts: bool = False
+    model: str, depth: int | None, width: Width, dtype: str, place: Path, *, all_experts: bool = False
 ) -> str:
     """A folder with the model: itself, or a preset's, built and saved in `place`.
+
+    Args:
+        model: a preset, or a folder.
+        depth: layers of a preset; None for its own.
+        width: of a preset.
+        dtype: in which a preset's weights are saved.
+        place: an empty folder.
+        all_experts: as many experts a layer of a preset as were released.
 
     Raises:
         UsageError: no such model, or a depth or a number of experts for a folder.
@@ -58,29 +66,23 @@ def model_folder(
         if depth is not None or all_experts:
             raise UsageError("--depth and --all-experts are for presets; a folder's model has its own")
         return model
-    resolve_device(device)
-    dtype = getattr(torch, default_dtype(device))
-    built = build_model(model, depth=depth, width=width, device="cpu", dtype=dtype, all_experts=all_experts)
+    weights = getattr(torch, dtype)
+    built = build_model(model, depth=depth, width=width, device="cpu", dtype=weights, all_experts=all_experts)
     built.save_pretrained(place)
     return str(place)
 
 
-def run_ways(
-    folder: str, ways: tuple[str, ...], *, experts: str = "auto", device: str = "cpu", evict: bool = False
-) -> Iterator[Started]:
+def run_ways(start: Start, ways: tuple[str, ...]) -> Iterator[Started]:
     """Start a model in each way, one after the other. Each has a store of its own; but warm has that of cold."""
     with tempfile.TemporaryDirectory(prefix="glowplug-starts-") as stores:
         for way in ways:
-            start = Start(
-                folder=folder, way=way, experts=experts, device=device, dtype=default_dtype(device), evict=evict
-            )
             store = Path(stores, "cold" if way == "warm" else way)
-            yield _finish(way, _begin(start, store))
+            yield _finish(way, _begin(replace(start, way=way), store))
 
 
 def medians(starts: list[Started]) -> list[Started]:
-    """One start for each way: the median of each of its times, the largest error, and otherwise its last start that
-    went well. A way that failed once has failed."""
+    """One start for each way: the median of each of its times, the largest error, all tokens that were compared, and
+    otherwise its last start that went well. A way that failed once has failed."""
     found = []
     for way in dict.fromkeys(one.way for one in starts):
         same = [one for one in starts if one.way == way]
@@ -95,15 +97,15 @@ def medians(starts: list[Started]) -> list[Started]:
             result["error"] = max(one.result["error"] for one in same)
         if "tokens_equal" in result:
             result["tokens_equal"] = all(one.result["tokens_equal"] for one in same)
+            for name in ("compared", "others"):
+                result[name] = sum(one.result[name] for one in same)
         found.append(Started(way, result))
     return found
 
 
-def run_fleet(
-    folder: str, processes: int, *, at_once: bool, experts: str = "auto", device: str = "cpu"
-) -> list[Started]:
+def run_fleet(start: Start, processes: int, *, at_once: bool) -> list[Started]:
     """Start so many processes on one empty store, one after the other or all at once."""
-    start = Start(folder=folder, way="fleet", experts=experts, device=device, dtype=default_dtype(device))
+    start = replace(start, way="fleet")
     with tempfile.TemporaryDirectory(prefix="glowplug-fleet-") as store:
         if not at_once:
             return [_finish("fleet", _begin(start, Path(store, "store"))) for _ in range(processes)]
@@ -132,10 +134,10 @@ def compilations(fleet: list[Started]) -> tuple[int, int]:
     return compiled, max((report.get("distinct_pieces", 0) for report in reports), default=0)
 
 
-def write_starts(path: Path, environment: dict[str, Any], started: list[Started], fleets: dict[str, Any]) -> None:
-    """Write everything that was measured, but where the stores were: they are gone."""
+def write_starts(path: Path, about: dict[str, Any], started: list[Started], fleets: dict[str, Any]) -> None:
+    """Write what was measured: `about`, and everything else but where the stores were, as they are gone."""
     rows = [{"way": one.way, "failed": one.error, **one.result} for one in started]
     for row in (*rows, *(process for fleet in fleets.values() for process in fleet)):
         store = (row.get("report") or {}).get("store") or {}
         store.pop("place", None)
-    path.write_text(json.dumps({"environment": environment, "starts": rows, "fleets": fleets}, indent=2) + "\n")
+    path.write_text(json.dumps({**about, "starts": rows, "fleets": fleets}, indent=2) + "\n")

@@ -14,6 +14,7 @@ from glowplug.bench.demo import ORDER, PROMPT, START, Outcome, find_models, orde
 from glowplug.bench.demo import start_generations as start
 from glowplug.bench.demo_worker import Generation
 from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.start_worker import Start
 from glowplug.bench.starts import Started, run_ways
 from glowplug.bench.table import NONE, seconds
 from glowplug.cli.console import make_console, quiet_transformers
@@ -74,7 +75,7 @@ def _ways(console: Console, models: Path) -> list[Started]:
     done: list[Started] = []
     with console.status("") as status:
         status.update(WAYS[0])
-        for way in run_ways(str(models / START), WAYS, experts="opaque"):
+        for way in run_ways(Start(folder=str(models / START), experts="opaque"), WAYS):
             done.append(way)
             brief = way.error or f"second token after {seconds(way.result['second_token_s'])} s"
             console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)

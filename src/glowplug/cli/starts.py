@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 
 from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.models import check_dtype, default_dtype, resolve_device
 from glowplug.bench.presets import PRESETS
 from glowplug.bench.runner import check_writable
-from glowplug.bench.start_worker import WAYS
+from glowplug.bench.start_worker import WAYS, Start
 from glowplug.bench.starts import (
     DEFAULT_WAYS,
     Started,
@@ -39,6 +40,7 @@ def starts(
         bool, typer.Option("--all-experts", help="As many experts a layer of a preset as were released.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, bfloat16 on a GPU.")] = None,
     evict: Annotated[bool, typer.Option("--evict", help="Load the weights from the disk, not from its cache.")] = False,
     rounds: Annotated[int, typer.Option(help="Do all of it so many times, and show medians.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here, as they come.")] = None,
@@ -54,32 +56,49 @@ def starts(
         raise UsageError(f"{wrong}; ways: {', '.join(WAYS[:-1])}")
     if json_path is not None:
         check_writable(json_path)
+    resolve_device(device)
+    dtype = dtype or default_dtype(device)
+    check_dtype(dtype)
     console = make_console()
     environment = describe_environment(device)
-    console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
+    console.print(f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}", markup=False)
+    about = {
+        "environment": environment,
+        "model": model,
+        "depth": depth,
+        "width": width,
+        "all_experts": all_experts,
+        "experts": experts,
+        "device": device,
+        "dtype": dtype,
+        "evict": evict,
+    }
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
-        folder = model_folder(model, depth, width, device, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
+        folder = model_folder(model, depth, width, dtype, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
+        start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
         done: list[Started] = []
         fleets: dict[str, Any] = {}
+        crews: list[Started] = []
         with console.status("starting") as status:
             for _ in range(rounds):
-                for started in run_ways(folder, chosen, experts=experts, device=device, evict=evict):
+                for started in run_ways(start, chosen):
                     done.append(started)
                     status.update(f"{len(done)} of {len(chosen) * rounds} starts")
                     console.print(_start_line(started), markup=False, soft_wrap=True)
                     if json_path is not None:
-                        write_starts(json_path, environment, done, fleets)
+                        write_starts(json_path, about, done, fleets)
         if done:
             console.print()
             console.print(starts_table(medians(done)))
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
-                result = run_fleet(folder, fleet, at_once=at_once, experts=experts, device=device)
+                result = run_fleet(start, fleet, at_once=at_once)
+            crews += result
             fleets[name] = [started.result | {"failed": started.error} for started in result]
             console.print(_fleet_line(name, result), markup=False)
     if json_path is not None:
-        write_starts(json_path, environment, done, fleets)
-    if any(started.error is not None for started in done):
+        write_starts(json_path, about, done, fleets)
+    if any(started.error is not None for started in (*done, *crews)):
         raise typer.Exit(1)
 
 
@@ -127,15 +146,21 @@ def _seconds(value: float | None) -> str:
 def _note(result: dict[str, Any]) -> str:
     report = result.get("report")
     if not report:
-        return ""
+        return f"error of {result['rounds_to']} itself, against float32" if "rounds_to" in result else ""
     notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct", f"{report['start']} start"]
     elsewhere = report.get("elsewhere")
     if elsewhere and elsewhere["reason"] is None and elsewhere["seconds"] is not None:
         notes.append(f"built elsewhere in {elsewhere['seconds']:.1f} s, {elsewhere['hidden_seconds']:.1f} s hidden")
     if "tokens_equal" in result:
-        notes.append(f"{result['steps']} tokens, {'all' if result['tokens_equal'] else 'NOT all'} eager's")
+        notes.append(f"{result['steps']} tokens, {_eagers(result)}")
     notes += [fallback["reason"] for fallback in report["fallbacks"]]
     return "; ".join(notes)
+
+
+def _eagers(result: dict[str, Any]) -> str:
+    if result["tokens_equal"]:
+        return "all eager's"
+    return f"NOT all eager's: {result['others']} of the last {result['compared']} differ"
 
 
 def _fleet_line(name: str, fleet: list[Started]) -> str:
