@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -126,7 +127,11 @@ class Beside:
             global _scratch
             _scratch = folder.name  # what the fork has no time to delete goes with this folder
             os.nice(nice)
-            work(Path(folder.name))
+            try:
+                work(Path(folder.name))
+            finally:
+                if orphaned():  # nobody else is left to do it
+                    shutil.rmtree(folder.name, ignore_errors=True)
 
         self._child = fork(run)
         self.started = self._child is not None
