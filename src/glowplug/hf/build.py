@@ -184,7 +184,7 @@ class Builder:
     def _warm(self, device: torch.device) -> Warm | None:
         """The store, opened for this model's device."""
         if self._stored is None:
-            self._stored = make_warm(self.model, self.options, self.compiler, self.store, device)
+            self._stored = make_warm(self.model, self.options, self.compiler, self.store, device, self.processes)
             self._pieces.store = self._stored.pieces if self._stored is not None else None
         return self._stored
 

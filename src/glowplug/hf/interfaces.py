@@ -114,16 +114,32 @@ def attention_function(layer: nn.Module, implementation: str | None) -> Callable
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The model's attention modules that own a layer of the cache, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
-    }
+    return _attention_of(_indexed(model))
+
+
+def _indexed(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules that know which layer they are, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(_own(module, "layer_idx"), int)}
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """An attribute of a module or of its class; None when there is none. It is not looked for among the weights, which
+    is what takes `getattr` long."""
+    if name in module.__dict__ or not hasattr(type(module), name):
+        return module.__dict__.get(name)
+    return getattr(module, name, None)
+
+
+def _attention_of(indexed: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in indexed.items() if hasattr(module, "is_causal")}
 
 
 def mixer_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that mix tokens by states of their own in the cache, other than by keys and values, by name."""
-    with_index = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    return _mixers_of(_indexed(model))
+
+
+def _mixers_of(with_index: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     outer = {parent for name in with_index for parent in _parents(name)}
     return {
         name: module
@@ -143,8 +159,9 @@ def _parents(name: str) -> Iterator[str]:
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
     """Attention layers and other mixers, by name, in the model's order."""
-    found = attention_layers(model).keys() | mixer_layers(model).keys()
-    return {name: module for name, module in model.named_modules() if name in found}
+    indexed = _indexed(model)
+    found = _attention_of(indexed).keys() | _mixers_of(indexed).keys()
+    return {name: module for name, module in indexed.items() if name in found}
 
 
 def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -170,13 +187,19 @@ def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def shared_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
-    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name."""
-    experts = {id(module) for module in experts_layers(model).values()}
+def shared_blocks(model: nn.Module, hidden_size: int, experts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name.
+
+    Args:
+        model: the model.
+        hidden_size: width of its hidden states.
+        experts: its experts that go through transformers' interface.
+    """
+    routed = {id(module) for module in experts.values()}
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if shared_experts_name(module) is not None and id(module._modules.get("experts")) in experts
+        if id(module._modules.get("experts")) in routed and shared_experts_name(module) is not None
     }
     return mapping_to_themselves(model, candidates, hidden_size)
 
@@ -204,10 +227,15 @@ def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidde
     return {name: module for name, module in modules.items() if verdicts[type(module)]}
 
 
-def untraceable_blocks(model: nn.Module, hidden_size: int) -> dict[str, nn.Module]:
+def untraceable_blocks(model: nn.Module, hidden_size: int, served: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Blocks whose experts go past transformers' interfaces and ask, in Python, how many tokens each expert gets, which
-    no trace can answer; by name. Of blocks inside each other, the inner ones."""
-    served = {**experts_layers(model), **routed_experts_layers(model), **token_mixers(model)}
+    no trace can answer; by name. Of blocks inside each other, the inner ones.
+
+    Args:
+        model: the model.
+        hidden_size: width of its hidden states.
+        served: its experts that keep to an interface, and its token mixers: no such block is in or around them.
+    """
     within = {id(part) for module in served.values() for part in module.modules()}
     if not any(_has_stacked_weights(module) for module in model.modules() if id(module) not in within):
         return {}

@@ -23,7 +23,7 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature
 from glowplug.hf.experts import ExpertsPlan
-from glowplug.hf.sharding import processes_of, world_text
+from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack
@@ -98,9 +98,18 @@ class Manifests:
         options: how it is compiled.
         store: where programs are kept.
         pieces: its compiled pieces.
+        processes: those that run the model together, if it is not this one alone.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Options, store: ArtifactStore, pieces: PieceStore) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Options,
+        store: ArtifactStore,
+        pieces: PieceStore,
+        processes: Processes | None,
+    ) -> None:
+        self.processes = processes
         self.model = model
         self.options = options
         self.store = store
@@ -118,7 +127,7 @@ class Manifests:
             transformers.__version__,
             repr(replace(signature, device=torch.device(signature.device.type))),
             signature.device.index or 0,  # pieces hold the device that they run on
-            world_text(processes_of(self.model)),
+            world_text(self.processes),
             [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
             [self.options.resolved_identity, self.options.stamp],
         ]

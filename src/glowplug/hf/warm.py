@@ -22,6 +22,7 @@ from glowplug.hf.interfaces import give_attention_functions
 from glowplug.hf.kinds import Slot, Slots
 from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
 from glowplug.hf.served import Recipe, Served
+from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
 from glowplug.program import Ends, PieceStore, Program
@@ -70,13 +71,14 @@ def make_warm(
     compiler: PieceCompiler,
     store: ArtifactStore | None,
     device: torch.device,
+    processes: Processes | None,
 ) -> Warm | None:
     """None where nothing can be stored: without a store, by a compiler whose pieces have no form on disk, or with
     names in the graphs."""
     if store is None or not isinstance(compiler, StoringCompiler) or options.resolved_identity != "hoisted":
         return None
     pieces = PieceStore(store, compiler, compiler.environment(device))
-    return Warm(store, pieces, Manifests(model, options, store, pieces))
+    return Warm(store, pieces, Manifests(model, options, store, pieces, processes))
 
 
 @dataclass(frozen=True)

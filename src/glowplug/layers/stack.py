@@ -19,6 +19,7 @@ from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import forward_text, sharding_text
 from glowplug.layers.watch import without_inert
 
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 _TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
@@ -167,7 +168,9 @@ def _signature(layer: nn.Module, index: int, uses: _Uses) -> list[str]:
             if name in MARKS or name in names_only or name in _TABLES or name in ("training", "forward"):
                 continue
             if name.endswith("_hooks") and isinstance(value, dict):
-                value = list(without_inert(value).values())
+                value = list(without_inert(value).values()) if value else None
+                if not value:
+                    continue
             described = _describe(value, uses.contents)
             if whole is not None and repr(own := f"{whole}.{path}".rstrip(".")) in described:
                 uses.named_by.add(name)
@@ -248,7 +251,11 @@ def _describe(value: Any, contents: dict[int, str] | None = None) -> str:
     def describe(item: Any) -> str:
         return _describe(item, known)
 
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+    if type(value) in _PLAIN:
+        return repr(value)
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, (bool, int, float, complex, str, bytes)):
         return repr(value)
     if isinstance(value, (list, tuple)):
         return f"{type(value).__name__}({', '.join(map(describe, value))})"

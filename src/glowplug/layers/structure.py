@@ -25,6 +25,7 @@ _STANDARD = frozenset(nn.Module().__dict__) | MARKS
 """Attributes that every module has; those that matter are described on their own."""
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "backward" not in name)
 _DEEPEST = 12
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 def structure_of(model: nn.Module, skip: Collection[str] = ()) -> str:
@@ -89,7 +90,11 @@ class _Description:
 
     def value(self, value: Any, name: str, depth: int) -> str:
         """A value as text."""
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        if type(value) in _PLAIN:
+            return repr(value)
+        if (known := self.objects.get(id(value))) is not None:
+            return known
+        if isinstance(value, (bool, int, float, complex, str, bytes)):
             return repr(value)
         if isinstance(value, (torch.dtype, torch.device, torch.Size, enum.Enum)):
             return repr(value)
@@ -105,14 +110,11 @@ class _Description:
             return self.function(value, name)
         if depth > _DEEPEST:
             raise NotStorableError(f"the attribute {name} holds objects too deep in each other")
-        known = self.objects.get(id(value))
-        if known is None:
-            self.objects[id(value)] = f"object {len(self.objects)}"  # what refers back to it from inside
-            self.kept.append(value)
-            known = self.objects[id(value)] = self.container(value, name, depth + 1)
-            if len(known) > 256:
-                known = self.objects[id(value)] = hashlib.sha256(known.encode()).hexdigest()
-        return known
+        self.objects[id(value)] = f"object {len(self.objects)}"  # what refers back to it from inside
+        self.kept.append(value)
+        text = self.container(value, name, depth + 1)
+        self.objects[id(value)] = text if len(text) <= 256 else hashlib.sha256(text.encode()).hexdigest()
+        return self.objects[id(value)]
 
     def container(self, value: Any, name: str, depth: int) -> str:
         if isinstance(value, (list, tuple)):
