@@ -64,7 +64,7 @@ def starts(
     console.print(f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}", markup=False)
     about = {
         "environment": environment,
-        "model": model,
+        "model": model if model in PRESETS else Path(model).name,
         "depth": depth,
         "width": width,
         "all_experts": all_experts,
