@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import families
 import glowplug
+from glowplug.hf import verify
 from glowplug.hf.bake import bake
 from glowplug.hf.weightless import weightless_model
 from glowplug.options import Options
@@ -157,6 +158,67 @@ def test_others_start_with_ends_that_a_cold_start_still_compiles(tmp_path: Path)
             torch.testing.assert_close(model(ids).logits, type(model).forward(model, ids).logits, rtol=1e-5, atol=1e-5)
         report = glowplug.report(model)
         assert (report.pending_pieces, uncompiled(model), report.fallbacks) == (pending, pending, [])
+
+
+def started(store: Path, compiler: Any, **options: Any) -> tuple[PreTrainedModel, glowplug.Report]:
+    """A deep model whose first answer is eager's."""
+    model = families.build("gpt_oss", layers=20)
+    ids = families.prompt(2, 6)
+    glowplug.compile(model, compiler=compiler, cache_dir=store, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, type(model).forward(model, ids).logits, rtol=1e-5, atol=1e-5)
+    return model, glowplug.report(model)
+
+
+@forks
+def test_a_process_that_ends_before_its_ends_are_compiled_leaves_a_warm_start(tmp_path: Path) -> None:
+    """Whoever finds its program starts with them uncompiled, and has them made beside serving."""
+    first, report = started(tmp_path, StoringGraphs("dies"))
+    glowplug.settle(first)
+    assert (report.start, uncompiled(first)) == ("cold", 2)
+    for fault, left in (("dies", 2), ("", 0)):  # that may come to nothing, too
+        compiler = StoringGraphs(fault)
+        later, report = started(tmp_path, compiler)
+        assert (report.start, report.pending_pieces, uncompiled(later)) == ("warm", 2, 2)
+        glowplug.settle(later)
+        assert (report.start, report.pending_pieces, uncompiled(later)) == ("warm", 0, left)
+        assert (compiler.compiled, report.fallbacks) == (0, [])
+        with torch.no_grad():
+            ids = families.prompt(1, 9)
+            expected = type(later).forward(later, ids).logits
+            torch.testing.assert_close(later(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    last, report = started(tmp_path, StoringGraphs("raises"))
+    assert (report.start, report.pending_pieces, uncompiled(last)) == ("warm", 0, 0)
+
+
+@forks
+@pytest.mark.parametrize("how", ["all compiled", "no forks"])
+def test_without_forks_beside_serving_what_nobody_finished_is_made_first(how: str, tmp_path: Path) -> None:
+    class Alone(StoringGraphs):
+        def forks(self, inputs: Any, *, several: bool = False) -> bool:
+            return how != "no forks"
+
+    first, _ = started(tmp_path, StoringGraphs("dies"))
+    glowplug.settle(first)
+    model, report = started(tmp_path, Alone(), ends="auto" if how == "no forks" else "compiled")
+    assert (report.start, report.pending_pieces, uncompiled(model)) == ("cold", 0, 0)
+
+
+@forks
+def test_a_program_that_is_made_anew_need_not_be_compared_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = started(tmp_path, StoringGraphs("dies"))
+    glowplug.settle(first)
+    glowplug.settle(started(tmp_path, StoringGraphs())[0])
+    asked: list[Any] = []
+    own = verify.compare
+
+    def compare(model: Any, call: Any, candidates: Any, on_output: Any, classes: Any, agree: Any) -> Any:
+        asked.append(classes)
+        return own(model, call, candidates, on_output, classes, agree)
+
+    monkeypatch.setattr(verify, "compare", compare)
+    started(tmp_path, StoringGraphs())
+    assert asked == [verify.GLANCE]
 
 
 def test_from_pretrained_says_what_is_wrong(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
-from glowplug.program import PieceCache, build_program
+from glowplug.program import Build, PieceCache, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.report import Report, StoreReport
@@ -46,6 +48,12 @@ class Builder:
         compiler: compiles pieces.
         report: receives everything that happens.
         store: where programs and pieces are kept.
+
+    Attributes:
+        for_others: whether programs are made to be stored, and are not run here.
+        bakes_insides: whether insides are, too.
+        rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
+            that lack such pieces are not used.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Builder:
         self.whole = False
         self.for_others = weightless(model)
         self.bakes_insides = True
+        self.rebuild: Callable[[Call], Build | None] | None = None
         self.insides: Insides | None = None
         self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
@@ -192,7 +201,9 @@ class Builder:
         """A stored program that serves calls like this one; None when there is none that is right."""
         report = self.report
         with report.phase("load"):
-            found = find(warm, key, self.model, self.layers, wait=not self._defers_ends)
+            found = find(
+                warm, key, self.model, self.layers, wait=not self._defers_ends, rebuild=self._rebuild_for(call)
+            )
         if found is None:
             return None
         manifest, served = found.manifest, found.served
@@ -229,8 +240,13 @@ class Builder:
             warm.store.note(f"the program is not stored: {exc}")
             return
         self._pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
-        warm.manifests.keep(key, manifest)
+        warm.keep(key, manifest)
         served.key = key
+
+    def _rebuild_for(self, call: Call) -> Callable[[], Build | None] | None:
+        """Makes the program for a call anew, beside serving; None where that can't be done."""
+        able = isinstance(self.compiler, StoringCompiler) and self.compiler.forks([])
+        return functools.partial(self.rebuild, call) if self.rebuild is not None and able else None
 
     @property
     def _defers_ends(self) -> bool:

@@ -27,6 +27,45 @@ def with_store(options: Options) -> tuple[Options, Any]:
     return dataclasses.replace(options, cache_dir=folder.name), folder
 
 
+def rebuild(model: PreTrainedModel, options: Options, call: Call) -> Elsewhere | None:
+    """Begin to make the program for a call anew in a fork, and store what it lacks in the store; None if none can."""
+    if not can_fork(call.inputs.device):
+        return None
+    try:
+        return _fork(model, dataclasses.replace(options, background=False), call, nice=10, unfinished=False)
+    except OSError:  # such as a full disk
+        return None
+
+
+def _fork(model: PreTrainedModel, options: Options, call: Call, *, nice: int, unfinished: bool) -> Forked:
+    """Begin to build the program for a call in a fork.
+
+    Args:
+        model: the model.
+        options: how it is compiled; with a store.
+        call: the call.
+        nice: how much the fork yields to this process.
+        unfinished: whether a stored program will do that has pieces which nobody has finished.
+    """
+    call = dataclasses.replace(call, cache=None)
+    compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
+
+    def build() -> Builder:
+        builder = Builder(model, options, compiler, Report(), open_store(options.cache_dir))
+        builder.for_others, builder.bakes_insides = True, False  # nobody is to wait for those
+        builder.rebuild = _leave_unfinished if unfinished else None
+        found = builder.build(call)
+        if isinstance(found, str):
+            builder.report.fall_back(found)
+        return builder
+
+    return Forked(build, nice=nice)
+
+
+def _leave_unfinished(call: Call) -> None:
+    """The process that serves the program will have it finished."""
+
+
 class Background:
     """The builds of one model in other processes, one for each signature of its calls.
 
@@ -61,18 +100,8 @@ class Background:
     def _begin(self, call: Call) -> Elsewhere | str:
         options = dataclasses.replace(self.options, background=False)
         if can_fork(call.inputs.device):
-            call = dataclasses.replace(call, cache=None)
-            compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
-
-            def build() -> Builder:
-                builder = Builder(self.model, options, compiler, Report(), open_store(options.cache_dir))
-                builder.for_others, builder.bakes_insides = True, False  # nobody is to wait for those
-                found = builder.build(call)
-                if isinstance(found, str):
-                    builder.report.fall_back(found)
-                return builder
-
-            return Forked(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
+            # Eager keeps every core busy, and would leave a nice one nothing.
+            return _fork(self.model, options, call, nice=0, unfinished=True)
         config = self.model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(self.model):
             return f"no other process can build a {type(self.model).__name__} from its configuration"

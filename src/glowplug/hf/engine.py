@@ -19,7 +19,7 @@ from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
-from glowplug.hf.elsewhere import Background, with_store
+from glowplug.hf.elsewhere import Background, rebuild, with_store
 from glowplug.hf.served import Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
@@ -54,6 +54,7 @@ class Engine:
             self._background = Background(model, options, self.report)
         store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
         self._make_builder = functools.partial(Builder, model, self.options, compiler, self.report, store)
+        self._rebuild = functools.partial(rebuild, model, options)
         self._builder: Builder | None = None
         self._lock = threading.RLock()
         self._served: dict[Signature, Served | str] = {}
@@ -67,6 +68,7 @@ class Engine:
         if self._builder is None:
             with self._lock:
                 self._builder = self._builder or self._make_builder()
+                self._builder.rebuild = self._rebuild
                 if self._background is not None and self._builder.distributed:
                     self._background = None
                     self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
 from glowplug.options import Options
-from glowplug.program import Ends, PieceStore, Program, StoreMaker
+from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
 from glowplug.store.manifest import Manifest, Place
@@ -149,18 +149,24 @@ class Manifests:
             return None
         return manifest
 
-    def load_pieces(self, manifest: Manifest, *, wait: bool) -> tuple[dict[Fingerprint, Run], Ends | None] | None:
+    def load_pieces(
+        self, manifest: Manifest, *, wait: bool, rebuild: Callable[[], Build | None] | None
+    ) -> tuple[dict[Fingerprint, Run], Ends | None] | None:
         """Every piece of a manifest, ready to run; None when one is missing.
 
         Args:
             manifest: of the program.
             wait: for pieces that another process is compiling. Otherwise they are ends, and run uncompiled for now.
+            rebuild: begins to make the program anew, beside serving. Then ends that nobody finished run uncompiled for
+                now, too.
         """
         runners, graphs, addresses = {}, {}, {}
         for found in manifest.plan.pieces():
             address = manifest.addresses.get(found.digest, found.digest)
             run = self.pieces.load(address)
-            graph = self.pieces.graph_of_pending(address) if run is None and not wait else None
+            graph = None
+            if run is None and not wait:
+                graph = self.pieces.graph_of_pending(address, unfinished=rebuild is not None)
             if graph is not None:
                 graphs[found], addresses[found] = graph, address
                 continue
@@ -170,7 +176,7 @@ class Manifests:
             if run is None:
                 return None
             runners[found] = run
-        return runners, Ends(graphs, StoreMaker(self.pieces, addresses)) if graphs else None
+        return runners, Ends(graphs, StoreMaker(self.pieces, addresses, rebuild)) if graphs else None
 
     def load_graphs(self, manifest: Manifest) -> dict[Fingerprint, Run] | None:
         """Every piece uncompiled, to compare with eager closely; None when one has no graph in the store."""

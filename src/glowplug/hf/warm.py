@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from glowplug.hf.served import Recipe, Served
 from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import Ends, PieceStore, Program
+from glowplug.program import Build, Ends, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.report import Report
 from glowplug.store.manifest import Manifest, dtype_from_name
@@ -54,6 +54,12 @@ class Warm:
         except NotStorableError as exc:
             self.store.note(f"the model is not stored: {exc}")
             return None
+
+    def keep(self, key: str, manifest: Manifest) -> None:
+        """Store a program; not in the place of the same that was compared already."""
+        before = self.manifests.read(key)
+        if before is None or not before.verified or not _same(before, manifest):
+            self.manifests.keep(key, manifest)
 
     def judge(self, key: str, problem: str | None) -> None:
         """Write down what came of comparing a program that is in the store."""
@@ -100,7 +106,15 @@ class Found:
     slots: dict[str, Slots]
 
 
-def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry, *, wait: bool) -> Found | None:
+def find(
+    warm: Warm,
+    key: str,
+    model: PreTrainedModel,
+    registry: LayerRegistry,
+    *,
+    wait: bool,
+    rebuild: Callable[[], Build | None] | None,
+) -> Found | None:
     """The stored program of an address, bound to the model; None when there is none that can be used.
 
     Args:
@@ -109,9 +123,10 @@ def find(warm: Warm, key: str, model: PreTrainedModel, registry: LayerRegistry, 
         model: the model.
         registry: its layers.
         wait: for pieces that another process is compiling, see `Manifests.load_pieces`.
+        rebuild: begins to make the program anew, see there.
     """
     manifest = warm.manifests.read(key)
-    loaded = warm.manifests.load_pieces(manifest, wait=wait) if manifest is not None else None
+    loaded = warm.manifests.load_pieces(manifest, wait=wait, rebuild=rebuild) if manifest is not None else None
     if manifest is None or loaded is None:
         return None
     runners, ends = loaded
@@ -178,6 +193,14 @@ def describe(
         facts=facts,
         verified=verified,
     )
+
+
+def _same(stored: Manifest, made: Manifest) -> bool:
+    """Whether two manifests run the same. What a trace read of Python has other names in each process."""
+    try:
+        return replace(Manifest.from_bytes(made.to_bytes()), reads=stored.reads, verified=stored.verified) == stored
+    except (NotStorableError, ArtifactError):
+        return False
 
 
 def _class(name: str) -> type:

@@ -1,7 +1,7 @@
 """The program: the flat list of steps that runs a model, bound to its weights."""
 
 from glowplug.program.build import Built, Stamping, build_program
-from glowplug.program.end_makers import StoreMaker
+from glowplug.program.end_makers import Build, StoreMaker
 from glowplug.program.ends import Ends
 from glowplug.program.paired import try_pieces
 from glowplug.program.piece_store import PieceStore
@@ -10,6 +10,7 @@ from glowplug.program.plan import Plan
 from glowplug.program.program import Program
 
 __all__ = [
+    "Build",
     "Built",
     "Ends",
     "PieceCache",

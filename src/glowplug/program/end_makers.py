@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.fork import Beside
@@ -67,27 +68,48 @@ class ForkMaker:
         self.beside.finish(lambda _: None, math.inf)
 
 
+class Build(Protocol):
+    """A process that makes a program anew, and with it its pieces."""
+
+    def outcome(self, deadline: float | None = None) -> Any:
+        """What became of it; None while it is under way. Waits until `deadline` (`time.monotonic()`), if given."""
+        ...
+
+
 class StoreMaker:
     """Another process compiles them, and stores them: it holds their locks until it has.
 
     Args:
         store: the store.
         addresses: what the store knows each piece by.
+        rebuild: begins to make them once more, where that process ended too early; None: can't be done here.
     """
 
-    def __init__(self, store: PieceStore, addresses: Mapping[Fingerprint, str]) -> None:
+    def __init__(
+        self,
+        store: PieceStore,
+        addresses: Mapping[Fingerprint, str],
+        rebuild: Callable[[], Build | None] | None = None,
+    ) -> None:
         self.store = store
+        self.rebuild = rebuild
+        self._build: Build | None = None
         self._left = dict(addresses)
         self._found: dict[Fingerprint, Delivered] = {}
 
     def collect(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
         """See `Maker.collect`."""
+        if self._build is not None and self._build.outcome(deadline) is None:
+            return None
         for piece, address in list(self._left.items()):
             with self.store.lock(address, max(deadline - time.monotonic(), 0) if deadline is not None else 0) as held:
                 if not held:
                     return None
-            del self._left[piece]
             run = self.store.load(address)
+            if run is None and self.rebuild is not None:
+                self._build, self.rebuild = self.rebuild(), None  # once: it may come to nothing again
+                return self.collect(deadline)
+            del self._left[piece]
             if run is not None:
                 self._found[piece] = Delivered(run, ours=False)
         return self._found

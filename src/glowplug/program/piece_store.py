@@ -89,10 +89,13 @@ class PieceStore:
         except Exception:
             return None
 
-    def graph_of_pending(self, digest: str) -> Run | None:
-        """The uncompiled form of a piece that another process is compiling now; None when none is, or it has none."""
+    def graph_of_pending(self, digest: str, *, unfinished: bool) -> Run | None:
+        """The uncompiled form of a piece that another process is compiling now, or, with `unfinished`, was to compile;
+        None when there is no such process, or no such form."""
         if self.store.get("graph", self.key(digest)) is None:
             return None
+        if unfinished:
+            return self.load_graph(digest)
         with self.lock(digest, 0) as held:
             return self.load_graph(digest) if not held else None
 
