@@ -205,6 +205,27 @@ def test_without_forks_beside_serving_what_nobody_finished_is_made_first(how: st
 
 
 @forks
+def test_an_end_that_writes_down_relations_is_compiled_with_its_program_from_then_on(tmp_path: Path) -> None:
+    """Beside serving, its relations would come too late for the program that was stored."""
+
+    class Relating(StoringGraphs):
+        def compile(self, piece: Any, inputs: Any) -> Any:
+            if any("embedding" in str(node.target) for node in piece.graph.nodes):
+                tokens = next(value for value in inputs if isinstance(value, torch.Tensor)).shape[-1]
+                assert tokens < 12345
+            return super().compile(piece, inputs)
+
+    states = []
+    for _ in range(4):
+        model, report = started(tmp_path / "store", Relating())
+        begun = (report.start, report.pending_pieces)
+        glowplug.settle(model)
+        states.append((*begun, uncompiled(model)))
+    assert states[0] == ("cold", 2, 1)  # not compiled: this program knows nothing of the relation
+    assert states[1][0] == "cold" and states[2:] == [("warm", 0, 0)] * 2
+
+
+@forks
 def test_a_program_that_is_made_anew_need_not_be_compared_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = started(tmp_path, StoringGraphs("dies"))
     glowplug.settle(first)

@@ -40,6 +40,8 @@ class Job:
         lock: `lock(timeout_s)` holds the piece's lock among all processes that may compile it.
         keep: stores its artifact; None when nothing is to be stored.
         stored: whether its artifact is in the store.
+        refuse: notes in the store that compiling it writes down relations between sizes: it must be compiled before its
+            program is stored, and not beside serving.
     """
 
     piece: fx.GraphModule
@@ -47,6 +49,7 @@ class Job:
     lock: Callable[[float], AbstractContextManager[bool]] = lambda _: contextlib.nullcontext(True)
     keep: Callable[[bytes], None] | None = None
     stored: Callable[[], bool] = lambda: False
+    refuse: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,9 @@ def _work_alone(compiler: StoringCompiler, shelf: Shelf, relations: Callable[[],
                 before = relations()
                 artifact = compiler.compile_to_bytes(job.piece, job.inputs)
                 local = relations() > before
-                if job.keep is not None and not local and not orphaned():
+                if local and not orphaned():
+                    job.refuse()
+                elif job.keep is not None and not orphaned():
                     job.keep(artifact)
             shelf.leave(index, local, artifact)
 

@@ -105,6 +105,14 @@ class PieceStore:
         if graph:
             self.store.put("graph", self.key(digest), graph, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
 
+    def refuse(self, digest: str) -> None:
+        """Note that a piece is to be compiled before its program is stored: an empty graph says so."""
+        self.store.put("graph", self.key(digest), b"", about=f"compiled with its program, {digest[:12]}")
+
+    def refuses(self, digest: str) -> bool:
+        """Whether that was noted."""
+        return self.store.get("graph", self.key(digest)) == b""
+
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
         payload = pickle.dumps((artifact, _pickled(piece)))

@@ -109,17 +109,19 @@ def compile_pieces(
         wanted = {found: piece for found, piece in new.items() if not _loaded(found, cache.store, cache)}
     jobs = {found: _job(found, piece, cache.store) for found, piece in wanted.items()}
     later = choose_ends(uses, wanted) if uses is not None and isinstance(compiler, StoringCompiler) else set()
+    if cache.store is not None:
+        later = {found for found in later if not (found.stable and cache.store.refuses(found.digest))}
     deferred = {found: jobs.pop(found) for found in later}
     local = _compile_new(jobs, compiler, cache, captured)
     ends = None
     # Asked last: a fork takes with it what compiling the others has loaded.
     if deferred and isinstance(compiler, StoringCompiler) and compiler.forks([j.inputs for j in deferred.values()]):
-        maker = ForkMaker(compiler, deferred, lambda: len(_guards(captured)), cache.store)
-        ends = Ends({found: job.piece.forward for found, job in deferred.items()}, maker)
-        cache.ends.append(ends)
         for found, job in deferred.items():
             if cache.store is not None and found.stable:  # others may start with it, too
                 cache.store.keep_graph(found.digest, job.piece)
+        maker = ForkMaker(compiler, deferred, lambda: len(_guards(captured)), cache.store)
+        ends = Ends({found: job.piece.forward for found, job in deferred.items()}, maker)
+        cache.ends.append(ends)
     else:
         local += _compile_new(deferred, compiler, cache, captured)
     runners = {found: cache.compiled[found] for found in pieces if found in cache.compiled}
@@ -134,7 +136,7 @@ def _job(found: Fingerprint, piece: Piece, store: PieceStore | None) -> Job:
         return Job(piece.gm, inputs)
     keep = functools.partial(store.keep, found.digest, piece=piece.gm)
     lock, stored = functools.partial(store.lock, found.digest), functools.partial(store.has, found.digest)
-    return Job(piece.gm, inputs, lock, keep, stored)
+    return Job(piece.gm, inputs, lock, keep, stored, functools.partial(store.refuse, found.digest))
 
 
 def _compile_new(
