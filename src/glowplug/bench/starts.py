@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glowplug.bench.isolate import Isolated, IsolatedError
-from glowplug.bench.models import check_model
+from glowplug.bench.models import check_dtype, check_model
 from glowplug.bench.presets import PRESETS, Width, build_model
 from glowplug.bench.start_worker import Start
 from glowplug.errors import UsageError
@@ -59,14 +57,14 @@ def model_folder(
         all_experts: as many experts a layer of a preset as were released.
 
     Raises:
-        UsageError: no such model, or a depth or a number of experts for a folder.
+        UsageError: no such model or dtype, or a depth or a number of experts for a folder.
     """
     if model not in PRESETS:
         check_model(model)
         if depth is not None or all_experts:
             raise UsageError("--depth and --all-experts are for presets; a folder's model has its own")
         return model
-    weights = getattr(torch, dtype)
+    weights = check_dtype(dtype)
     built = build_model(model, depth=depth, width=width, device="cpu", dtype=weights, all_experts=all_experts)
     built.save_pretrained(place)
     return str(place)

@@ -78,7 +78,6 @@ def starts(
         start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
         done: list[Started] = []
         fleets: dict[str, Any] = {}
-        crews: list[Started] = []
         with console.status("starting") as status:
             for _ in range(rounds):
                 for started in run_ways(start, chosen):
@@ -93,12 +92,12 @@ def starts(
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(start, fleet, at_once=at_once)
-            crews += result
             fleets[name] = [started.result | {"failed": started.error} for started in result]
             console.print(_fleet_line(name, result), markup=False)
     if json_path is not None:
         write_starts(json_path, about, done, fleets)
-    if any(started.error is not None for started in (*done, *crews)):
+    failed = [process["failed"] for crew in fleets.values() for process in crew]
+    if any(error is not None for error in (*(started.error for started in done), *failed)):
         raise typer.Exit(1)
 
 

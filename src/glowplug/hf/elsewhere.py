@@ -28,9 +28,8 @@ def with_store(options: Options) -> tuple[Options, Any]:
 
 
 def rebuild(model: PreTrainedModel, options: Options, call: Call) -> Elsewhere | None:
-    """Begin to make the program for a call anew in a fork, and store what it lacks in the store; None if none can."""
-    if not can_fork(call.inputs.device):
-        return None
+    """Begin to make the program for a call anew in a fork, where `can_fork`, and store what it lacks in the store; None
+    when the machine allows none."""
     try:
         return _fork(model, dataclasses.replace(options, background=False), call, nice=10, unfinished=False)
     except OSError:  # such as a full disk

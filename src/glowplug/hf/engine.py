@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
+from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.elsewhere import Background, rebuild, with_store
@@ -68,7 +69,8 @@ class Engine:
         if self._builder is None:
             with self._lock:
                 self._builder = self._builder or self._make_builder()
-                self._builder.rebuild = self._rebuild
+                if can_fork(next(self.model.parameters()).device):
+                    self._builder.rebuild = self._rebuild
                 if self._background is not None and self._builder.distributed:
                     self._background = None
                     self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
