@@ -119,8 +119,14 @@ class _Capture(Generic[T]):
                 raise
             self.error = exc
         if self.reads is not None:
-            self.reads.update(guard.name for guard in TracingContext.get().guards_context.dynamo_guards)
+            self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
         raise _Captured
+
+
+def _read_by(guard: Any) -> str:
+    """The source of what the trace relied on; of an attribute that it looked for in vain, too."""
+    attribute = (getattr(guard.create_fn, "keywords", None) or {}).get("attr")
+    return f"{guard.name}.{attribute}" if attribute is not None else str(guard.name)
 
 
 def capture(
