@@ -124,9 +124,15 @@ class _Capture(Generic[T]):
 
 
 def _read_by(guard: Any) -> str:
-    """The source of what the trace relied on; of an attribute that it looked for in vain, too."""
-    attribute = (getattr(guard.create_fn, "keywords", None) or {}).get("attr")
-    return f"{guard.name}.{attribute}" if attribute is not None else str(guard.name)
+    """The source of what the trace relied on; of an attribute or a key that it looked for, in vain or not, too."""
+    check = guard.create_fn
+    details = getattr(check, "keywords", None) or {}
+    what = getattr(getattr(check, "func", check), "__name__", "")
+    if "attr" in details:
+        return f"{guard.name}.{details['attr']}"
+    if what == "DICT_CONTAINS" and "key" in details:
+        return f"{guard.name}[{details['key']!r}]"
+    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
 
 
 def capture(

@@ -135,7 +135,7 @@ def find(
             give_attention_functions(model)
         pending = ends.runners if ends is not None else {}
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
-        served = Served(program, manifest.assumptions, _class(manifest.output_type))
+        served = Served(program, manifest.assumptions, _class(manifest.output_type), ends)
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()
@@ -143,8 +143,6 @@ def find(
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, f"{type(exc).__name__}: {exc}"[:200])
         return None
-    if ends is not None:
-        ends.programs.append(program)
     return Found(served, manifest, runners, ends, slots)
 
 

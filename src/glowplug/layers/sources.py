@@ -1,7 +1,7 @@
 """Dynamo's names for what a trace read, such as `L['model']._modules['lm_head'].training`, as chains of accesses.
 
-The names are Python expressions over `L` (arguments of the traced function) and `G` (its globals). Checked on torch 2.11
-and 2.13.
+The names are Python expressions over `L` (arguments of the traced function) and `G` (its globals). Checked on
+torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -55,12 +55,19 @@ class ReadWatch:
         self._dicts: list[Mapping[str, Any]] = []
         self._keys: list[str] = []
         self._slots: list[tuple[str, str, Any]] = []
-        self._seen: set[tuple[int, str]] = set()
+        self._seen: set[tuple[int, Any]] = set()
+        self._whole: set[tuple[int, Any]] = set()
         self._namespaces: dict[type, Mapping[str, Any]] = {}
         self._in_tree = {id(module) for module in modules.values()}
         self._collect(root, reads)
         self._add_further()
-        self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
+        entries = [*zip(self._dicts, self._keys, strict=True)]
+        values = [table.get(key, _MISSING) for table, key in entries]
+        self._is_open = [
+            type(value) in _CONTAINERS and not (isinstance(value, dict) and (id(table), key) not in self._whole)
+            for value, (table, key) in zip(values, entries, strict=True)
+        ]
+        self._values = [_freeze(v) if is_open else v for v, is_open in zip(values, self._is_open, strict=True)]
         self._slot_values = [_freeze(getattr(owner, name, _MISSING)) for _, name, owner in self._slots]
         self._lay_out()
 
@@ -72,8 +79,8 @@ class ReadWatch:
         if self._unchanged():
             return None
         values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
-        for (text, key), now, before in zip(self._owners, values, self._values, strict=True):
-            if not _equal(now, before):
+        for index, ((text, key), now, before) in enumerate(zip(self._owners, values, self._values, strict=True)):
+            if not (_equal(now, before) if self._is_open[index] or type(before) is not dict else now is before):
                 return f"{key} of {text} changed"
         self._lay_out()
         return None
@@ -87,15 +94,17 @@ class ReadWatch:
         known: set[tuple[type, tuple[Access, ...]]] = set()
         for text in dict.fromkeys(reads):
             source = parse_source(text)
-            path = _up_to_attribute(source.path) if source is not None else ()
-            if source is None or not path or path[-1].name in _NOT_READ:
+            if source is None or not source.path:
                 continue
+            path = source.path
             if source.is_global:
                 start = sys.modules.get(source.root)
-                if start is not None and not _is_own(source.root):
+                if start is not None and not is_own(source.root):
                     self._add_at(f"the module {source.root}", start, path)
             elif source.root in _ROOTS:
                 module, rest = self._last_module(root, path)
+                if rest[0].name in _NOT_READ or rest[0].name in MARKS or rest[0].name in _TABLES:
+                    continue  # tables of the model's own modules are watched whole
                 if (type(module), rest) not in known:
                     known.add((type(module), rest))
                     for name, other in of_class.get(type(module), [("", module)]):
@@ -114,38 +123,50 @@ class ReadWatch:
         return found, tuple(path[start:])
 
     def _add_at(self, text: str, start: Any, path: Sequence[Access]) -> None:
+        """Watch what lies at a path. Of a list or tuple all of it; of a dict the item that was read, and all of it only
+        where its keys were."""
+        kept = list(path)
+        whole = kept[-1] != Access("call", "type")
         try:
-            objects = follow(start, path[:-1])
+            objects = follow(start, kept[:-1])
+            while kept and not (kept[-1].kind == "attribute" or isinstance(objects[-1], dict)):
+                kept.pop()
+                objects.pop()
         except (AttributeError, LookupError, TypeError):
             return  # another module of the class may lack it
-        for passed, access in zip(objects[:-1], path, strict=False):
+        for passed, access in zip(objects[:-1], kept, strict=False):
             if isinstance(passed, type) and access.kind == "attribute":  # such as a property
-                self._add(text, passed, access.name)
-        owner = objects[-1]
-        if isinstance(owner, nn.Module) and (path[-1].name in MARKS or (len(path) == 1 and path[-1].name in _TABLES)):
+                self._add(text, passed, access.name, whole=False)
+        if not kept or kept[-1].name in _NOT_READ:
+            return
+        owner, name = objects[-1], kept[-1].name
+        if kept[-1].kind == "item":
+            self._add_entry(f"{text}'s dict", owner, name)
             return
         if owner is not start and not isinstance(owner, (type, types.ModuleType)):
             text = f"the model's {type(owner).__name__}" if isinstance(start, nn.Module) else f"{text}'s object"
-        self._add(text, owner, path[-1].name)
+        self._add(text, owner, name, whole=whole)
 
-    def _add(self, text: str, owner: Any, name: str) -> None:
-        """Watch one attribute of an object."""
+    def _add(self, text: str, owner: Any, name: str, *, whole: bool = True) -> None:
+        """Watch one attribute of an object; of a dict there, with `whole`, what it holds."""
         if isinstance(owner, type):
             base = next((base for base in owner.__mro__ if name in vars(base)), None)
-            if base is not None and not _is_own(base.__module__):
+            if base is not None and not is_own(base.__module__):
                 table = self._namespaces.setdefault(base, vars(base))
-                self._add_entry(f"the class {base.__qualname__}", table, name)
+                self._add_entry(f"the class {base.__qualname__}", table, name, whole=whole)
         elif isinstance(owner, types.ModuleType):
-            if not _is_own(owner.__name__):
-                self._add_entry(f"the module {owner.__name__}", vars(owner), name)
+            if not is_own(owner.__name__):
+                self._add_entry(f"the module {owner.__name__}", vars(owner), name, whole=whole)
         elif isinstance(inspect.getattr_static(type(owner), name, None), _DESCRIPTORS):
             if (id(owner), name) not in self._seen:
                 self._seen.add((id(owner), name))
                 self._slots.append((text, name, owner))
         elif isinstance(getattr(owner, "__dict__", None), dict):
-            self._add_entry(text, owner.__dict__, name)
+            self._add_entry(text, owner.__dict__, name, whole=whole)
 
-    def _add_entry(self, text: str, table: Mapping[str, Any], key: str) -> None:
+    def _add_entry(self, text: str, table: Mapping[Any, Any], key: Any, *, whole: bool = True) -> None:
+        if whole:
+            self._whole.add((id(table), key))
         if (id(table), key) not in self._seen and id(table.get(key)) not in self._in_tree:
             self._seen.add((id(table), key))
             self._owners.append((text, key))
@@ -163,7 +184,7 @@ class ReadWatch:
         groups: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
         for index, (table, key) in enumerate(zip(self._dicts, self._keys, strict=True)):
             if key in table:
-                groups[type(table[key]) in _CONTAINERS].setdefault(id(table), []).append(index)
+                groups[self._is_open[index]].setdefault(id(table), []).append(index)
         (self._fixed, fixed), (self._open, contents) = map(self._readers, groups)
         self._fixed_values = [self._dicts[index][self._keys[index]] for index in fixed]
         self._open_values = [self._values[index] for index in contents]
@@ -242,10 +263,10 @@ class Watch(ReadWatch):
         return [tensor.data_ptr() for tensor in self._tensors]
 
     def _add_further(self) -> None:
-        """The functions of the modules' classes, as libraries patch modeling code; torch's hooks of every module; and of
-        each module whether it trains, and a forward of its own."""
+        """The functions of the modules' classes, as libraries patch modeling code; torch's hooks of every module; and
+        of each module whether it trains, and a forward of its own."""
         for cls in {base for module in self._modules.values() for base in type(module).__mro__}:
-            if not _is_own(cls.__module__):
+            if not is_own(cls.__module__):
                 for method, value in vars(cls).items():
                     if isinstance(value, types.FunctionType) and not method.startswith("__"):
                         self._add(f"the class {cls.__qualname__}", cls, method)
@@ -266,17 +287,9 @@ def _single(key: str) -> Any:
     return lambda table: (table[key],)
 
 
-def _is_own(module: str) -> bool:
+def is_own(module: str) -> bool:
     """Whether a Python module is torch's, glowplug's or Python's own."""
     return module.partition(".")[0] in _OWN
-
-
-def _up_to_attribute(path: Sequence[Access]) -> tuple[Access, ...]:
-    """The path without items at its end: a container is watched whole."""
-    kept = list(path)
-    while kept and kept[-1].kind != "attribute":
-        kept.pop()
-    return tuple(kept)
 
 
 def without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
