@@ -6,7 +6,6 @@ In-place changes of a weight's values need no notice: programs hold the weights 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
 import sys
@@ -57,6 +56,7 @@ class ReadWatch:
         self._slots: list[tuple[str, str, Any]] = []
         self._seen: set[tuple[int, Any]] = set()
         self._whole: set[tuple[int, Any]] = set()
+        self._outside: dict[tuple[type, str], bool] = {}
         self._namespaces: dict[type, Mapping[str, Any]] = {}
         self._in_tree = {id(module) for module in modules.values()}
         self._collect(root, reads)
@@ -157,12 +157,19 @@ class ReadWatch:
         elif isinstance(owner, types.ModuleType):
             if not is_own(owner.__name__):
                 self._add_entry(f"the module {owner.__name__}", vars(owner), name, whole=whole)
-        elif isinstance(inspect.getattr_static(type(owner), name, None), _DESCRIPTORS):
+        elif self._lies_outside(type(owner), name):
             if (id(owner), name) not in self._seen:
                 self._seen.add((id(owner), name))
                 self._slots.append((text, name, owner))
         elif isinstance(getattr(owner, "__dict__", None), dict):
             self._add_entry(text, owner.__dict__, name, whole=whole)
+
+    def _lies_outside(self, cls: type, name: str) -> bool:
+        """Whether objects of a class keep an attribute outside of their `__dict__`."""
+        if (cls, name) not in self._outside:
+            kept = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+            self._outside[cls, name] = isinstance(kept, _DESCRIPTORS)
+        return self._outside[cls, name]
 
     def _add_entry(self, text: str, table: Mapping[Any, Any], key: Any, *, whole: bool = True) -> None:
         if whole:
@@ -194,11 +201,12 @@ class ReadWatch:
     def _readers(self, groups: dict[int, list[int]]) -> tuple[list[tuple[Any, Mapping[str, Any]]], list[int]]:
         """For each dict what reads all of its values that are watched, as a tuple; and which they are, in order."""
         readers: list[tuple[Any, Mapping[str, Any]]] = []
+        order: list[int] = []
         for indices in groups.values():
-            keys = [self._keys[index] for index in indices]
-            get: Any = operator.itemgetter(*keys) if len(keys) > 1 else _single(keys[0])
-            readers.append((get, self._dicts[indices[0]]))
-        return readers, [index for indices in groups.values() for index in indices]
+            chosen = indices if len(indices) > 1 else indices * 2  # of one key it would give no tuple
+            readers.append((operator.itemgetter(*[self._keys[index] for index in chosen]), self._dicts[indices[0]]))
+            order += chosen
+        return readers, order
 
     def _unchanged(self) -> bool:
         """Whether every value is as it was, told fast; False means: look closely."""
@@ -281,10 +289,6 @@ class Watch(ReadWatch):
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 """By which an object gives what lies outside of its `__dict__`: slots, a closure's cells, defaults."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
-
-
-def _single(key: str) -> Any:
-    return lambda table: (table[key],)
 
 
 def is_own(module: str) -> bool:
