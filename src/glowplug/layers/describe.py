@@ -147,31 +147,38 @@ class Describer:
 
     def _object(self, value: Any, items: tuple[Any, ...]) -> str:
         """An object by its class, what it holds as a container, and its attributes."""
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(value, types.MappingProxyType) or not isinstance(attributes, dict):
-            attributes = {}
+        attributes = attributes_of(value) or {}
         kept = [f"{name}={self.text(held)}" for name, held in attributes.items() if name not in MARKS]
-        for base in type(value).__mro__:
-            for name, slot in _slots(base).items():
-                kept.append(f"{name}={self.text(_slot(slot, value))}")
         if not (items or kept or callable(value) or isinstance(value, _CONTAINERS)):
             return _identity(value)  # all that code can do with it is to ask whether it is another
         return f"{_class(value)}({', '.join([*map(self.text, items), *kept])})"
 
     def _function(self, function: types.FunctionType) -> str:
-        cells = [_held(cell) for cell in function.__closure__ or ()]
+        cells = [held_by(cell) for cell in function.__closure__ or ()]
         held = self._all(function.__defaults__, function.__kwdefaults__, vars(function), *cells)
         return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {held}"
 
 
-_MISSING = type("Missing", (), {})
-
-
-def _held(cell: types.CellType) -> Any:
+def held_by(cell: types.CellType) -> Any:
+    """What a function's cell holds; a text when it holds nothing yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # nothing yet
-        return _MISSING
+    except ValueError:
+        return "nothing yet"
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """An object's attributes, those in slots too; None when it can't have any."""
+    attributes = getattr(value, "__dict__", None)
+    found = dict(attributes) if isinstance(attributes, dict) else None
+    for base in type(value).__mro__:
+        for name, slot in _slots(base).items():
+            found = found if found is not None else {}
+            try:
+                found[name] = slot.__get__(value, type(value))
+            except AttributeError:
+                continue  # nothing yet
+    return found
 
 
 def _identity(value: Any) -> str:
@@ -190,13 +197,6 @@ def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
     if not _is_python(cls):
         return {}
     return {name: slot for name, slot in vars(cls).items() if isinstance(slot, types.MemberDescriptorType)}
-
-
-def _slot(slot: types.MemberDescriptorType, value: Any) -> Any:
-    try:
-        return slot.__get__(value, type(value))
-    except AttributeError:  # nothing yet
-        return _MISSING
 
 
 def _is_transparent(cls: type) -> bool:
@@ -261,13 +261,13 @@ def _shown(value: Any, depth: int) -> str:
     if isinstance(value, types.MethodType):
         return f"{value.__func__.__qualname__} of a {type(value.__self__).__qualname__}"
     if isinstance(value, types.FunctionType):
-        held = dict(zip(value.__code__.co_freevars, map(_held, value.__closure__ or ()), strict=True))
+        held = dict(zip(value.__code__.co_freevars, map(held_by, value.__closure__ or ()), strict=True))
         held |= {"its defaults": value.__defaults__} if value.__defaults__ else {}
         held |= value.__kwdefaults__ or {}
         inside = ", ".join(f"{name}={inner(item)}" for name, item in held.items())
         return f"{value.__qualname__}{f' with {inside}' if inside else ''}"
-    attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(value, nn.Module):
+    attributes = attributes_of(value)
+    if attributes is not None and not isinstance(value, nn.Module):
         inside = ", ".join(f"{name}={inner(item)}" for name, item in itertools.islice(attributes.items(), 8))
         return f"{type(value).__qualname__}({inside})"
     return str(getattr(value, "__qualname__", f"a {type(value).__qualname__}"))

@@ -183,26 +183,22 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torc
 _MANY = 10**6
 
 
-def difference(
-    layers: Sequence[Facts], kinds: Sequence[int], unread: Unread, name_of: Callable[[int, str], str]
-) -> str | None:
-    """What keeps layers apart, shown on the two of different kinds that differ least; None when nothing does.
+def difference(few: Mapping[int, Facts], unread: Unread, name_of: Callable[[int, str], str]) -> str | None:
+    """What keeps layers apart, shown on the two that differ least; None when nothing does.
 
     Args:
-        layers: the facts of the first few.
-        kinds: their kinds.
+        few: the index and the facts of a layer of each kind.
         unread: what their kinds leave out.
         name_of: gives the qualified name of what a layer has at a path.
     """
     ignored = set(unread.attributes.values())
-    pairs = [(a, b) for b in range(len(layers)) for a in range(b) if kinds[a] != kinds[b]]
-    found = {(a, b): _differing(layers[a], layers[b], ignored) for a, b in pairs}
+    found = {(a, b): _differing(few[a], few[b], ignored) for b in few for a in few if a < b}
     if not found:
         return None
     one, other = min(found, key=lambda pair: len(found[pair]) or _MANY)
     places = found[one, other][:2]
-    words = [word for place in places for word in _words(layers[one].get(place), layers[other].get(place), place)]
-    return f"layers {one} and {other} differ in {'; '.join(words)}{_use(layers[one], places, one, name_of)}"
+    words = [word for place in places for word in _words(few[one].get(place), few[other].get(place), place)]
+    return f"layers {one} and {other} differ in {'; '.join(words)}{_use(few[one], places, one, name_of)}"
 
 
 def _words(one: Fact | None, other: Fact | None, place: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from glowplug.layers.kinds import Fact, LayerFacts, Unread, difference, tell_apart
 
 _FEW = 8
-"""Layers that are looked at to say what keeps them apart."""
+"""Kinds that are looked at to say what keeps them apart."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,22 @@ def _columns(prefix: str, holder: Any, depth: int) -> Iterator[tuple[str, list[F
 
 def why_distinct(stack: LayerStack) -> str:
     """What keeps the stack's layers apart, shown on the two of different kinds, of the first few, that differ least."""
-    assert stack.facts is not None
-    few = [stack.facts.of(index) for index in range(len(stack.layers))[:_FEW]]
-    found = difference(few, stack.kinds, stack.unread, stack.name_of)
+    found = _difference(stack)
     return f"most layers are of a kind of their own{f': {found}' if found else ''}"
+
+
+def why_not_repeated(stack: LayerStack) -> str:
+    """Why no prefix of a stack shows how to run all of it, and what keeps its layers apart."""
+    found = _difference(stack)
+    return f"{why_no_template(stack.kinds)}{f'; {found}' if found else ''}"
+
+
+def _difference(stack: LayerStack) -> str | None:
+    """What keeps the first layers of the first few kinds apart."""
+    assert stack.facts is not None
+    first = [stack.kinds.index(kind) for kind in range(len(set(stack.kinds)))][:_FEW]
+    few = {index: stack.facts.of(index) for index in first}
+    return difference(few, stack.unread, stack.name_of)
 
 
 def why_no_template(kinds: Sequence[int]) -> str:

@@ -38,6 +38,8 @@ from glowplug.report import Report
 
 _PROGRAMS = 8
 """Programs of one module, at most; the calls that none of them serves are traced in full."""
+_DEEP = 4
+"""A stack of more layers, whose classes repeat, needs a reason not to be stamped."""
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Stamper:
             return None
         stack = find_repetition(self.model, self._told)
         try:
-            return templates.choose(stack) if stack is not None else None
+            return templates.choose(stack, _DEEP) if stack is not None else None
         except NotStampableError as exc:
             self._give_up(str(exc))
             return None

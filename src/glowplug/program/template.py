@@ -15,12 +15,12 @@ from glowplug.graph.capture import Captured
 from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_no_template
+from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
 
 _DEEP = 16
-"""Layers of a stack that is deep, whatever its kinds: that it has no template needs a reason."""
+"""Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ class Template:
         return tuple(map(self.stack.name_of, layers))
 
 
-def choose(stack: LayerStack) -> Template | None:
+def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
     """The template of a stack; None when the stack is no deeper than its template would be.
+
+    Args:
+        stack: the stack.
+        deep: layers of a stack that is deep, whatever its kinds: that it has no template needs a reason.
 
     Raises:
         NotStampableError: the stack is deep, but its layers differ too much.
@@ -57,8 +61,8 @@ def choose(stack: LayerStack) -> Template | None:
     depth, distinct = len(stack.kinds), len(set(stack.kinds))
     if 2 * distinct > depth > 4:
         raise NotStampableError(why_distinct(stack))
-    if depth > min(4 * distinct, _DEEP):
-        raise NotStampableError(why_no_template(stack.kinds))
+    if depth > min(4 * distinct, deep):
+        raise NotStampableError(why_not_repeated(stack))
     return None
 
 
@@ -96,6 +100,9 @@ def check_reads(model: nn.Module, template: Template, reads: Collection[str]) ->
                 found |= {place for (_, name), place in unread.attributes.items() if name == match[1]}
             elif (id(owner), match[1]) in unread.attributes:
                 found.add(unread.attributes[id(owner), match[1]])
+        if source.endswith(".__dict__"):  # all of an object's attributes
+            owner = _evaluate(source.removesuffix(".__dict__"), model)
+            found |= {place for (holder, _), place in unread.attributes.items() if holder == id(owner)}
         if unread.values and source.startswith("G["):
             place = unread.values.get(id(_evaluate(source, model)))
             found |= {place} if place is not None else set()
