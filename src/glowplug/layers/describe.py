@@ -134,8 +134,9 @@ class Describer:
     def _container(self, value: Any) -> str:
         """Containers in the order in which a loop meets what they hold."""
         if isinstance(value, (bool, int, float, complex, str, bytes, bytearray)):
-            base = next(base for base in type(value).__mro__ if base in PLAIN or base is bytearray)
-            return self._object(value, (base(value) if base is not bytearray else bytes(value),))
+            base: Any = next(base for base in type(value).__mro__ if base in PLAIN or base is bytearray)
+            plain = base(value)
+            return self._object(value, (bytes(plain) if base is bytearray else plain,))
         if isinstance(value, (list, tuple, set, frozenset)):
             return self._object(value, tuple(value))
         if isinstance(value, deque):

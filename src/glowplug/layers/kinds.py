@@ -137,7 +137,7 @@ class LayerFacts:
         printed = PRINTED if self._strict else frozenset()
         if not self._caches:
             return printed
-        if not mentions(type(module)):
+        if not mentions(type(module)):  # type: ignore[arg-type]
             return NAMING | printed
         key = tuple((path, type(part), "forward" in part.__dict__) for path, part in module.named_modules())
         if key not in self._computed:

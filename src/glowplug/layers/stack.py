@@ -75,8 +75,8 @@ def find_stack(
 
 def find_repetition(model: nn.Module, told: Collection[str] = ()) -> LayerStack | None:
     """The stack of a model that nothing is known of: the one of whose modules most need not be traced, as a prefix
-    shows what they do. If there is none, the largest whose layers repeat their classes, and yet no prefix of it shows that;
-    None when there is none, either.
+    shows what they do. If there is none, the largest whose layers repeat their classes without showing that; None when
+    there is none, either.
 
     Args:
         model: the model.

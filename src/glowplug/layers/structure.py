@@ -26,6 +26,7 @@ from glowplug.layers.watch import without_inert
 _STANDARD = frozenset(nn.Module().__dict__) | MARKS | PRINTED
 """Attributes that every module has, those that matter being described on their own; and those that only print it."""
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "backward" not in name)
+_KNOWN = ("torch.", "builtins", "transformers.modeling_utils", "transformers.generation")
 _DEEPEST = 12
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
@@ -62,7 +63,7 @@ class _Description:
     def module(self, path: str, module: nn.Module) -> str:
         cls = type(module)
         if cls not in self.classes:
-            self.classes[cls] = self.function(cls, "a module")
+            self.classes[cls] = self.function(cls, "a module") + self.replaced(cls)
         parts = [self.classes[cls], str(module.training)]
         table = module.__dict__
         for name in _HOOKS:
@@ -81,6 +82,15 @@ class _Description:
                 raise NotStorableError(f"the forward of {path} was replaced")
             parts.append(f"{name}:{self.value(value, name, 0)}")
         return " ".join(parts)
+
+    def replaced(self, cls: type) -> str:
+        """The methods of a class that are not as its file defines them: wrapped, or put in the place of another."""
+        parts = []
+        for base in cls.__mro__:
+            for name, function in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
+                if isinstance(function, types.FunctionType) and not _is_as_made(function):
+                    parts.append(f" {base.__qualname__}.{name}={self.value(function, name, 0)}")
+        return "".join(parts)
 
     def tensor(self, tensor: Tensor | None) -> str:
         """Its layout, and which of the model's tensors it is, as weights may be tied."""
@@ -165,15 +175,16 @@ class _Description:
 def _is_as_made(function: types.FunctionType) -> bool:
     """Whether a function is found by its name, and is the one that its file defines there: neither wrapped nor put in
     the place of another."""
-    found: Any = sys.modules.get(function.__module__ or "")
-    if getattr(found, "__dict__", None) is not function.__globals__ or function.__closure__:
+    found: Any = sys.modules.get(function.__module__)
+    if getattr(found, "__dict__", None) is not function.__globals__ or function.__closure__ or vars(function):
         return False
     if function.__code__.co_qualname != function.__qualname__:
         return False
     for part in function.__qualname__.split("."):
-        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+        found = getattr(found, "__dict__", {}).get(part)
     found = getattr(found, "__func__", found)  # of a static or class method
-    return found is function and function.__code__.co_filename == function.__globals__.get("__file__")
+    file = vars(sys.modules[function.__module__]).get("__file__")
+    return found is function and function.__code__.co_filename == file
 
 
 def _code_text(code: types.CodeType) -> str:
