@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.layers.describe import PRINTED
 from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_sharded, local_of
 
@@ -107,7 +108,7 @@ class Watch:
         for cls in {base for leaf in classes for base in leaf.__mro__}:
             if not cls.__module__.startswith(_OWN):
                 for method, value in vars(cls).items():
-                    if isinstance(value, types.FunctionType) and not method.startswith("__"):
+                    if isinstance(value, types.FunctionType) and not method.startswith("__") and method not in PRINTED:
                         self._add(f"the class {cls.__qualname__}", vars(cls), method, seen)
 
     def _add(self, owner: str, table: Mapping[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
