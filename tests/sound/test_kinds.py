@@ -12,13 +12,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import families
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import families
 import glowplug
 
 DEPTH, OTHER = 12, 10
@@ -458,14 +458,19 @@ class Quantized(torch.Tensor):
         return func(*plain, **(kwargs or {}))
 
 
+def printed(linear: nn.Linear, own: Callable[[], str]) -> str:
+    """How a quantized Linear prints itself."""
+    return f"{own()}, weight={type(linear.weight).__name__}"
+
+
 def quantize(model: nn.Module, factor: Callable[[int], int] = lambda _: 1) -> None:
     """What libraries do to each Linear: another weight, and a bound method that prints it."""
     for index, linear in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
         scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
         data = (linear.weight.detach() / scale).round().to(torch.int8)
         linear.weight = nn.Parameter(Quantized(data, scale, factor(index)), requires_grad=False)
-        text = f"number {index}, weight={type(linear.weight).__name__}"
-        linear.extra_repr = types.MethodType(lambda self, text=text: text, linear)  # type: ignore[method-assign]
+        prints = functools.partial(printed, own=linear.extra_repr)
+        linear.extra_repr = types.MethodType(prints, linear)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("verify", ["off", "once"])

@@ -260,13 +260,14 @@ def _shown(value: Any, depth: int) -> str:
     if isinstance(value, functools.partial):
         return f"partial({', '.join([inner(value.func), *map(inner, value.args)])}, {inner(value.keywords)})"
     if isinstance(value, types.MethodType):
-        return f"{value.__func__.__qualname__} of a {type(value.__self__).__qualname__}"
+        return f"{inner(value.__func__)} of a {type(value.__self__).__qualname__}"
     if isinstance(value, types.FunctionType):
         held = dict(zip(value.__code__.co_freevars, map(held_by, value.__closure__ or ()), strict=True))
         held |= {"its defaults": value.__defaults__} if value.__defaults__ else {}
         held |= value.__kwdefaults__ or {}
         inside = ", ".join(f"{name}={inner(item)}" for name, item in held.items())
-        return f"{value.__qualname__}{f' with {inside}' if inside else ''}"
+        name = value.__qualname__.replace("<locals>.", "").replace("<lambda>", "lambda")
+        return f"{name}{f' with {inside}' if inside else ''}"
     attributes = attributes_of(value)
     if attributes is not None and not isinstance(value, nn.Module):
         inside = ", ".join(f"{name}={inner(item)}" for name, item in itertools.islice(attributes.items(), 8))

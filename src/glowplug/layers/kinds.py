@@ -205,6 +205,8 @@ def _words(one: Fact | None, other: Fact | None, place: str) -> list[str]:
     label = f"{place[:-1] or 'themselves'} being" if place.endswith(":") else place
     if one is None or other is None:
         return [f"{label} {fact.words}, which only one of them has"[:160] for fact in (one, other) if fact is not None]
+    if place.endswith(":") and one.words == other.words:
+        return [f"{label} {one.words}, each of a class of its own"]
     return [f"{label} {fact.words}"[:120] for fact in (one, other)]
 
 
