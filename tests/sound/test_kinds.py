@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import enum
 import functools
@@ -496,10 +495,11 @@ def test_a_quantized_transformers_model() -> None:
 def test_quantized_layers_whose_weights_say_different_things() -> None:
     net = Net().eval()
     quantize(net, lambda index: 1 if index < 16 else 2)
-    own = copy.deepcopy(net)
+    for linear in net.modules():
+        linear.__dict__.pop("extra_repr", None)
     x = torch.randn(3, 8)
     with torch.no_grad():
-        expected = own(x)
+        expected = net(x)
         actual = glowplug.compile(net, verify="off")(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
