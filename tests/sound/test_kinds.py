@@ -13,84 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from plain_nets import DEPTH, OTHER, Block, Net, attribute, check, llama, net_with, reading, reason_of
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import families
 import glowplug
-
-DEPTH, OTHER = 12, 10
-"""Layers of a net, and the first of those that differ: deeper than a template of equal layers."""
-
-
-class Block(nn.Module):
-    """A residual layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.act: Any = torch.relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.act(self.up(x)))
-
-
-class Net(nn.Module):
-    """Layers, one after another."""
-
-    def __init__(self, block: Callable[[], nn.Module] = Block, depth: int = DEPTH) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(block() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def reading(read: Callable[[Any], Any]) -> type[Block]:
-    """A class of layers that multiply by something they have."""
-
-    class Reading(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * read(self)
-
-    return Reading
-
-
-def net_with(give: Callable[[Any, int], object], block: Callable[[], nn.Module] = Block) -> Net:
-    """A net, each of whose layers was given something of its own."""
-    net = Net(block).eval()
-    for index, layer in enumerate(net.layers):
-        give(layer, index)
-    return net
-
-
-def attribute(name: str, value: Callable[[int], Any]) -> Callable[[Any, int], object]:
-    return lambda layer, index: setattr(layer, name, value(index))
-
-
-def check(model: nn.Module, *args: Any, **options: Any) -> Any:
-    """Compile it and compare it with what it answered before; its report."""
-    args = args or (torch.randn(3, 8),)
-    with torch.no_grad():
-        expected = pytree.tree_leaves(model(*args))[0]
-        compiled = glowplug.compile(model, **{"compiler": "eager", **options})
-        for _ in range(2):
-            actual = pytree.tree_leaves(compiled(*args))[0]
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    return glowplug.report(model)
-
-
-def reason_of(report: Any) -> str:
-    """Why it was not stamped."""
-    assert report.strategy != "stamped"
-    assert report.fallbacks, "no reason"
-    text = " ".join(fallback.reason for fallback in report.fallbacks)
-    assert "0x" not in text and "<function" not in text
-    return text
-
 
 # -- closures, and all else that holds something -----------------------------------------------
 
@@ -270,18 +197,6 @@ def test_lists_that_the_model_looks_its_layers_up_in() -> None:
     assert "scales" in reason_of(check(net, verify="off"))
 
 
-def llama(depth: int = 12) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=depth,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("verify", ["off", "once"])
 def test_closures_in_a_transformers_model(verify: str) -> None:
     def make(k: float) -> Any:
@@ -425,96 +340,3 @@ def test_read_attributes_of_a_transformers_model() -> None:
     for index, layer in enumerate(model.model.layers):
         layer.mlp = Scaled(layer.mlp, 0.5 + index)
     assert "mlp.scale 0.5; mlp.scale 1.5" in reason_of(check(model, torch.randint(1, 64, (2, 5)), verify="off"))
-
-
-# -- what only prints, and weights made of several tensors -------------------------------------
-
-
-class Quantized(torch.Tensor):
-    """A weight of eight bits with a scale for each row, as quantization libraries have them."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, data: Tensor, scale: Tensor, factor: int) -> Quantized:
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=scale.dtype)  # type: ignore[attr-defined,no-any-return]
-
-    def __init__(self, data: Tensor, scale: Tensor, factor: int) -> None:
-        self.data_of, self.scale_of, self.factor = data, scale, factor
-
-    def __repr__(self, *_: Any, **__: Any) -> str:
-        return "Quantized"
-
-    def __tensor_flatten__(self) -> tuple[list[str], int]:
-        return ["data_of", "scale_of"], self.factor
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], factor: int, _size: Any, _stride: Any) -> Quantized:
-        return cls(inner["data_of"], inner["scale_of"], factor)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].data_of, args[0].scale_of, args[0].factor)
-        plain = pytree.tree_map_only(cls, lambda t: t.data_of.to(t.scale_of.dtype) * t.scale_of * t.factor, args)
-        return func(*plain, **(kwargs or {}))
-
-
-def printed(linear: nn.Linear, own: Callable[[], str]) -> str:
-    """How a quantized Linear prints itself."""
-    return f"{own()}, weight={type(linear.weight).__name__}"
-
-
-def quantize(model: nn.Module, factor: Callable[[int], int] = lambda _: 1) -> None:
-    """What libraries do to each Linear: another weight, and a bound method that prints it."""
-    for index, linear in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        data = (linear.weight.detach() / scale).round().to(torch.int8)
-        linear.weight = nn.Parameter(Quantized(data, scale, factor(index)), requires_grad=False)
-        prints = functools.partial(printed, own=linear.extra_repr)
-        linear.extra_repr = types.MethodType(prints, linear)  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("verify", ["off", "once"])
-def test_quantized_layers(verify: str) -> None:
-    net = Net().eval()
-    quantize(net)
-    report = check(net, verify=verify)
-    assert (report.strategy, report.fallbacks, report.template_layers) == ("stamped", [], 4)
-
-
-def test_a_quantized_transformers_model() -> None:
-    model = llama()
-    quantize(model.model.layers)
-    report = check(model, torch.randint(1, 64, (2, 5)))
-    assert (report.strategy, report.fallbacks) == ("stamped", [])
-    model.model.layers[3].mlp.up_proj.extra_repr = lambda: "changed"  # which only prints
-    with torch.no_grad():
-        model(torch.randint(1, 64, (2, 5)))
-    assert report.fallbacks == []
-
-
-@pytest.mark.inductor
-def test_quantized_layers_whose_weights_say_different_things() -> None:
-    net = Net().eval()
-    quantize(net, lambda index: 1 if index < 16 else 2)
-    for linear in net.modules():
-        linear.__dict__.pop("extra_repr", None)
-    x = torch.randn(3, 8)
-    with torch.no_grad():
-        expected = net(x)
-        compiled = glowplug.compile(net, verify="off")
-        compiled(x)
-        glowplug.settle(compiled)
-        actual = compiled(x)
-    assert glowplug.report(net).fallbacks == []
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_only_prints() -> None:
-    def give(layer: Any, index: int) -> None:
-        layer.extra_repr = types.MethodType(lambda self: f"layer {index}", layer)
-        layer._get_name = lambda: f"Block{index}"
-        layer.up.extra_repr = functools.partial(str, index)
-
-    assert check(net_with(give)).strategy == "stamped"
