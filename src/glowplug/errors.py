@@ -44,6 +44,19 @@ class NotStampableError(GlowplugError, RuntimeError):
         self.layers = layers
 
 
+class AttributesReadError(NotStampableError):
+    """A trace read attributes in which layers differ and that their kinds left out. Never reaches the user: the kinds
+    are told anew.
+
+    Attributes:
+        places: where the attributes lie in a layer.
+    """
+
+    def __init__(self, places: frozenset[str]) -> None:
+        super().__init__(f"the layers read {', '.join(sorted(places))}, in which they differ")
+        self.places = places
+
+
 class CompileError(GlowplugError, RuntimeError):
     """The piece compiler failed on a piece; the message carries its reason."""
 

@@ -112,14 +112,14 @@ class _Capture(Generic[T]):
         self.error: BaseException | None = None
 
     def backend(self, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.reads is not None:
+            self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
         try:
             self.result.append(self.consume(describe(gm)))
         except BaseException as exc:
             if is_restart(exc):
                 raise
             self.error = exc
-        if self.reads is not None:
-            self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
         raise _Captured
 
 
@@ -150,7 +150,7 @@ def capture(
         fn: a plain function that takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` are symbolic.
         args: example arguments; sizes of dynamic dims must be at least 2 and differ where they may differ.
         consume: called once with the graph.
-        reads: receives the source of everything in Python that the trace depends on.
+        reads: receives the source of everything in Python that the trace depends on, before `consume` is called.
 
     Returns:
         What `consume` returned.

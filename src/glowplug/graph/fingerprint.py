@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from glowplug.errors import CaptureError
 from glowplug.layers.handle import LayerHandle
@@ -155,6 +156,11 @@ class _Canonical:
         ):
             if present:
                 parts.append(flag)
+        names, context = tensor.__tensor_flatten__() if is_traceable_wrapper_subclass(tensor) else ((), None)
+        if names:  # a tensor made of others, such as a quantized weight
+            inner = ", ".join(f"{name}: {self.value(getattr(tensor, name))}" for name in names)
+            parts.append(f"{self.function(type(tensor))} of {inner} {context!r}")
+            self.stable = self.stable and " at 0x" not in repr(context)
         return " ".join(parts)
 
     def symbolic(self, size: Any) -> str:

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import CaptureError, LayerLookupError, NotServableError, NotStampableError, NotStorableError
+from glowplug.errors import (
+    AttributesReadError,
+    CaptureError,
+    LayerLookupError,
+    NotServableError,
+    NotStampableError,
+    NotStorableError,
+)
 from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
@@ -84,6 +91,7 @@ class Builder:
             self._refused = str(exc)
         self._pieces = PieceCache()
         self._reads: set[str] = set()
+        self._told: set[str] = set()
         self.prover = Prover(model, options, report, self._reads, self.processes)
         self._stored: Warm | None = None
 
@@ -330,10 +338,13 @@ class Builder:
             return None
         template: Template | None = None
         try:
-            template = choose(self.model)
+            template = choose(self.model, self._told)
             if template is None:
                 return None
             served = self._capture(call, plan, template)
+        except AttributesReadError as exc:
+            self._told |= exc.places
+            return self._stamped(call, plan)
         except NotStampableError as exc:
             self._step_down(str(exc), template.layer_names(exc.layers) if template is not None else ())
             return None
@@ -358,9 +369,12 @@ class Builder:
     def _capture(self, call: Call, plan: hf_experts.ExpertsPlan, template: Template | None) -> Served:
         model, report, registry = self.model, self.report, self.layers
         mask_names = set(mask_sources(call.masks))
+        reads: set[str] = set()
         start = time.perf_counter()
 
         def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
+            if template is not None:
+                templates.check_reads(model, template, reads)
             report.phases["trace"] += time.perf_counter() - start
             trace.check_outputs(captured)
             self._slots |= read_slots(captured)
@@ -393,9 +407,8 @@ class Builder:
         layers: dict[int, Any] = {}
         for layer in interfaces.attention_layers(shadow.root).values():
             layers[layer.layer_idx] = layer  # type: ignore[index]
-        recipe, assumptions = capture(*trace.example(shadow.root, call, layers), consume, self._reads)
-        if template is not None:
-            templates.check_reads(template, self._reads)
+        recipe, assumptions = capture(*trace.example(shadow.root, call, layers), consume, reads)
+        self._reads |= reads
         built = recipe.built
         made = Served(built.program, assumptions, verify.output_type(model), built.ends)
         made.uncompiled, made.recipe = built.uncompiled, recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -14,19 +15,28 @@ from glowplug.program import template as templates
 from glowplug.program.template import Template
 
 
-def stack_of(model: nn.Module) -> LayerStack | None:
-    """The stack of a transformers model: each of its layers mixes tokens."""
+def stack_of(model: nn.Module, told: Collection[str] | None = None) -> LayerStack | None:
+    """The stack of a transformers model: each of its layers mixes tokens.
+
+    Args:
+        model: the model.
+        told: see `glowplug.layers.kinds.tell_apart`.
+    """
     config: Any = model.config
-    return find_stack(model, list(token_mixers(model).values()), config.get_text_config())
+    return find_stack(model, list(token_mixers(model).values()), config.get_text_config(), told)
 
 
-def choose(model: PreTrainedModel) -> Template | None:
+def choose(model: PreTrainedModel, told: Collection[str]) -> Template | None:
     """The template of a model; None when the model is no deeper than its template would be.
+
+    Args:
+        model: the model.
+        told: see `glowplug.layers.kinds.tell_apart`.
 
     Raises:
         NotStampableError: the model is deep, but its layers differ too much, or it has no stack.
     """
-    stack = stack_of(model)
+    stack = stack_of(model, told)
     if stack is None:
         if len(token_mixers(model)) <= 4:
             return None

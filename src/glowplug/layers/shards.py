@@ -7,7 +7,6 @@ on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,28 +60,6 @@ def cells_of(function: types.FunctionType) -> dict[str, Any]:
     """What a function's cells hold, by name."""
     names = function.__code__.co_freevars
     return dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-
-
-def forward_text(module: nn.Module, describe: Callable[[Any], str]) -> str:
-    """A module's own forward as text that is equal where it does the same to its own module.
-
-    Args:
-        module: the module.
-        describe: gives the text of any other value.
-    """
-
-    def text(value: Any) -> str:
-        if value is module:
-            return "itself"
-        if isinstance(value, types.MethodType) and value.__self__ is module:
-            return f"its {id(value.__func__)}"
-        if isinstance(value, types.FunctionType) and value.__closure__:
-            cells = ", ".join(f"{name}={text(held)}" for name, held in cells_of(value).items())
-            return f"{id(value.__code__)} of {id(value.__globals__)}, {describe(value.__defaults__)} with {cells}"
-        return mesh_text(value) if is_mesh(value) else describe(value)
-
-    found = wrapped_forward(module)
-    return text(found) if found is not None else str(id(module.__dict__["forward"]))
 
 
 def is_placement(value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from glowplug.errors import NotStorableError
+from glowplug.layers.describe import PRINTED, attributes_of, held_by, inner_text
 from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_mesh, is_placement, mesh_text, sharding_text, wrapped_forward
 from glowplug.layers.watch import without_inert
 
-_STANDARD = frozenset(nn.Module().__dict__) | MARKS
-"""Attributes that every module has; those that matter are described on their own."""
+_STANDARD = frozenset(nn.Module().__dict__) | MARKS | PRINTED
+"""Attributes that every module has, those that matter being described on their own; and those that only print it."""
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "backward" not in name)
+_KNOWN = ("torch.", "builtins", "transformers.modeling_utils", "transformers.generation")
 _DEEPEST = 12
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
@@ -60,7 +63,7 @@ class _Description:
     def module(self, path: str, module: nn.Module) -> str:
         cls = type(module)
         if cls not in self.classes:
-            self.classes[cls] = self.function(cls, "a module")
+            self.classes[cls] = self.function(cls, "a module") + self.replaced(cls)
         parts = [self.classes[cls], str(module.training)]
         table = module.__dict__
         for name in _HOOKS:
@@ -80,12 +83,25 @@ class _Description:
             parts.append(f"{name}:{self.value(value, name, 0)}")
         return " ".join(parts)
 
+    def replaced(self, cls: type) -> str:
+        """The methods of a class that are not as its file defines them: wrapped, or put in the place of another."""
+        parts = []
+        for base in cls.__mro__:
+            for name, function in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
+                if isinstance(function, types.FunctionType) and not _is_as_made(function):
+                    parts.append(f" {base.__qualname__}.{name}={self.value(function, name, 0)}")
+        return "".join(parts)
+
     def tensor(self, tensor: Tensor | None) -> str:
         """Its layout, and which of the model's tensors it is, as weights may be tied."""
         if tensor is None:
             return "none"
         number = self.tensors.setdefault(id(tensor), len(self.tensors))
         layout = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device.type}{sharding_text(tensor)}"
+        if inner := inner_text(tensor):
+            layout += f" {self.function(type(tensor), 'a weight')}{inner}"
+            if " at 0x" in inner:
+                raise NotStorableError(f"a weight is a {type(tensor).__qualname__}, which can't be described")
         return f"#{number} {layout}"
 
     def value(self, value: Any, name: str, depth: int) -> str:
@@ -104,9 +120,9 @@ class _Description:
             return mesh_text(value)
         if is_placement(value):
             return repr(value)
-        if isinstance(value, nn.Module):
-            return f"module {self.modules.get(id(value), type(value).__qualname__)}"
-        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        if id(value) in self.modules:
+            return f"module {self.modules[id(value)]}"
+        if isinstance(value, (type, types.BuiltinFunctionType)):
             return self.function(value, name)
         if depth > _DEEPEST:
             raise NotStorableError(f"the attribute {name} holds objects too deep in each other")
@@ -117,6 +133,8 @@ class _Description:
         return self.objects[id(value)]
 
     def container(self, value: Any, name: str, depth: int) -> str:
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            return self.function(value, name, depth)
         if isinstance(value, (list, tuple)):
             return f"{type(value).__name__}({', '.join(self.value(item, name, depth) for item in value)})"
         if isinstance(value, (set, frozenset)):
@@ -129,23 +147,53 @@ class _Description:
             return f"dict({', '.join(sorted(items))})"
         if isinstance(value, functools.partial):
             return f"partial{self.value((value.func, value.args, value.keywords), name, depth)}"
-        attributes = getattr(value, "__dict__", None)
-        if not isinstance(attributes, dict):
+        attributes = attributes_of(value)
+        if attributes is None:
             raise NotStorableError(f"the attribute {name} is a {type(value).__name__}, which can't be described")
         inside = [f"{k}:{self.value(v, f'{name}.{k}', depth)}" for k, v in attributes.items() if k not in self.skip]
         return f"{self.function(type(value), name)}({', '.join(sorted(inside))})"
 
-    def function(self, value: Any, name: str) -> str:
-        """A function or class: by name where that finds it, otherwise by its code."""
-        bound = getattr(value, "__self__", None)
-        owner = f"{self.value(bound, name, 1)}." if isinstance(bound, nn.Module) else ""
-        title = f"{owner}{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-        if "<" not in title:
-            return title
-        code = getattr(value, "__code__", None)
-        if code is None:
+    def function(self, value: Any, name: str, depth: int = 1) -> str:
+        """A function or class: by name where that finds it as its file made it, otherwise by what it holds."""
+        if isinstance(value, types.MethodType):
+            return f"method {self.value(value.__func__, name, depth)} of {self.value(value.__self__, name, depth)}"
+        title = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+        if isinstance(value, types.FunctionType):
+            if _is_as_made(value):
+                return title
+            held = [held_by(cell) for cell in value.__closure__ or ()]
+            inside = [value.__defaults__, value.__kwdefaults__, vars(value), held]
+            return f"{title} {_code_text(value.__code__)} {self.value(inside, name, depth)}"
+        owner = getattr(value, "__self__", None)
+        if owner is not None and not isinstance(owner, (types.ModuleType, type)):
+            title = f"{self.value(owner, name, 1)}.{title}"
+        elif "<" in title:
             raise NotStorableError(f"{name} is {title}, which another process can't find")
-        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        constants = tuple(item for item in code.co_consts if not isinstance(item, types.CodeType))
-        text = (code.co_code.hex(), repr(constants), code.co_names, self.value(cells, name, 1))
-        return f"{title} {hashlib.sha256(repr(text).encode()).hexdigest()}"
+        return title
+
+
+def _is_as_made(function: types.FunctionType) -> bool:
+    """Whether a function is found by its name, and is the one that its file defines there: neither wrapped nor put in
+    the place of another."""
+    found: Any = sys.modules.get(function.__module__)
+    if getattr(found, "__dict__", None) is not function.__globals__ or function.__closure__ or vars(function):
+        return False
+    if function.__code__.co_qualname != function.__qualname__:
+        return False
+    for part in function.__qualname__.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    found = getattr(found, "__func__", found)  # of a static or class method
+    file = vars(sys.modules[function.__module__]).get("__file__")
+    return found is function and function.__code__.co_filename == file
+
+
+def _code_text(code: types.CodeType) -> str:
+    """A function's code, hashed: equal in every process of one Python where it does the same."""
+    constants = [_code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    text = (code.co_code.hex(), code.co_exceptiontable.hex(), constants, names, code.co_argcount, code.co_flags)
+    return hashlib.sha256(repr(text).encode()).hexdigest()
+
+
+def _constant(item: Any) -> str:
+    return f"frozenset {sorted(map(repr, item))}" if isinstance(item, frozenset) else repr(item)

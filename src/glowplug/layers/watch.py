@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.layers.describe import PRINTED
 from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_sharded, local_of
 from glowplug.layers.sources import Access, follow, parse_source
@@ -276,7 +277,7 @@ class Watch(ReadWatch):
         for cls in {base for module in self._modules.values() for base in type(module).__mro__}:
             if not is_own(cls.__module__):
                 for method, value in vars(cls).items():
-                    if isinstance(value, types.FunctionType) and not method.startswith("__"):
+                    if isinstance(value, types.FunctionType) and not method.startswith("__") and method not in PRINTED:
                         self._add(f"the class {cls.__qualname__}", cls, method)
         for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
             self._add_entry("torch's hooks of every module", vars(torch.nn.modules.module), table)

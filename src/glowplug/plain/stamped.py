@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.errors import (
+    AttributesReadError,
     CaptureError,
     CompileError,
     GlowplugError,
@@ -37,6 +38,8 @@ from glowplug.report import Report
 
 _PROGRAMS = 8
 """Programs of one module, at most; the calls that none of them serves are traced in full."""
+_DEEP = 4
+"""A stack of more layers, whose classes repeat, needs a reason not to be stamped."""
 
 
 @dataclass
@@ -127,14 +130,15 @@ class Stamper:
         self._reads: set[str] = set()
         self._watch: Watch | None = None
         self._programs: dict[Any, list[Stamped]] = {}
+        self._told: set[str] = set()
         self._template = self._choose()
 
     def _choose(self) -> Template | None:
         if self.options.stamp == "off" or self.options.resolved_identity != "hoisted" or self.model.training:
             return None
-        stack = find_repetition(self.model)
+        stack = find_repetition(self.model, self._told)
         try:
-            return templates.choose(stack) if stack is not None else None
+            return templates.choose(stack, _DEEP) if stack is not None else None
         except NotStampableError as exc:
             self._give_up(str(exc))
             return None
@@ -176,6 +180,10 @@ class Stamper:
         try:
             with collector_paused():
                 made = self._make(call, template)
+        except AttributesReadError as exc:
+            self._told |= exc.places
+            self._template = self._choose()
+            return self._build(call)
         except NotStampableError as exc:
             self._give_up(str(exc), template.layer_names(exc.layers))
             return None
@@ -200,8 +208,10 @@ class Stamper:
     def _make(self, call: PlainCall, template: Template) -> Stamped:
         """Trace the template, stamp it, compare."""
         report = self.report
+        reads: set[str] = set()
 
         def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
+            templates.check_reads(self.model, template, reads)
             arguments = {e.node: e.source for e in captured.inputs if SOURCE.fullmatch(e.source)}
             sizes = [e.source for e in captured.inputs if e.kind == "symint" and e.node not in arguments]
             if sizes:
@@ -224,10 +234,10 @@ class Stamper:
         with report.phase("trace"):
             short = templates.short_model(self.model, template)
             before = dict(report.phases)
-            built, assumptions = capture(traced_function(call), (short, examples(call)), consume, self._reads)
+            built, assumptions = capture(traced_function(call), (short, examples(call)), consume, reads)
         inner = sum(report.phases[name] - before[name] for name in before if name != "trace")
         report.phases["trace"] -= inner
-        templates.check_reads(template, self._reads)
+        self._reads |= reads
         with report.phase("verify"):
             made = Stamped(built.program, assumptions, self._compare(built, call), built.ends)
         self._watch = Watch(self.model, self._reads)

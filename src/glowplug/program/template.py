@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from glowplug.errors import NotStampableError
+from glowplug.errors import AttributesReadError, NotStampableError
 from glowplug.graph.capture import Captured
 from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_no_template
+from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
 
 _DEEP = 16
-"""Layers of a stack that is deep, whatever its kinds: that it has no template needs a reason."""
+"""Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ class Template:
         return tuple(map(self.stack.name_of, layers))
 
 
-def choose(stack: LayerStack) -> Template | None:
+def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
     """The template of a stack; None when the stack is no deeper than its template would be.
+
+    Args:
+        stack: the stack.
+        deep: layers of a stack that is deep, whatever its kinds: that it has no template needs a reason.
 
     Raises:
         NotStampableError: the stack is deep, but its layers differ too much.
@@ -56,8 +61,8 @@ def choose(stack: LayerStack) -> Template | None:
     depth, distinct = len(stack.kinds), len(set(stack.kinds))
     if 2 * distinct > depth > 4:
         raise NotStampableError(why_distinct(stack))
-    if depth > min(4 * distinct, _DEEP):
-        raise NotStampableError(why_no_template(stack.kinds))
+    if depth > min(4 * distinct, deep):
+        raise NotStampableError(why_not_repeated(stack))
     return None
 
 
@@ -71,20 +76,58 @@ def short_model(model: nn.Module, template: Template) -> nn.Module:
     return short
 
 
-def check_reads(template: Template, reads: Collection[str]) -> None:
-    """Refuse a template whose trace read a name that its layers' kinds leave out.
+def check_reads(model: nn.Module, template: Template, reads: Collection[str]) -> None:
+    """Refuse a template whose trace read an attribute that its layers' kinds leave out.
 
     Args:
+        model: the deep model.
         template: the template.
         reads: sources of what the trace read.
 
     Raises:
-        NotStampableError: it read one.
+        AttributesReadError: it read some.
     """
-    for attribute in template.stack.named_by:
-        place = re.compile(rf"{re.escape(_source(template.stack))}.*\.{attribute}\b")
-        if any(map(place.search, reads)):
-            raise NotStampableError(f"the layers read their own name in {attribute}")
+    unread = template.stack.unread
+    if not unread.attributes:
+        return
+    names = "|".join(map(re.escape, sorted(unread.names)))
+    mention = re.compile(rf"\.(?:__dict__\[')?({names})\b(?!\()")
+    found: set[str] = set()
+    for source in reads:
+        for match in mention.finditer(source):
+            owner = _evaluate(source[: match.start()], model)
+            if owner is None:  # who knows whose it is
+                found |= {place for (_, name), place in unread.attributes.items() if name == match[1]}
+            elif (id(owner), match[1]) in unread.attributes:
+                found.add(unread.attributes[id(owner), match[1]])
+        if source.endswith(".__dict__"):  # all of an object's attributes
+            owner = _evaluate(source.removesuffix(".__dict__"), model)
+            found |= {place for (holder, _), place in unread.attributes.items() if holder == id(owner)}
+        if unread.values and source.startswith("G["):
+            place = unread.values.get(id(_evaluate(source, model)))
+            found |= {place} if place is not None else set()
+    if found:
+        raise AttributesReadError(frozenset(found))
+
+
+_ROOT = re.compile(r"[LG]\['")
+
+
+def _evaluate(source: str, model: nn.Module) -> Any:
+    """What lies at a source, or at the end of one that breaks off inside of calls; None when that can't be told."""
+    for root in _ROOT.finditer(source):
+        try:
+            return eval(source[root.start() :], {"__builtins__": {}}, {"L": {"model": model}, "G": _Globals()})
+        except Exception:
+            continue
+    return None
+
+
+class _Globals(dict[str, Any]):
+    """The names under which a trace knows other files."""
+
+    def __missing__(self, name: str) -> Any:
+        return sys.modules[name.removeprefix("__import_").replace("_dot_", ".")]
 
 
 def layer_of(template: Template, captured: Captured) -> LayerOf | None:
@@ -109,6 +152,12 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
         return None
 
     return find
+
+
+def _words(source: str) -> str:
+    """A source as a person would write it."""
+    place = re.search(r"L\['model'\](.*)", source)
+    return re.sub(r"\._modules\['(\w+)'\]", r".\1", place[1]).strip(".)") if place is not None else source
 
 
 def _source(stack: LayerStack) -> str:
@@ -172,7 +221,7 @@ def _locate(
         places = [place for place in map(stack.index_of, aliases) if place is not None]
         layers = sorted({layer for layer, _ in places})
         if not aliases and _source(stack) in entry.source:
-            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {entry.source}")
+            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {_words(entry.source)}")
         if len(layers) == 1:
             own[entry.node] = places[0]
         elif layers and not all(
