@@ -22,6 +22,7 @@ from glowplug.errors import CaptureError
 from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.hf.caches import own_cache_class
 from glowplug.hf.mixer_entry import mixer_entry
+from glowplug.hf.rotary_entry import rotary_entry, rotary_layers
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import entry_of, sharded_modules
 from glowplug.ops.arguments import encode
@@ -320,6 +321,8 @@ def put_in_force(
         _set_forward(layer, _routed_entry)
     for layer in mixers.values():
         _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
+    for layer in rotary_layers(model).values():
+        _set_forward(layer, rotary_entry(layer))
 
 
 def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:

@@ -23,6 +23,7 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature
 from glowplug.hf.experts import ExpertsPlan
+from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
@@ -122,7 +123,7 @@ class Manifests:
             NotStorableError: the model can't be described.
         """
         facts = [
-            structure_of(self.model, SKIP),
+            structure_of(self.model, SKIP, followed=rotary_layers(self.model).values()),
             self.pieces.environment,
             transformers.__version__,
             repr(replace(signature, device=torch.device(signature.device.type))),

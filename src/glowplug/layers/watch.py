@@ -21,6 +21,8 @@ from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_sharded, local_of
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_AROUND = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+"""Those that a trace reads of a module whose own forward it does not see."""
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
 _READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
@@ -43,20 +45,27 @@ class Watch:
         model: the model, as it was compiled.
         reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. An attribute read
             from one module is watched on every module of its class.
+        followed: modules whose own forward runs at every call, behind an op: what they hold may change.
     """
 
-    def __init__(self, model: nn.Module, reads: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, reads: Iterable[str] = (), *, followed: Iterable[nn.Module] = ()) -> None:
         modules = dict(model.named_modules())
+        self._followed = set(map(id, followed))
         self._owners: list[tuple[str, str]] = []
         self._dicts: list[Mapping[str, Any]] = []
         self._keys: list[str] = []
         self._collect(model, modules, reads)
         self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
         self._remember()
-        self._tables = [(name, table, getattr(m, table)) for name, m in modules.items() for table in _TABLES]
+        self._tables = [
+            (name, table, getattr(m, table))
+            for name, m in modules.items()
+            for table in (_TABLES if id(m) not in self._followed else _AROUND)
+        ]
         self._live = [content for _, _, content in self._tables]
         self._copies = [dict(content) for content in self._live]
-        self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        own = {id(t) for m in modules.values() if id(m) in self._followed for t in m.buffers(recurse=False)}
+        self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}.values())
         self._layouts = [_layout(tensor) for tensor in self._tensors]
         self._sharded = any(map(is_sharded, self._tensors))
         self._pointers = self._read_pointers()
@@ -97,6 +106,8 @@ class Watch:
                 if type(module) is cls and (other := _follow(module, attributes)) is not None:
                     self._add(f"the model's {type(other).__name__}", other.__dict__, key, seen)
         for path, module in modules.items():
+            if id(module) in self._followed:
+                continue
             # A module's own `forward` is what wrappers replace; the root's is glowplug's.
             always = {"training", "forward"} if path else {"training"}
             for attribute in sorted(by_class.get(type(module), set()) | always):
