@@ -7,7 +7,7 @@ import threading
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
-from glowplug.errors import UsageError
+from glowplug.errors import CompileError, UsageError
 
 __all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler", "warm_up", "warm_up_loading"]
 
@@ -30,7 +30,15 @@ def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
 
 
 def warm_up(compiler: PieceCompiler, device_type: str) -> None:
-    """Start a compiler's one-off work, if it knows any."""
+    """Start a compiler's one-off work, if it knows any.
+
+    Raises:
+        CompileError: it can't compile for that device here; the message says what to do.
+    """
+    ask = getattr(compiler, "problem", None)
+    problem = ask(device_type) if ask is not None else None
+    if problem is not None:
+        raise CompileError(problem)
     begin = getattr(compiler, "warm_up", None)
     if begin is not None:
         begin(device_type)

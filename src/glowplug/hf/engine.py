@@ -25,6 +25,7 @@ from glowplug.hf.served import Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
+from glowplug.reasons import switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.store import open_store
 
@@ -179,6 +180,9 @@ class Engine:
 
     def _unfit(self, embeds: Any = None) -> str | None:
         """Why no call can be served now, or None."""
+        off = switched_off()
+        if off is not None:
+            return off
         model = self.model
         if model.training:
             return "the model is in training mode; call model.eval()"
@@ -222,8 +226,8 @@ class Engine:
                     found = self.builder.build(call)
                 except (LayerOrderError, NotServableError):
                     raise
-                except GlowplugError as exc:
-                    found = str(exc)
+                except (GlowplugError, OSError) as exc:  # such as a full disk
+                    found = why(exc)
                 self._keep(call.signature, found)
             return found
 

@@ -33,6 +33,7 @@ from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
+from glowplug.reasons import said
 from glowplug.store.manifest import Manifest, Place
 from glowplug.store.store import ArtifactStore
 
@@ -203,7 +204,7 @@ class Manifests:
                 bind, name_of = binder(stack, registry, manifest.handles), stack.name_of
             program = manifest.plan.write(runners, values, bind)
         except (AttributeError, KeyError, IndexError) as exc:
-            raise ArtifactError(f"it does not fit the model: {type(exc).__name__}: {exc}") from exc
+            raise ArtifactError(f"it does not fit the model: {said(exc)}") from exc
         return replace(program, outline=manifest.plan.whole_outline(name_of))
 
     def keep(self, key: str, manifest: Manifest) -> None:

@@ -1,5 +1,5 @@
-"""Rotary embeddings that change with the length of the sequence (`dynamic`, `longrope`): which modules they are, and what
-traces see in the place of their forward. Checked on transformers 5.17 and 5.23.
+"""Rotary embeddings whose tables change with the length of the sequence (`dynamic`, `longrope`): which modules they
+are, and what traces see in the place of their forward. Checked on transformers 5.17 and 5.23.
 
 Such a module asks in Python for the largest position, and keeps what it worked out: no trace can hold that. It runs
 whole, as in eager, behind `glowplug::rotary`; so whatever it holds is always followed.
@@ -29,7 +29,7 @@ def rotary_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if _is_decorated(type(module)) and any(map(_changes, rope_types(module)))
+        if any(map(_changes, rope_types(module))) and _is_decorated(type(module))  # type: ignore[arg-type]
     }
 
 
@@ -46,7 +46,7 @@ def _changes(kind: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_decorated(cls: type) -> bool:
+def _is_decorated(cls: type[nn.Module]) -> bool:
     function: Any = getattr(cls, "forward", None)
     while function is not None:
         if getattr(function, "__globals__", {}).get("__name__") == _UPDATES:
@@ -80,8 +80,8 @@ def _forms(module: nn.Module) -> dict[tuple[str | None, int], Form]:
     return {key: form for key, form in asked.items() if form is not None}
 
 
-_SHAPES = ((3, 5), (3, 2, 5), (4, 2, 5))
-"""Of positions; what has more dims than `[batch, tokens]` has them first: one for time, height and width each."""
+_SHAPES = ((2, 5), (3, 2, 5))
+"""Of positions: `[batch, tokens]`, and those for time, height and width, one below the other."""
 
 
 def _form(module: nn.Module, layer_type: str | None, shape: tuple[int, ...]) -> Form | None:
@@ -123,14 +123,15 @@ def _zeros(value: Any) -> Any:
 
 @contextlib.contextmanager
 def rotary_state_kept(model: nn.Module) -> Iterator[None]:
-    """Give the model's rotary embeddings back, at the end, what they had worked out: a comparison must leave no mark."""
+    """At the end, give the model's rotary embeddings back what they had worked out: a comparison leaves no mark."""
     kept = [(module, _state(module)) for module in rotary_layers(model).values()]
     try:
         yield
     finally:
         for module, (attributes, buffers, values) in kept:
-            for tensor, value in values:
-                tensor.copy_(value)
+            with torch.inference_mode():  # it lets tensors of either mode be written to
+                for tensor, value in values:
+                    tensor.copy_(value)
             module._buffers.clear()
             module._buffers.update(buffers)
             for name in module.__dict__.keys() - attributes.keys():

@@ -18,16 +18,21 @@ from glowplug.backend import glowplug_backend
 from glowplug.compilers import get_compiler
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.ops import order_layers
 from glowplug.options import Options
 from glowplug.plain.stamped import Stamper
+from glowplug.reasons import is_tracers, switched_off, told, why
 from glowplug.report import Report
 
 try:
+    from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.utils import counters as _dynamo_counters
+    from torch._dynamo.utils import graph_break_reasons as _breaks
 except ImportError:  # pragma: no cover - private; checked on torch 2.11 and 2.13. Without it, breaks go unreported.
-    _dynamo_counters = {}
+    TorchDynamoException = ()
+    _dynamo_counters, _breaks = {}, []
 
 
 _entries = itertools.count()
@@ -55,11 +60,13 @@ class ModuleEngine:
         self._compiled: Any = None
         self._stamper: Stamper | None = None
         self._changes = 0
+        self._unfit: str | None = None
 
     def _start(self) -> LayerRegistry:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
         self.registry = registry = register_layers(self.model, identity=self.options.resolved_identity)
         order_layers(registry)
+        self._unfit = unfit(self.model)
         compiler = get_compiler(self.options.compiler)
         self.report.compiler = compiler.name
         self._stamper = Stamper(self.model, registry, self.options, compiler, self.report)
@@ -88,18 +95,23 @@ class ModuleEngine:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, compiled."""
+        off = switched_off()
+        if off is not None:
+            return self._eager(off, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*self.model.parameters(), *tensors)):
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
+        if self._stamper is None:
+            self._start()
+        if self._unfit is not None:
+            return self._eager(self._unfit, args, kwargs)
         run = self._stamped(args, kwargs)
         return run() if run is not None else self._traced(args, kwargs)
 
     def _stamped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
         """What runs the call by a stamped program, or None."""
-        if self._stamper is None:
-            self._start()
         assert self._stamper is not None
         changed = self._stamper.changed
         if changed is not None:
@@ -118,7 +130,7 @@ class ModuleEngine:
         """The module's forward, traced in full."""
         registry = self.registry
         assert registry is not None
-        breaks = dict(_dynamo_counters.get("graph_break", {}))
+        breaks, places = dict(_dynamo_counters.get("graph_break", {})), len(_breaks)
         programs = self.report.programs
         with _guard_hooks(), forward_context(ForwardContext(registry, None, self.check_order)):
             try:
@@ -127,13 +139,17 @@ class ModuleEngine:
                 cause = _glowplug_cause(exc)
                 if cause is not None:
                     raise cause from exc
-                raise
+                if not (isinstance(exc, TorchDynamoException) or is_tracers(exc)):
+                    raise
+                return self._eager(why(exc), args, kwargs)
         if self.report.programs != programs and self.report.strategy != "stamped":
             self.report.strategy = self.options.resolved_identity
         found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
         if found or self.report.programs > programs + 1:
-            why = f": {found[0].splitlines()[0]}" if found else ""
-            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{why}")
+            at = _breaks[places] if len(_breaks) > places else None
+            reason = told(at.reason, at.user_stack) if at is not None else told(found[0]) if found else ""
+            reason = f": {reason}" if reason else ""
+            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{reason}")
         return output
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

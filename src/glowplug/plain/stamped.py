@@ -33,6 +33,7 @@ from glowplug.plain.twin import differs, make_twin, states_differ
 from glowplug.program import Built, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.reasons import said
 from glowplug.report import Report
 
 _PROGRAMS = 8
@@ -168,14 +169,14 @@ class Stamper:
         template = self._template
         if template is None or sum(map(len, self._programs.values())) >= _PROGRAMS:
             return None
-        warm_up(self.compiler, call.tensors[0].device.type)
         try:
+            warm_up(self.compiler, call.tensors[0].device.type)
             with collector_paused():
                 made = self._make(call, template)
         except NotStampableError as exc:
             self._give_up(str(exc), template.layer_names(exc.layers))
             return None
-        except CompileError:
+        except (CompileError, OSError):
             self._template = None  # the full trace meets the same, and reports it
             return None
         except (CaptureError, LayerLookupError) as exc:
@@ -255,7 +256,7 @@ class Stamper:
             except GlowplugError:
                 raise
             except Exception as exc:
-                raise NotStampableError(f"the program raised {type(exc).__name__}: {exc}") from exc
+                raise NotStampableError(f"the program raised {said(exc)}") from exc
             reason = (
                 differs(actual, leaves, exact=exact)
                 or differs(copies, given, exact=exact)
