@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.layers.handle import LayerHandle
-from glowplug.reasons import switched_off, why
+from glowplug.reasons import named, switched_off, why
 
 try:
     from torch._dynamo.exc import RestartAnalysis
@@ -87,7 +87,7 @@ def describe(gm: fx.GraphModule) -> Captured:
             kind = "handle"
         elif not isinstance(value, torch.Tensor):
             raise CaptureError(
-                f"graph input {arg.source.name!r} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
+                f"{named(arg.source.name)} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
                 "handles. Keep other objects in the layer, where a layer op can read them."
             )
         inputs.append(GraphInput(node.name, arg.source.name, kind, value))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from glowplug.backend import glowplug_backend
-from glowplug.compilers import get_compiler
+from glowplug.compilers import get_compiler, why_unable
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.fitness import unfit
@@ -62,13 +62,16 @@ class ModuleEngine:
         self._changes = 0
         self._unfit: str | None = None
 
-    def _start(self) -> LayerRegistry:
+    def _start(self) -> None:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
         self.registry = registry = register_layers(self.model, identity=self.options.resolved_identity)
         order_layers(registry)
-        self._unfit = unfit(self.model)
         compiler = get_compiler(self.options.compiler)
         self.report.compiler = compiler.name
+        device = next((parameter.device.type for parameter in self.model.parameters()), "cpu")
+        self._unfit = unfit(self.model) or why_unable(compiler, device)
+        if self._unfit is not None:
+            return
         self._stamper = Stamper(self.model, registry, self.options, compiler, self.report)
         settings: dict[str, Any] = {
             "compiler": self.options.compiler,
@@ -81,7 +84,6 @@ class ModuleEngine:
             options=settings,
             fullgraph=self.options.strict,
         )
-        return registry
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleEngine:
         model = memo.get(id(self.model))
@@ -103,7 +105,7 @@ class ModuleEngine:
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
-        if self._stamper is None:
+        if self.registry is None:
             self._start()
         if self._unfit is not None:
             return self._eager(self._unfit, args, kwargs)

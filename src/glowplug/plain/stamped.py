@@ -33,7 +33,7 @@ from glowplug.plain.twin import differs, make_twin, states_differ
 from glowplug.program import Built, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.reasons import said
+from glowplug.reasons import named, said
 from glowplug.report import Report
 
 _PROGRAMS = 8
@@ -201,7 +201,7 @@ class Stamper:
             arguments = {e.node: e.source for e in captured.inputs if SOURCE.fullmatch(e.source)}
             sizes = [e.source for e in captured.inputs if e.kind == "symint" and e.node not in arguments]
             if sizes:
-                raise NotStampableError(f"the trace depends on a size that no argument has: {sizes[0]}")
+                raise NotStampableError(f"the trace depends on a size that no argument has: {named(sizes[0])}")
             bound = {e.node: e.value for e in captured.inputs if e.node not in arguments}
             built = build_program(
                 captured,

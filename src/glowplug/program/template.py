@@ -17,6 +17,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_no_template
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
+from glowplug.reasons import named
 
 _DEEP = 16
 """Layers of a stack that is deep, whatever its kinds: that it has no template needs a reason."""
@@ -172,7 +173,7 @@ def _locate(
         places = [place for place in map(stack.index_of, aliases) if place is not None]
         layers = sorted({layer for layer, _ in places})
         if not aliases and _source(stack) in entry.source:
-            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {entry.source}")
+            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {named(entry.source)}")
         if len(layers) == 1:
             own[entry.node] = places[0]
         elif layers and not all(
