@@ -63,10 +63,15 @@ def plain(text: str) -> str:
     lines = (line.strip() for line in text.splitlines())
     line = next((line for line in lines if line and not _NOISE.match(line)), "")
     line = re.sub(r"^Unsupported\b:? ?", "not supported: ", line)
-    for pattern, stands in _STANDS:
-        line = pattern.sub(stands, line)
-    line = " ".join(line.split()).rstrip(" :.")
+    line = one_line(line).rstrip(" :.")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST].rpartition(' ')[0]} ..."
+
+
+def one_line(text: str) -> str:
+    """A text in one line, objects by the names of what they are, without addresses."""
+    for pattern, stands in _STANDS:
+        text = pattern.sub(stands, text)
+    return " ".join(text.split())
 
 
 _STANDS = (
@@ -160,18 +165,19 @@ def _untraceable(exc: BaseException) -> str:
     """What the model does that a trace can't follow, and where."""
     text = str(exc)
     kind, debug = _parts(text)
-    raised = re.search(r"raised exception (\w+)\((.*)\)", debug) if kind.startswith("Observed exception") else None
-    if raised is not None:
-        message = raised[2].strip("'\"")
-        if issubclass(getattr(errors, raised[1], Exception), GlowplugError):
-            return message
-        return f"traced, the model raised {raised[1]}{f': {plain(raised[2])}' if message else ''}"
-    what = _told(kind, debug, text)
     frames = _frames(getattr(exc, "real_stack", None) or ())
     if not frames:
         tail = text.partition("from user code")[2]
         frames = [(file, int(line), "") for file, line in re.findall(r'File "([^"]+)", line (\d+)', tail)]
     place = _place(frames)
+    raised = re.search(r"raised exception (\w+)\((.*)\)", debug) if kind.startswith("Observed exception") else None
+    if raised is not None:
+        message = raised[2].strip("'\"")
+        if issubclass(getattr(errors, raised[1], Exception), GlowplugError):
+            return message
+        said_so = f": {plain(raised[2])}" if message else ""
+        return f"traced, the model raised {raised[1]}{said_so}{f', at {place}' if place else ''}"
+    what = _told(kind, debug, text)
     if what is None and place is None:
         return f"torch.compile can't trace the model, for a reason of its own ({type(exc).__name__})"
     return f"{place or 'the model'} {what or 'does something that a trace can not follow'}"
