@@ -6,10 +6,11 @@ and 2.13).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -160,7 +161,7 @@ def capture(
         # Sizes 0 and 1 get no special treatment: what the trace assumes of a size is then always written down.
         symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
-        torch.compiler.set_stance("default"),  # under any other, the function might run
+        _traces(),
     ):
         try:
             compiled(*args)
@@ -174,6 +175,12 @@ def capture(
     if not job.result:
         raise CaptureError("the function has no tensor computation to capture")
     return job.result[0]
+
+
+def _traces() -> AbstractContextManager[Any]:
+    """Put the stance in force under which a function is traced; under any other it might run."""
+    stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")
+    return contextlib.nullcontext() if stance == "default" else torch.compiler.set_stance("default")
 
 
 def traced_files() -> frozenset[str]:
