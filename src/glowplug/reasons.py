@@ -7,7 +7,6 @@ Goes by the names of torch's exceptions and the form of their messages (private;
 from __future__ import annotations
 
 import errno
-import linecache
 import os
 import re
 import sys
@@ -168,7 +167,7 @@ def _untraceable(exc: BaseException) -> str:
     frames = _frames(getattr(exc, "real_stack", None) or ())
     if not frames:
         tail = text.partition("from user code")[2]
-        frames = [(file, int(line), "") for file, line in re.findall(r'File "([^"]+)", line (\d+)', tail)]
+        frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', tail)]
     place = _place(frames)
     raised = re.search(r"raised exception (\w+)\((.*)\)", debug) if kind.startswith("Observed exception") else None
     if raised is not None:
@@ -241,14 +240,10 @@ def _called(kind: str, debug: str) -> str | None:
     return None
 
 
-def _place(frames: Sequence[tuple[str, int, str]]) -> str | None:
-    """The innermost line of code that is not of torch, Python or glowplug."""
+def _place(frames: Sequence[tuple[str, int]]) -> str | None:
+    """The innermost line of code that is not of torch, Python or glowplug, as `file.py:line`."""
     own = [frame for frame in frames if not _is_librarys(frame[0])]
-    if not own:
-        return None
-    file, line, code = own[-1]
-    code = " ".join((code or linecache.getline(file, line)).split())
-    return f"{Path(file).name}:{line}{f' (`{code[:120]}`)' if code else ''}"
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else None
 
 
 def _is_librarys(file: str) -> bool:
@@ -257,8 +252,8 @@ def _is_librarys(file: str) -> bool:
     return file.startswith((*packages, "<")) or in_python
 
 
-def _frames(stack: Iterable[FrameSummary]) -> list[tuple[str, int, str]]:
-    return [(frame.filename, frame.lineno or 0, frame.line or "") for frame in stack]
+def _frames(stack: Iterable[FrameSummary]) -> list[tuple[str, int]]:
+    return [(frame.filename, frame.lineno or 0) for frame in stack]
 
 
 def switched_off() -> str | None:
