@@ -15,8 +15,9 @@ import glowplug
 from glowplug.hf import trials
 from glowplug.hf.attention_kinds import attention_kinds, observed
 from glowplug.hf.interfaces import attention_layers
+from glowplug.layers import ForwardContext, forward_context
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention
-from glowplug.ops.inside import INSIDE_ATTR, AttentionInside
+from glowplug.ops.inside import AttentionInside
 from test_insides import Uncompiled
 
 FAMILIES = ["gpt_oss", "qwen3_moe", "glm4_moe"]
@@ -39,7 +40,8 @@ def compiled(family: str = "gpt_oss", **options: Any) -> PreTrainedModel:
 
 
 def insides(model: nn.Module) -> dict[str, AttentionInside]:
-    return {name: module.__dict__[INSIDE_ATTR] for name, module in attention_layers(model).items()}
+    in_use = model.forward.builder.in_use.every
+    return {name: in_use[id(module)] for name, module in attention_layers(model).items()}
 
 
 def counted(model: nn.Module) -> list[str]:
@@ -93,7 +95,7 @@ def test_one_kernel_is_left_alone() -> None:
     glowplug.compile(model, compiler=Uncompiled(), inside="compiled", experts="opaque")
     with torch.no_grad():
         model(families.prompt(2, 5))
-    assert not any(INSIDE_ATTR in layer.__dict__ for layer in attention_layers(model).values())
+    assert not any(id(layer) in model.forward.builder.in_use.every for layer in attention_layers(model).values())
     assert model.forward.builder.prover.forms == {}
 
 
@@ -126,6 +128,8 @@ def test_other_calls_run_the_layers_own_function(name: str) -> None:
     model = compiled()
     with torch.no_grad():
         model(families.prompt(2, 5))
+    context = ForwardContext(model.forward.registry, insides=model.forward.builder.in_use.every)
+    with torch.no_grad(), forward_context(context):
         path, inside = next(iter(insides(model).items()))
         layer = model.get_submodule(path)
         generator = torch.Generator().manual_seed(0)
@@ -152,7 +156,6 @@ def test_a_copy_has_none_of_its_own() -> None:
         model(ids)
         twin = copy.deepcopy(model)
         for layer in attention_layers(twin).values():
-            assert layer.__dict__.get(INSIDE_ATTR) is None
             layer.sinks.mul_(3)
         assert not torch.allclose(twin(ids).logits, model(ids).logits)
         torch.testing.assert_close(twin(ids).logits, type(twin).forward(twin, ids).logits, rtol=1e-5, atol=1e-5)
@@ -203,7 +206,7 @@ def test_a_function_that_needs_more_than_its_tensors_is_not_compiled(function: A
     report = glowplug.report(compiled())
     made = glowplug.hf.insides.Insides(model, [kind], Uncompiled(), report)
     made.compile_here()
-    assert INSIDE_ATTR not in layer.__dict__
+    assert made.in_use.every == {}
     assert report.insides == []
 
 

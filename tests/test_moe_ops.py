@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import families
+from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops import moe
-from glowplug.ops.inside import INSIDE_ATTR, Inside
+from glowplug.ops.inside import Inside
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -64,8 +65,9 @@ def test_a_compiled_inside_is_used(block: nn.Module) -> None:
         seen.extend(arguments)
         return (torch.zeros(3, 64),)
 
-    block.experts.__dict__[INSIDE_ATTR] = Inside(block.experts, piece, ("a0", "a1", "a2"), count=3, tokens=3)
-    assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
+    inside = Inside(block.experts, piece, ("a0", "a1", "a2"), count=3, tokens=3)
+    with forward_context(ForwardContext(register_layers(block), insides={id(block.experts): inside})):
+        assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
     assert [a is b for a, b in zip(seen, (x, index, weights), strict=True)] == [True] * 3
 
 

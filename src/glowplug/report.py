@@ -17,6 +17,7 @@ from glowplug.reasons import one_line
 
 logger = logging.getLogger("glowplug")
 
+_STEPS_DOWN = {"eager": "runs this call eager", "hoisted": "traces every layer", "op": "runs ops uncompiled"}
 PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
 
@@ -27,7 +28,7 @@ class Fallback:
     Attributes:
         reason: what could not be served, and why.
         layers: qualified names of the layers that caused it; empty when it is the whole call.
-        to: what ran instead: `"eager"` or `"hoisted"`.
+        to: what ran instead: `"eager"`, `"hoisted"`, or `"op"` (the own code of opaque ops, uncompiled).
     """
 
     reason: str
@@ -131,6 +132,7 @@ class Report:
         phases: seconds spent, by phase: load (from the store), trace, split, fingerprint, stamp, compile, bind, verify,
             store.
         fallbacks: each step down the ladder, once, with its reason.
+        serving: what served the latest call: `"program"`, or `"eager: REASON"`; `"nothing yet"` before the first.
         template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
         programs: how many programs were built (one for each signature of inputs, normally one).
         insides: the compiled insides of opaque experts and of attention.
@@ -151,6 +153,7 @@ class Report:
     elsewhere: ElsewhereReport | None = None
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     fallbacks: list[Fallback] = field(default_factory=list)
+    serving: str = "nothing yet"
     programs: int = 0
     template_layers: int = 0
     insides: list[InsideReport] = field(default_factory=list)
@@ -175,8 +178,7 @@ class Report:
                 return
             self.fallbacks.append(fallback)
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        what = "runs this call eager" if to == "eager" else "traces every layer"
-        logger.warning("glowplug %s: %s%s", what, fallback.reason, where)
+        logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
 
     def found(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""
@@ -204,6 +206,7 @@ class Report:
             if self.elsewhere is not None
             else None,
             "store": asdict(self.store) if self.store is not None else None,
+            "serving": self.serving,
             "programs": self.programs,
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-FORM = 2
+FORM = 3
 """Of what is stored; a change of it makes all that was stored before unreachable."""
 _VOLATILE = ("compile_threads", "worker_", "trace.", "verbose", "debug", "log", "remote_cache", "cache_dir", "_cache")
 """Inductor options that change how a piece is compiled and not what comes of it, by parts of their names."""

@@ -120,8 +120,20 @@ class _Capture(Generic[T]):
                 raise
             self.error = exc
         if self.reads is not None:
-            self.reads.update(guard.name for guard in TracingContext.get().guards_context.dynamo_guards)
+            self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
         raise _Captured
+
+
+def _read_by(guard: Any) -> str:
+    """The source of what the trace relied on; of an attribute or a key that it looked for, in vain or not, too."""
+    check = guard.create_fn
+    details = getattr(check, "keywords", None) or {}
+    what = getattr(getattr(check, "func", check), "__name__", "")
+    if "attr" in details:
+        return f"{guard.name}.{details['attr']}"
+    if what == "DICT_CONTAINS" and "key" in details:
+        return f"{guard.name}[{details['key']!r}]"
+    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
 
 
 def capture(

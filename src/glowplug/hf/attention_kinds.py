@@ -191,8 +191,8 @@ def attention_kinds(model: nn.Module, forms: Mapping[str, AttentionForm]) -> lis
         if len(named) <= _FURTHER and all(isinstance(place, int) for _, place in named):
             groups.setdefault((form, layers[name].__dict__.get(ATTENTION_FN_ATTR)), {})[name] = layers[name]
     return [
-        AttentionKind(_OP, names, members, form)
+        AttentionKind(_OP, *kind, form)
         for (form, function), named in groups.items()
         if function is not None
-        for names, members in by_kind(named)
+        for kind in by_kind(named)
     ]

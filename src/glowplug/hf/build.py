@@ -18,10 +18,10 @@ from glowplug.errors import CaptureError, LayerLookupError, NotServableError, No
 from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import insides, interfaces, trace, verify
+from glowplug.hf import interfaces, trace, verify
 from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
-from glowplug.hf.insides import Insides
+from glowplug.hf.insides import Insides, InUse
 from glowplug.hf.kinds import Slots, experts_kinds, read_slots
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.prover import Prover
@@ -141,6 +141,11 @@ class Builder:
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
         return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
+
+    @property
+    def in_use(self) -> InUse:
+        """The insides that a sequence is to run that begins now."""
+        return self.insides.in_use if self.insides is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
@@ -271,7 +276,6 @@ class Builder:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
             for op, names in plan.orders.items():
                 self.registry.set_order(op, names)
-            insides.forget(list(plan.layers.values()))
         self.report.experts = plan.kind
         return plan
 
@@ -398,7 +402,9 @@ class Builder:
         if template is not None:
             templates.check_reads(template, self._reads)
         built = recipe.built
-        return Served(built.program, assumptions, verify.output_type(model), built.uncompiled, recipe=recipe)
+        made = Served(built.program, assumptions, verify.output_type(model), built.ends)
+        made.uncompiled, made.recipe = built.uncompiled, recipe
+        return made
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""

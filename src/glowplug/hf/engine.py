@@ -4,10 +4,15 @@ to the model's own forward with a recorded reason.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.elsewhere import Background, rebuild, with_store
+from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.served import Served
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
@@ -29,7 +35,24 @@ from glowplug.reasons import switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.store import open_store
 
+logger = logging.getLogger("glowplug")
+
+_REFUSALS = 4
+"""How often a program for calls of one signature is tried to be made, if the model has changed each time."""
 _SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no program for calls of a signature.
+
+    Attributes:
+        reason: in words.
+        watch: finds changes of the model since; None where they make no difference.
+    """
+
+    reason: str
+    watch: Watch | None
 
 
 class Engine:
@@ -38,13 +61,16 @@ class Engine:
     Args:
         model: a decoder-only causal language model, in eval mode.
         options: how to compile it.
+        own: the forward that somebody put on the model before it was compiled. It runs as it is; no program does what
+            it does.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Options) -> None:
+    def __init__(self, model: PreTrainedModel, options: Options, own: Callable[..., Any] | None = None) -> None:
         functools.update_wrapper(self, type(model).forward, updated=())
-        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
+        self.__signature__ = inspect.signature(own or type(model).forward.__get__(model))
         self.model = model
         self.options = options
+        self.own = own
         compiler = get_compiler(options.compiler)
         self.report = Report(compiler=compiler.name)
         self.keeps: Any = None
@@ -59,10 +85,10 @@ class Engine:
         self._rebuild = functools.partial(rebuild, model, options)
         self._builder: Builder | None = None
         self._lock = threading.RLock()
-        self._served: dict[Signature, Served | str] = {}
+        self._served: dict[Signature, Served | Refusal] = {}
+        self._refusals: Counter[Signature] = Counter()
         self._watch: Watch | None = None
         self._implementations: tuple[Any, ...] = ()
-        self._stale: str | None = None
 
     @property
     def builder(self) -> Builder:
@@ -95,10 +121,10 @@ class Engine:
         model = memo.get(id(self.model))
         if model is None:
             raise NotServableError("a compiled forward can't be copied without its model; copy the model")
-        return Engine(model, self.options)
+        return Engine(model, self.options, copy.deepcopy(self.own, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Engine, (self.model, self.options)
+        return Engine, (self.model, self.options, self.own)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,41 +133,79 @@ class Engine:
         call = read_call(self.model, args, kwargs) if reason is None else reason
         if isinstance(call, str):
             return self._eager(call, args, kwargs)
-        served = self._served.get(call.signature)
+        served = self._known(call.signature)
+        known = served is not None
         if served is None and self._background is not None and call.signature not in self._met:
             self._met.add(call.signature)  # nothing at all is done before the first answer
-            return type(self.model).forward(self.model, *args, **kwargs)
+            return self._meanwhile(args, kwargs)
         builder = self.builder
         if served is None and self._background is not None:
             served = self._take_over(call, self._background)
             if served is None:
-                output = type(self.model).forward(self.model, *args, **kwargs)
+                output = self._meanwhile(args, kwargs)
                 self._background.start(call)
                 return output
         elif served is None:
             served = self._build(call)
-        elif builder.pending and not _begun(call):
-            builder.poll()
-        if isinstance(served, str):
-            return self._eager(served, args, kwargs)
+        if isinstance(served, Refusal):
+            return self._eager(served.reason, args, kwargs)
         broken = served.broken_by(call)
         if broken is not None:
             return self._eager(broken, args, kwargs)
-        assert self.registry is not None
-        return served.run(call, self.registry, check_order=self.check_order)
+        running = served.sequences.of(call.cache) if _begun(call) else None
+        if running is None:
+            if known:
+                self._poll()
+            running = served.begin(call.cache, builder.in_use)
+        self.report.serving = "program"
+        return served.run(
+            call,
+            builder.layers,
+            program=running.program,
+            insides=running.insides.unchanged(self.report),
+            check_order=self.check_order,
+        )
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.options.strict:
             raise NotServableError(f"{reason} (strict=True: nothing runs eager)")
         self.report.fall_back(reason)
+        self.report.serving = f"eager: {reason}"
+        return self._forward(*args, **kwargs)
+
+    def _meanwhile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.report.serving = "eager: the program is being built in another process"
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward as it was before it was compiled."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _take_over(self, call: Call, background: Background) -> Served | str | None:
+    def _poll(self) -> None:
+        """Put to use what was compiled beside serving. Whatever comes of it, the call goes on."""
+        if self.builder.pending:
+            try:
+                self.builder.poll()
+            except Exception:
+                logger.exception("glowplug: what was compiled beside serving can't be taken")
+
+    def _known(self, signature: Signature) -> Served | Refusal | None:
+        """What is known of calls of a signature. A refusal holds while the model is what it was: a hook that can't be
+        traced may only be there for a while."""
+        known = self._served.get(signature)
+        if isinstance(known, Refusal) and known.watch is not None and self._refusals[signature] < _REFUSALS:
+            return known if known.watch.change() is None else None
+        return known
+
+    def _take_over(self, call: Call, background: Background) -> Served | Refusal | None:
         """The program that was built elsewhere; None while there is none, and eager is to serve."""
         with self._lock:
-            found = self._served.get(call.signature)
-            if found is not None:
-                return found
+            known = self._served.get(call.signature)
+            if known is not None:
+                return known
+            found: Served | str | None
             outcome = background.outcome(call)
             if outcome is None and call.signature in background.begun:
                 return None
@@ -152,9 +216,7 @@ class Engine:
                 if found is None and outcome is not None:
                     problems = self.builder.store.problems if self.builder.store is not None else []
                     found = f"what another process built can't be used: {problems[-1] if problems else 'it is gone'}"
-            if found is not None:
-                self._keep(call.signature, found)
-            return found
+            return self._keep(call.signature, found) if found is not None else None
 
     def settle(self, timeout_s: float) -> None:
         """Wait for what is compiled beside serving, and put it to use."""
@@ -172,8 +234,8 @@ class Engine:
             self.report.fall_back(call)
             return self.report
         found = self._build(call)
-        if isinstance(found, str):
-            self.report.fall_back(found)
+        if isinstance(found, Refusal):
+            self.report.fall_back(found.reason)
         return self.report
 
     # -- what can't be served ---------------------------------------------------------------------------------
@@ -184,31 +246,33 @@ class Engine:
         if off is not None:
             return off
         model = self.model
+        if self.own is not None:
+            return (
+                f"before it was compiled the model was given a forward of its own ({_name(self.own)}), which runs as "
+                "it is; compile the model first, then wrap model.forward"
+            )
         if model.training:
             return "the model is in training mode; call model.eval()"
         if torch.is_grad_enabled() and (self._needs_grad() or getattr(embeds, "requires_grad", False)):
             return "grad mode is on and the model's weights or inputs need gradients; run under torch.no_grad()"
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return "autocast is on; load the model in the dtype that it is to run in"
-        if self._watch is not None:
-            changed = self._changed()
-            if changed is not None:
-                return changed
-        return self._stale
+        return self._changed() if self._watch is not None else None
 
     def _needs_grad(self) -> bool:
         return any(parameter.requires_grad for parameter in self.model.parameters())
 
     def _changed(self) -> str | None:
+        """What is not as it was when the model was compiled; None once it is again."""
         assert self._watch is not None
         if self._read_implementations() != self._implementations:
             what = "the attention or experts implementation was changed after compiling"
-            self._stale = f"{what}; call glowplug.compile(model) again"
-        elif self._stale is None:
+        else:
             reason = self._watch.change()
-            if reason is not None:
-                self._stale = f"the model was changed after compiling: {reason}; call glowplug.compile(model) again"
-        return self._stale
+            if reason is None:
+                return None
+            what = f"the model was changed after compiling: {reason}"
+        return f"{what}; change it back, or call glowplug.compile(model) again"
 
     def _read_implementations(self) -> tuple[Any, ...]:
         config = self.model.config.get_text_config()
@@ -218,25 +282,37 @@ class Engine:
 
     # -- building ---------------------------------------------------------------------------------------------
 
-    def _build(self, call: Call) -> Served | str:
+    def _build(self, call: Call) -> Served | Refusal:
         with self._lock:
-            found = self._served.get(call.signature)
-            if found is None:
-                try:
-                    found = self.builder.build(call)
-                except (LayerOrderError, NotServableError):
-                    raise
-                except (GlowplugError, OSError) as exc:  # such as a full disk
-                    found = why(exc)
-                self._keep(call.signature, found)
-            return found
+            known = self._known(call.signature)
+            if known is not None:
+                return known
+            try:
+                found = self.builder.build(call)
+            except (LayerOrderError, NotServableError):
+                raise
+            except (GlowplugError, OSError) as exc:  # such as a full disk
+                found = why(exc)
+            return self._keep(call.signature, found, for_good=False)
 
-    def _keep(self, signature: Signature, found: Served | str) -> None:
-        self._served[signature] = found
+    def _keep(self, signature: Signature, found: Served | str, *, for_good: bool = True) -> Served | Refusal:
         if isinstance(found, str):
+            rotary = rotary_layers(self.model).values()
+            refusal = Refusal(found, None if for_good else Watch(self.model, followed=rotary))
+            self._served[signature] = refusal
+            self._refusals[signature] += 1
             self.report.strategy = "eager"
+            return refusal
+        self._served[signature] = found
         self._watch = self.builder.prover.watch
         self._implementations = self._read_implementations()
+        return found
+
+
+def _name(forward: Any) -> str:
+    """What a forward is called, for a reason."""
+    named = getattr(forward, "func", forward)
+    return str(getattr(named, "__qualname__", type(named).__name__)).replace("<locals>.", "")
 
 
 def _begun(call: Call) -> bool:
@@ -246,8 +322,8 @@ def _begun(call: Call) -> bool:
 
 def attach(model: PreTrainedModel, options: Options) -> None:
     """Put an engine in the place of the model's forward."""
-    model.__dict__.pop("forward", None)
-    engine = Engine(model, options)
+    own = model.__dict__.pop("forward", None)
+    engine = Engine(model, options, own.own if isinstance(own, Engine) else own)
     object.__setattr__(model, "forward", engine)
 
 

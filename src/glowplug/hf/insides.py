@@ -3,16 +3,19 @@
 An op keeps what it does out of the graph, and so uncompiled. The inside of opaque experts, and of attention that is
 several kernels, is captured from one layer of each kind (experts with the implementation that compiles best on the
 device) and bound to the weights of the others. On a CPU it is compiled in a fork, while the model serves already; it
-takes over when a sequence begins.
+takes over when a sequence begins. What its trace read is watched; an inside whose layers changed is not run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import pickle
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,11 @@ from glowplug.graph.capture import Captured, capture
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
 from glowplug.hf.kinds import Kind, Made
+from glowplug.hf.manifests import changed_global, globals_of
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.trials import Verdict, judge
-from glowplug.ops.inside import INSIDE_ATTR
+from glowplug.layers.watch import ReadWatch
+from glowplug.ops.inside import Inside
 from glowplug.program import PieceStore
 from glowplug.reasons import named
 from glowplug.report import InsideReport, Report
@@ -38,6 +43,50 @@ IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 `grouped_mm`, at one token; on an H200 a compiled `grouped_mm` three fifths, for gpt-oss-120b."""
 
 _WAIT_S = 600.0
+logger = logging.getLogger("glowplug")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The inside of the layers of a kind.
+
+    Attributes:
+        kind: the kind.
+        insides: id of a layer -> its inside.
+        watch: finds changes of what the inside's trace read.
+    """
+
+    kind: Kind
+    insides: Mapping[int, Inside]
+    watch: ReadWatch
+
+
+@dataclass(frozen=True)
+class InUse:
+    """The insides that a sequence runs.
+
+    Attributes:
+        kinds: of each kind.
+        every: all of them together: id of a layer -> its inside.
+    """
+
+    kinds: tuple[Installed, ...] = ()
+    every: Mapping[int, Inside] = field(default_factory=dict)
+
+    def and_further(self, one: Installed) -> InUse:
+        """These and those of one more kind."""
+        return InUse((*self.kinds, one), {**self.every, **one.insides})
+
+    def unchanged(self, report: Report) -> Mapping[int, Inside]:
+        """Those of kinds whose layers still are what the inside was made from."""
+        changes = [(one, one.watch.change()) for one in self.kinds]
+        if all(change is None for _, change in changes):
+            return self.every
+        for one, change in changes:
+            if change is not None:
+                what = f"the compiled inside of {one.kind.op} is not used, as {change} after it was compiled"
+                report.fall_back(what, one.kind.names, to="op")
+        return {key: inside for one, change in changes if change is None for key, inside in one.insides.items()}
 
 
 class Insides:
@@ -68,6 +117,8 @@ class Insides:
         self._keys: dict[tuple[str, ...], str] = {}
         self._unjudged: list[tuple[Kind, Made]] = []
         self.beside: Beside | None = None
+        self.in_use = InUse()
+        self._lock = threading.Lock()
 
     @property
     def pending(self) -> bool:
@@ -80,6 +131,7 @@ class Insides:
         for kind in self.kinds:
             with contextlib.suppress(CaptureError):
                 self._install(kind, self._make(kind, self._compile))
+        self._judge_stored()
 
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, bytes | None]:
         if self.pieces is not None:
@@ -109,7 +161,7 @@ class Insides:
             stored = load_inside(pieces, key) if key is not None else None
             if key is not None:
                 self._keys[kind.names] = key
-            if stored is None:
+            if stored is None or changed_global(stored[0].globals) is not None:
                 left.append(kind)
             elif stored[1] is None:
                 self._unjudged.append((kind, stored[0]))
@@ -147,10 +199,19 @@ class Insides:
         Args:
             deadline: wait for it until then (`time.monotonic()`); None: don't wait.
         """
+        wait = max(deadline - time.monotonic(), 0) if deadline is not None else 0
+        if not self._lock.acquire(timeout=wait):
+            return  # another thread tries them; serving goes on
+        try:
+            self._judge_stored()
+            if self.beside is not None:
+                self.beside.finish(self._take, deadline)
+        finally:
+            self._lock.release()
+
+    def _judge_stored(self) -> None:
         while self._unjudged:
             self._install(*self._unjudged.pop())
-        if self.beside is not None:
-            self.beside.finish(self._take, deadline)
 
     @contextlib.contextmanager
     def _if_missing(self, kind: Kind) -> Iterator[bool]:
@@ -200,12 +261,17 @@ class Insides:
 
         shadow = Shadow(layer)
         shadow.put_in_force(experts=IMPLEMENTATION.get(device.type))
-        (run, artifact), order = capture(kind.function(), (shadow.root, *examples), consume)
-        return Made(run, order, time.perf_counter() - start, artifact)
+        reads: set[str] = set()
+        (run, artifact), order = capture(kind.function(), (shadow.root, *examples), consume, reads)
+        return Made(run, order, time.perf_counter() - start, artifact, tuple(sorted(reads)), globals_of(reads))
 
     def _install(self, kind: Kind, made: Made) -> None:
         """Give a kind's layers their inside, for as many tokens as a trial finds it faster for."""
-        verdict = judge(kind, made, limited=self.device.type == "cpu")
+        try:
+            verdict = judge(kind, made, limited=self.device.type == "cpu")
+        except Exception as exc:  # whatever a trial raises: the layers go on as they are
+            logger.warning("glowplug: the compiled inside of %s is not used: its trial raised %s", kind.op, exc)
+            verdict = Verdict(0, math.nan, math.nan)
         self._use(kind, made, verdict)
         key = self._keys.get(kind.names)
         if self.pieces is not None and key is not None and made.artifact is not None:
@@ -213,17 +279,20 @@ class Insides:
 
     def _use(self, kind: Kind, made: Made, verdict: Verdict) -> None:
         if verdict.tokens != 0:
-            for layer in kind.layers:
-                object.__setattr__(layer, INSIDE_ATTR, kind.bind(made, layer, verdict.tokens))
+            modules = {
+                f"{name}.{path}".rstrip("."): module
+                for name, layer in zip(kind.names, kind.layers, strict=True)
+                for path, module in layer.named_modules()
+            }
+            watch = ReadWatch(modules, kind.layers[0], made.reads)
+            # Asked once it is watched: it may have changed since the kind was told, while a fork compiled.
+            if kind.changed or changed_global(made.globals) is not None:
+                return
+            insides = {id(layer): kind.bind(made, layer, verdict.tokens) for layer in kind.layers}
+            self.in_use = self.in_use.and_further(Installed(kind, insides, watch))
         self.report.insides.append(
             InsideReport(kind.op, kind.names, made.seconds, verdict.tokens, verdict.eager_us, verdict.compiled_us)
         )
-
-
-def forget(layers: Sequence[nn.Module]) -> None:
-    """Let layers run their own forward again."""
-    for layer in layers:
-        layer.__dict__.pop(INSIDE_ATTR, None)
 
 
 def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str, ...]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glowplug.graph.capture import Captured
-from glowplug.layers.stack import kinds_of
+from glowplug.hf.interfaces import has_hooks
+from glowplug.layers.stack import describe_layers
 from glowplug.ops.inside import Inside
 from glowplug.ops.layer_op import find_layer_op
 
@@ -29,12 +30,16 @@ class Made:
         order: see `Inside`.
         seconds: what it took.
         artifact: its form on disk, where there is one.
+        reads: sources of what its trace read, of the layer (`L['layer']...`) and of globals.
+        globals: the plain values that it read of Python modules, as text.
     """
 
     run: Any
     order: tuple[str, ...]
     seconds: float
     artifact: bytes | None = None
+    reads: tuple[str, ...] = ()
+    globals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class Kind(ABC):
         op: the op that they are called by.
         names: their qualified names.
         layers: themselves.
+        described: everything that their forward could read when the kind was told, hashed: the same for all of them.
     """
 
     op: str
     names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
+    described: str
 
     @property
     @abstractmethod
@@ -84,6 +91,11 @@ class Kind(ABC):
         Raises:
             CaptureError: it did.
         """
+
+    @property
+    def changed(self) -> bool:
+        """Whether a layer is no longer what it was when the kind was told."""
+        return any(found != self.described for found in describe_layers(self.layers))
 
     @abstractmethod
     def bind(self, made: Made, layer: nn.Module, tokens: int | None) -> Inside:
@@ -190,27 +202,28 @@ def experts_kinds(layers: dict[str, dict[str, nn.Module]], slots: dict[str, Slot
         slots: what each op is called with.
     """
     return [
-        ExpertsKind(op, names, members, slots[op])
+        ExpertsKind(op, *kind, slots[op])
         for op, named in layers.items()
         if len(slots[op]) in _BY_COUNT
-        for names, members in by_kind(named)
+        for kind in by_kind(named)
     ]
 
 
-def by_kind(named: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], tuple[nn.Module, ...]]]:
-    """Names and layers of each kind."""
-    groups: dict[int, list[str]] = {}
-    for name, kind in zip(named, kinds_of(list(named.values())), strict=True):
-        groups.setdefault(kind, []).append(name)
-    return [(tuple(names), tuple(named[name] for name in names)) for names in groups.values()]
+def by_kind(named: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], tuple[nn.Module, ...], str]]:
+    """Names and layers of each kind, and what it is told by. Layers with hooks are of none."""
+    groups: dict[str, list[str]] = {}
+    for name, described in zip(named, describe_layers(list(named.values())), strict=True):
+        if not has_hooks(named[name]):
+            groups.setdefault(described, []).append(name)
+    return [(tuple(names), tuple(named[n] for n in names), described) for described, names in groups.items()]
 
 
 def _inside_1(layer: Any, a0: Tensor) -> Tensor:
-    return type(layer).forward(layer, a0)
+    return layer.forward(a0)
 
 
 def _inside_3(layer: Any, a0: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
-    return type(layer).forward(layer, a0, a1, a2)
+    return layer.forward(a0, a1, a2)
 
 
 _BY_COUNT: dict[int, Callable[..., Tensor]] = {1: _inside_1, 3: _inside_3}

@@ -70,9 +70,7 @@ def _recording(program: Program, calls: list[tuple[Any, ...]]) -> Program:
 
         return call
 
-    names = {name: note(value) if name.startswith("piece_") else value for name, value in program.names.items()}
-    exec(program.source, names)
-    return Program(names["run"], program.arguments, program.source, names, program.outline)
+    return program.replacing({id(v): note(v) for name, v in program.names.items() if name.startswith("piece_")})
 
 
 def _by_layer(program: Program, calls: list[tuple[Any, ...]], path: str) -> dict[int, list[Any]]:

@@ -6,9 +6,9 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import sys
 import sysconfig
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +27,10 @@ from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
+from glowplug.layers.sources import follow, parse_source
 from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
+from glowplug.layers.watch import is_own
 from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
@@ -71,11 +73,9 @@ SKIP = frozenset(
         "transformers_version",
         "transformers_weights",
         "_glowplug_attention_fn",
-        "_glowplug_inside",
     }
 )
 """Attributes of transformers' models and configurations that say how to load or train a model, not how it computes."""
-_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
 _WAIT_S = 600.0
 
 
@@ -145,7 +145,7 @@ class Manifests:
         except ArtifactError as exc:
             self.store.drop("manifest", key, str(exc))
             return None
-        changed = _changed_source(manifest.sources) or _changed_global(manifest.globals)
+        changed = _changed_source(manifest.sources) or changed_global(manifest.globals)
         if changed is not None:
             self.store.note(f"the stored program is not used: {changed} since; it is made anew")
             return None
@@ -307,23 +307,32 @@ def _changed_source(sources: Mapping[str, str]) -> str | None:
 
 
 def globals_of(reads: Iterable[str]) -> dict[str, str]:
-    """Source of each plain value of a Python module that a trace read -> the value, as text."""
-    values = ((source, _global(source)) for source in sorted(reads) if _GLOBAL.match(source))
+    """Source of each plain value and function of Python modules, or of objects in them, that a trace read -> the value,
+    as text that is the same in every process."""
+    values = ((source, _global(source)) for source in sorted(reads))
     return {source: text for source, text in values if text is not None}
 
 
-def _global(source: str) -> str | None:
-    found = _GLOBAL.match(source)
-    assert found is not None
-    module = sys.modules.get(found[1].replace("_dot_", "."))
-    value = getattr(module, found[2], _MISSING)
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else None
+def _global(text: str) -> str | None:
+    source = parse_source(text)
+    if source is None or not source.is_global or is_own(source.root):
+        return None
+    try:
+        value = follow(sys.modules[source.root], source.path)[-1]
+    except (AttributeError, LookupError, TypeError):
+        return "missing"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    code = getattr(value, "__code__", None)
+    if code is None or is_own(getattr(value, "__module__", None) or ""):
+        return None
+    constants = tuple(constant for constant in code.co_consts if not isinstance(constant, types.CodeType))
+    content = hashlib.sha256(repr((code.co_code, constants, code.co_names)).encode()).hexdigest()[:16]
+    return f"{value.__module__}.{value.__qualname__} {content}"
 
 
-_MISSING = object()
-
-
-def _changed_global(values: Mapping[str, str]) -> str | None:
+def changed_global(values: Mapping[str, str]) -> str | None:
+    """Which of the values that `globals_of` wrote down is another one here, in words; None when none is."""
     for source, text in values.items():
         if _global(source) != text:
             return f"{source} was {text}, and has changed"

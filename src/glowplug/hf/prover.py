@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Set
 from typing import Any
 
@@ -103,7 +102,7 @@ class Prover:
         (call, arguments), model = problem.call, problem.model or self.model
 
         def run_program(program: Program) -> Any:
-            return dataclasses.replace(served, program=program, uncompiled=None).run(call, registry)
+            return served.run(call, registry, program=program)
 
         def run_eager() -> Any:
             with torch.no_grad():
@@ -118,7 +117,7 @@ class Prover:
             return served.run(ready, registry, check_order=self.check_order)
 
         def run_uncompiled(ready: Call) -> Any:
-            return served.run(ready, registry, uncompiled=True)
+            return served.run(ready, registry, program=served.uncompiled)
 
         def run_by_pieces(ready: Call) -> tuple[Any, str | None] | None:
             return served.try_pieces(ready, registry)

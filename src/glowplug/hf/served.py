@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.hf.call import Call
+from glowplug.hf.insides import InUse
 from glowplug.hf.masks import mask_sources
+from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, Program, Stamping, try_pieces
+from glowplug.program import Built, Ends, Program, Stamping, try_pieces
 
 SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
 """Sources of sizes that a call gives."""
@@ -45,23 +48,27 @@ class Served:
         program: the program.
         assumptions: what its trace assumed of sizes.
         output_type: the class of the model's output.
+        ends: its pieces that run uncompiled for now, if any.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
         checked: sizes of a call -> why they break an assumption, or None.
         recipe: what a later process needs to run it again; None when it came from a store.
         key: its address in the store; None when it is not there.
         proved: whether an earlier process compared it with eager.
+        sequences: what each sequence under way runs.
     """
 
     program: Program
     assumptions: ShapeAssumptions
     output_type: type
+    ends: Ends | None = None
     uncompiled: Program | None = None
     find_uncompiled: Callable[[], Program | None] | None = None
     checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
     key: str | None = None
     proved: bool = False
+    sequences: Sequences = field(default_factory=Sequences)
 
     def try_pieces(self, call: Call, registry: LayerRegistry) -> tuple[Any, str | None] | None:
         """Run a call with uncompiled pieces, and compare each compiled piece with its own, see `program.try_pieces`.
@@ -70,12 +77,34 @@ class Served:
             self.uncompiled, self.find_uncompiled = self.find_uncompiled(), None
         if self.uncompiled is None:
             return None
-        return try_pieces(self.program, self.uncompiled, lambda: self.run(call, registry, uncompiled=True))
+        return try_pieces(self.program, self.uncompiled, lambda paired: self.run(call, registry, program=paired))
 
-    def run(self, call: Call, registry: LayerRegistry, *, check_order: bool = True, uncompiled: bool = False) -> Any:
-        """Run a call that the program can serve; returns what the model's forward would."""
-        program = self.uncompiled if uncompiled and self.uncompiled is not None else self.program
-        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order)):
+    def begin(self, cache: Cache | None, insides: InUse) -> Running:
+        """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these insides."""
+        if self.ends is not None and not self.ends.pending:
+            self.program, self.ends = self.program.replacing(self.ends.ready), None
+        return self.sequences.begin(cache, Running(self.program, insides))
+
+    def run(
+        self,
+        call: Call,
+        registry: LayerRegistry,
+        *,
+        program: Program | None = None,
+        insides: Mapping[int, Any] | None = None,
+        check_order: bool = True,
+    ) -> Any:
+        """Run a call that the program can serve; returns what the model's forward would.
+
+        Args:
+            call: the call.
+            registry: the layers that ops find.
+            program: another form of the program; None: the latest.
+            insides: id of a layer -> the compiled inside that its op runs.
+            check_order: see `ForwardContext`.
+        """
+        program = program or self.program
+        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, insides or {})):
             (logits,) = program.run(*_arguments(program.arguments, call))
         output = self.output_type(logits=logits, past_key_values=call.cache)
         return output.to_tuple() if call.return_tuple else output

@@ -136,7 +136,7 @@ def find(
             give_attention_functions(model)
         pending = ends.runners if ends is not None else {}
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
-        served = Served(program, manifest.assumptions, _class(manifest.output_type))
+        served = Served(program, manifest.assumptions, _class(manifest.output_type), ends)
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()
@@ -144,8 +144,6 @@ def find(
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, said(exc))
         return None
-    if ends is not None:
-        ends.programs.append(program)
     return Found(served, manifest, runners, ends, slots)
 
 

@@ -25,11 +25,13 @@ class ForwardContext:
         cache: the key-value cache that `glowplug::kv_cache_update` writes to (any object with
             `update(keys, values, layer_idx)`), or None: keys and values pass through.
         check_order: with `identity="ordered"`, whether a wrong order raises. Only a demonstration turns it off.
+        insides: id of a layer -> the compiled inside that its op runs in this pass; see `glowplug.ops.inside`.
     """
 
     registry: LayerRegistry
     cache: Any = None
     check_order: bool = True
+    insides: Mapping[int, Any] = field(default_factory=dict)
     _counters: dict[str, int] = field(default_factory=dict)
 
     def next_layer(self, op: str, kind: str) -> nn.Module:

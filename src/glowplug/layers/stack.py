@@ -106,7 +106,15 @@ def _describe_stack(path: str, stack: Iterable[nn.Module], config: Any) -> Layer
 
 def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
     """The kind of each module, as a number: equal numbers mean the same function of (inputs, own weights)."""
-    return _kinds(layers, None, _Uses())
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(text, len(numbers)) for text in describe_layers(layers))
+
+
+def describe_layers(layers: Sequence[nn.Module]) -> list[str]:
+    """Of each module everything that its forward can read but for the weights' values, hashed: equal texts mean the
+    same function of (inputs, own weights). They hold in this process, while what they describe lives."""
+    uses = _Uses()
+    return [hashlib.sha256("\n".join(_signature(layer, 0, uses)).encode()).hexdigest() for layer in layers]
 
 
 def _kinds(layers: Sequence[nn.Module], config: Any, uses: _Uses) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ In-place changes of a weight's values need no notice: programs hold the weights 
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import operator
-import re
 import sys
 import types
 from collections import OrderedDict
@@ -19,15 +20,14 @@ from torch import nn
 
 from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_sharded, local_of
+from glowplug.layers.sources import Access, follow, parse_source
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _AROUND = ("_modules", "_forward_hooks", "_forward_pre_hooks")
 """Those that a trace reads of a module whose own forward it does not see."""
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_READ = re.compile(r"(L\['model'\].*)\.(\w+)$")
-_READ_GLOBAL = re.compile(r"G\['__import_(\w+)'\]\.(\w+)$")
 _INERT_HOOKS = "transformers.utils.output_capturing"
-_OWN = ("torch", "glowplug", "builtins")
+_OWN = frozenset({"torch", "glowplug", "builtins"})
 _NOT_READ = {
     "_backward_hooks",
     "_backward_pre_hooks",
@@ -36,27 +36,198 @@ _NOT_READ = {
     "__class__",
     "_experts_implementation_internal",  # the engine compares it: some values mean the same
 }
+_ROOTS = frozenset({"model", "layer"})
+"""What the functions that glowplug traces call the module that they are traced for."""
+_MISSING = object()
 
 
-class Watch:
-    """A snapshot of everything that a model's forward read in its trace.
+class ReadWatch:
+    """A snapshot of what a trace read of some modules, and of objects, classes and globals around them.
+
+    Args:
+        modules: the modules, by name.
+        root: the one that was traced.
+        reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. What was read from one
+            module is watched on every module of its class.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], root: nn.Module, reads: Iterable[str]) -> None:
+        self._modules = modules
+        self._owners: list[tuple[str, str]] = []
+        self._dicts: list[Mapping[str, Any]] = []
+        self._keys: list[str] = []
+        self._slots: list[tuple[str, str, Any]] = []
+        self._seen: set[tuple[int, Any]] = set()
+        self._whole: set[tuple[int, Any]] = set()
+        self._namespaces: dict[type, Mapping[str, Any]] = {}
+        self._in_tree = {id(module) for module in modules.values()}
+        self._collect(root, reads)
+        self._add_further()
+        entries = [*zip(self._dicts, self._keys, strict=True)]
+        values = [table.get(key, _MISSING) for table, key in entries]
+        self._is_open = [
+            type(value) in _CONTAINERS and not (isinstance(value, dict) and (id(table), key) not in self._whole)
+            for value, (table, key) in zip(values, entries, strict=True)
+        ]
+        self._values = [_freeze(v) if is_open else v for v, is_open in zip(values, self._is_open, strict=True)]
+        self._slot_values = [_freeze(getattr(owner, name, _MISSING)) for _, name, owner in self._slots]
+        self._lay_out()
+
+    def change(self) -> str | None:
+        """What changed since the snapshot, in words; None when nothing did, or all of it was changed back."""
+        for (text, name, owner), before in zip(self._slots, self._slot_values, strict=True):
+            if not _equal(getattr(owner, name, _MISSING), before):
+                return f"{name} of {text} changed"
+        if self._unchanged():
+            return None
+        values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
+        for index, ((text, key), now, before) in enumerate(zip(self._owners, values, self._values, strict=True)):
+            if not (_equal(now, before) if self._is_open[index] or type(before) is not dict else now is before):
+                return f"{key} of {text} changed"
+        self._lay_out()
+        return None
+
+    # -- what is watched --------------------------------------------------------------------------------------
+
+    def _collect(self, root: nn.Module, reads: Iterable[str]) -> None:
+        of_class: dict[type, list[tuple[str, nn.Module]]] = {}
+        for name, module in self._modules.items():
+            of_class.setdefault(type(module), []).append((name, module))
+        known: set[tuple[type, tuple[Access, ...]]] = set()
+        for text in dict.fromkeys(reads):
+            source = parse_source(text)
+            if source is None or not source.path:
+                continue
+            path = source.path
+            if source.is_global:
+                start = sys.modules.get(source.root)
+                if start is not None and not is_own(source.root):
+                    self._add_at(f"the module {source.root}", start, path)
+            elif source.root in _ROOTS:
+                module, rest = self._last_module(root, path)
+                if rest[0].name in _NOT_READ or rest[0].name in MARKS or rest[0].name in _TABLES:
+                    continue  # tables of the model's own modules are watched whole
+                if (type(module), rest) not in known:
+                    known.add((type(module), rest))
+                    for name, other in of_class.get(type(module), [("", module)]):
+                        self._add_at(name or "the model", other, rest)
+
+    def _last_module(self, root: nn.Module, path: Sequence[Access]) -> tuple[nn.Module, tuple[Access, ...]]:
+        """The last module of the tree that a path passes, and the path from there."""
+        found, start, at = root, 0, root
+        for index, access in enumerate(path[:-1]):
+            try:
+                at = access.of(at)
+            except (AttributeError, LookupError, TypeError):
+                break
+            if id(at) in self._in_tree:
+                found, start = at, index + 1
+        return found, tuple(path[start:])
+
+    def _add_at(self, text: str, start: Any, path: Sequence[Access]) -> None:
+        """Watch what lies at a path. Of a list or tuple all of it; of a dict the item that was read, and all of it only
+        where its keys were."""
+        kept = list(path)
+        whole = kept[-1] != Access("call", "type")
+        try:
+            objects = follow(start, kept[:-1])
+            while kept and not (kept[-1].kind == "attribute" or isinstance(objects[-1], dict)):
+                kept.pop()
+                objects.pop()
+        except (AttributeError, LookupError, TypeError):
+            return  # another module of the class may lack it
+        for passed, access in zip(objects[:-1], kept, strict=False):
+            if isinstance(passed, type) and access.kind == "attribute":  # such as a property
+                self._add(text, passed, access.name, whole=False)
+        if not kept or kept[-1].name in _NOT_READ:
+            return
+        owner, name = objects[-1], kept[-1].name
+        if kept[-1].kind == "item":
+            self._add_entry(f"{text}'s dict", owner, name)
+            return
+        if owner is not start and not isinstance(owner, (type, types.ModuleType)):
+            text = f"the model's {type(owner).__name__}" if isinstance(start, nn.Module) else f"{text}'s object"
+        self._add(text, owner, name, whole=whole)
+
+    def _add(self, text: str, owner: Any, name: str, *, whole: bool = True) -> None:
+        """Watch one attribute of an object; of a dict there, with `whole`, what it holds."""
+        if isinstance(owner, type):
+            base = next((base for base in owner.__mro__ if name in vars(base)), None)
+            if base is not None and not is_own(base.__module__):
+                table = self._namespaces.setdefault(base, vars(base))
+                self._add_entry(f"the class {base.__qualname__}", table, name, whole=whole)
+        elif isinstance(owner, types.ModuleType):
+            if not is_own(owner.__name__):
+                self._add_entry(f"the module {owner.__name__}", vars(owner), name, whole=whole)
+        elif isinstance(inspect.getattr_static(type(owner), name, None), _DESCRIPTORS):
+            if (id(owner), name) not in self._seen:
+                self._seen.add((id(owner), name))
+                self._slots.append((text, name, owner))
+        elif isinstance(getattr(owner, "__dict__", None), dict):
+            self._add_entry(text, owner.__dict__, name, whole=whole)
+
+    def _add_entry(self, text: str, table: Mapping[Any, Any], key: Any, *, whole: bool = True) -> None:
+        if whole:
+            self._whole.add((id(table), key))
+        if (id(table), key) not in self._seen and id(table.get(key)) not in self._in_tree:
+            self._seen.add((id(table), key))
+            self._owners.append((text, key))
+            self._dicts.append(table)
+            self._keys.append(key)
+
+    def _add_further(self) -> None:
+        """Watch more than what was read."""
+
+    # -- comparing, fast --------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        """Lay out the values by the dict that they lie in: one C call then reads all that is watched in a dict. A key
+        that was missing can only come to be if its dict grows. What can't change inside is told by identity."""
+        groups: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
+        for index, (table, key) in enumerate(zip(self._dicts, self._keys, strict=True)):
+            if key in table:
+                groups[self._is_open[index]].setdefault(id(table), []).append(index)
+        (self._fixed, fixed), (self._open, contents) = map(self._readers, groups)
+        self._fixed_values = [self._dicts[index][self._keys[index]] for index in fixed]
+        self._open_values = [self._values[index] for index in contents]
+        self._unique = list({id(table): table for table in self._dicts}.values())
+        self._sizes = list(map(len, self._unique))
+
+    def _readers(self, groups: dict[int, list[int]]) -> tuple[list[tuple[Any, Mapping[str, Any]]], list[int]]:
+        """For each dict what reads all of its values that are watched, as a tuple; and which they are, in order."""
+        readers: list[tuple[Any, Mapping[str, Any]]] = []
+        for indices in groups.values():
+            keys = [self._keys[index] for index in indices]
+            get: Any = operator.itemgetter(*keys) if len(keys) > 1 else _single(keys[0])
+            readers.append((get, self._dicts[indices[0]]))
+        return readers, [index for indices in groups.values() for index in indices]
+
+    def _unchanged(self) -> bool:
+        """Whether every value is as it was, told fast; False means: look closely."""
+        try:
+            if list(map(len, self._unique)) != self._sizes:
+                return False
+            fixed = itertools.chain.from_iterable([get(table) for get, table in self._fixed])
+            if not all(map(operator.is_, fixed, self._fixed_values)):
+                return False
+            return _equal([*itertools.chain.from_iterable([get(t) for get, t in self._open])], self._open_values)
+        except KeyError:
+            return False
+
+
+class Watch(ReadWatch):
+    """A snapshot of everything that a model's forward read in its trace, of its weights' layouts, and of its hooks.
 
     Args:
         model: the model, as it was compiled.
-        reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. An attribute read
-            from one module is watched on every module of its class.
+        reads: as for `ReadWatch`.
         followed: modules whose own forward runs at every call, behind an op: what they hold may change.
     """
 
     def __init__(self, model: nn.Module, reads: Iterable[str] = (), *, followed: Iterable[nn.Module] = ()) -> None:
         modules = dict(model.named_modules())
         self._followed = set(map(id, followed))
-        self._owners: list[tuple[str, str]] = []
-        self._dicts: list[Mapping[str, Any]] = []
-        self._keys: list[str] = []
-        self._collect(model, modules, reads)
-        self._values = [_freeze(table.get(key, _MISSING)) for table, key in zip(self._dicts, self._keys, strict=True)]
-        self._remember()
+        super().__init__(modules, model, reads)
         self._tables = [
             (name, table, getattr(m, table))
             for name, m in modules.items()
@@ -70,103 +241,16 @@ class Watch:
         self._sharded = any(map(is_sharded, self._tensors))
         self._pointers = self._read_pointers()
 
-    def _read_pointers(self) -> list[int]:
-        if self._sharded:  # a distributed tensor has no memory of its own
-            return [local_of(tensor).data_ptr() for tensor in self._tensors]
-        return [tensor.data_ptr() for tensor in self._tensors]
-
-    def _collect(self, model: nn.Module, modules: dict[str, nn.Module], reads: Iterable[str]) -> None:
-        by_class: dict[type, set[str]] = {}
-        seen: set[tuple[int, str]] = set()
-        held: set[tuple[type, tuple[str, ...], str]] = set()
-        for source in dict.fromkeys(reads):
-            name = _READ_GLOBAL.match(source)
-            if name is not None:
-                file = sys.modules.get(name[1].replace("_dot_", "."))
-                if file is not None and not file.__name__.startswith(_OWN):
-                    self._add(f"the module {file.__name__}", file.__dict__, name[2], seen)
-                continue
-            read = _READ.match(source)
-            if read is None or read[2] in MARKS or read[2] in _TABLES or read[2] in _NOT_READ:
-                continue
-            try:
-                owner = eval(read[1], {"__builtins__": {}}, {"L": {"model": model}})
-            except Exception:
-                continue  # an expression over more than plain attributes; Dynamo guards it, nobody can rebind it
-            if isinstance(owner, nn.Module):
-                by_class.setdefault(type(owner), set()).add(read[2])
-            elif isinstance(getattr(owner, "__dict__", None), dict) and not isinstance(owner, type):
-                self._add(f"the model's {type(owner).__name__}", owner.__dict__, read[2], seen)
-                held.add((*_holder(read[1], model), read[2]))
-        self._add_classes({type(module) for module in modules.values()}, seen)
-        for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
-            self._add("torch's hooks of every module", vars(torch.nn.modules.module), table, seen)
-        for cls, attributes, key in held:  # each layer may have such an object of its own
-            for module in modules.values():
-                if type(module) is cls and (other := _follow(module, attributes)) is not None:
-                    self._add(f"the model's {type(other).__name__}", other.__dict__, key, seen)
-        for path, module in modules.items():
-            if id(module) in self._followed:
-                continue
-            # A module's own `forward` is what wrappers replace; the root's is glowplug's.
-            always = {"training", "forward"} if path else {"training"}
-            for attribute in sorted(by_class.get(type(module), set()) | always):
-                self._add(path or "the model", module.__dict__, attribute, seen)
-
-    def _add_classes(self, classes: Iterable[type], seen: set[tuple[int, str]]) -> None:
-        """The functions of the modules' classes: libraries patch modeling code."""
-        for cls in {base for leaf in classes for base in leaf.__mro__}:
-            if not cls.__module__.startswith(_OWN):
-                for method, value in vars(cls).items():
-                    if isinstance(value, types.FunctionType) and not method.startswith("__"):
-                        self._add(f"the class {cls.__qualname__}", vars(cls), method, seen)
-
-    def _add(self, owner: str, table: Mapping[str, Any], key: str, seen: set[tuple[int, str]]) -> None:
-        if (id(table), key) not in seen and not isinstance(table.get(key), nn.Module):
-            seen.add((id(table), key))
-            self._owners.append((owner, key))
-            self._dicts.append(table)
-            self._keys.append(key)
-
-    def _remember(self) -> None:
-        """Lay out the values by the dict that they lie in: one C call then reads all that is watched in a dict. A key
-        that was missing can only come to be if its dict grows."""
-        present: dict[int, list[int]] = {}
-        for index, (table, key) in enumerate(zip(self._dicts, self._keys, strict=True)):
-            if key in table:
-                present.setdefault(id(table), []).append(index)
-        self._readers = [
-            (operator.itemgetter(*[self._keys[index] for index in indices]), self._dicts[indices[0]])
-            for indices in present.values()
-        ]
-        self._read = [
-            tuple(self._values[index] for index in indices) if len(indices) > 1 else self._values[indices[0]]
-            for indices in present.values()
-        ]
-        self._unique = list({id(table): table for table in self._dicts}.values())
-        self._sizes = list(map(len, self._unique))
-
-    def _same_values(self) -> bool:
-        """Whether every value is as it was, told fast; False means: look closely."""
-        try:
-            return list(map(len, self._unique)) == self._sizes and _equal(
-                [read(table) for read, table in self._readers], self._read
-            )
-        except KeyError:
-            return False
-
     def change(self) -> str | None:
-        """What changed since the snapshot, in words; None when nothing did. Costs well under a microsecond a module.
+        """What changed since the snapshot, in words; None when nothing did, or all of it was changed back. Costs well
+        under a microsecond a module.
 
         A weight whose storage alone was replaced (same shape, dtype, strides and device) is followed: programs hold
         the parameter object.
         """
-        if not self._same_values():
-            values = [table.get(key, _MISSING) for table, key in zip(self._dicts, self._keys, strict=True)]
-            for (owner, key), now, before in zip(self._owners, values, self._values, strict=True):
-                if not _equal(now, before):
-                    return f"{key} of {owner} changed"
-            self._sizes = list(map(len, self._unique))
+        reason = super().change()
+        if reason is not None:
+            return reason
         if not _equal(self._live, self._copies):
             for index, (owner, table, live) in enumerate(self._tables):
                 before = self._copies[index]
@@ -182,28 +266,45 @@ class Watch:
             self._pointers = pointers
         return None
 
+    def _read_pointers(self) -> list[int]:
+        if self._sharded:  # a distributed tensor has no memory of its own
+            return [local_of(tensor).data_ptr() for tensor in self._tensors]
+        return [tensor.data_ptr() for tensor in self._tensors]
 
-def _holder(source: str, model: nn.Module) -> tuple[type, tuple[str, ...]]:
-    """The class of the module that the source of an object passes last, and the attributes from there to the object."""
-    attributes: list[str] = []
-    while (last := re.match(r"(.*)\.(\w+)$", source)) is not None:
-        source = last[1]
-        attributes.insert(0, last[2])
-        owner = eval(source, {"__builtins__": {}}, {"L": {"model": model}})
-        if isinstance(owner, nn.Module):
-            return type(owner), tuple(attributes)
-    return type(None), ()
+    def _add_at(self, text: str, start: Any, path: Sequence[Access]) -> None:
+        if id(start) not in self._followed:
+            super()._add_at(text, start, path)
+
+    def _add_further(self) -> None:
+        """The functions of the modules' classes, as libraries patch modeling code; torch's hooks of every module; and
+        of each module whether it trains, and a forward of its own."""
+        for cls in {base for module in self._modules.values() for base in type(module).__mro__}:
+            if not is_own(cls.__module__):
+                for method, value in vars(cls).items():
+                    if isinstance(value, types.FunctionType) and not method.startswith("__"):
+                        self._add(f"the class {cls.__qualname__}", cls, method)
+        for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
+            self._add_entry("torch's hooks of every module", vars(torch.nn.modules.module), table)
+        for path, module in self._modules.items():
+            if id(module) in self._followed:
+                continue
+            # A module's own `forward` is what wrappers replace; the root's is glowplug's.
+            for attribute in ("training", "forward") if path else ("training",):
+                self._add_entry(path or "the model", module.__dict__, attribute)
 
 
-def _follow(module: nn.Module, attributes: Sequence[str]) -> Any:
-    """The object that lies at attributes of a module; None when there is none with attributes of its own."""
-    found: Any = module
-    for name in attributes:
-        found = getattr(found, name, None)
-    return found if isinstance(getattr(found, "__dict__", None), dict) and not isinstance(found, type) else None
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+"""By which an object gives what lies outside of its `__dict__`: slots, a closure's cells, defaults."""
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 
 
-_MISSING = object()
+def _single(key: str) -> Any:
+    return lambda table: (table[key],)
+
+
+def is_own(module: str) -> bool:
+    """Whether a Python module is torch's, glowplug's or Python's own."""
+    return module.partition(".")[0] in _OWN
 
 
 def without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
@@ -230,6 +331,8 @@ def _equal(now: Any, before: Any) -> bool:
     """Equality that asks for identity first, as comparing containers does; a replaced tensor is a change."""
     if now is before:
         return True
+    if isinstance(now, torch.Tensor) or isinstance(before, torch.Tensor):
+        return False
     try:
         return bool(now == before)
     except (RuntimeError, ValueError, TypeError):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glowplug.layers.context import current_context
 from glowplug.ops.arguments import decode
-from glowplug.ops.inside import INSIDE_ATTR, AttentionInside
+from glowplug.ops.inside import AttentionInside, inside_of
 from glowplug.ops.layer_op import layer_op
 
 ATTENTION_FN_ATTR = "_glowplug_attention_fn"
@@ -44,7 +44,7 @@ def attention(
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
     """
-    inside: AttentionInside | None = layer.__dict__.get(INSIDE_ATTR)
+    inside: AttentionInside | None = inside_of(layer)
     if inside is not None and inside.attends(layer, query, key, value, mask, options):
         return inside.run(query, key, value, mask, *tensors)
     kwargs = decode(options, tensors)

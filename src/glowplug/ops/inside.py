@@ -1,4 +1,7 @@
-"""The compiled inside of a layer op: another way to compute what the layer's forward computes."""
+"""The compiled inside of a layer op: another way to compute what the layer's forward computes.
+
+Which insides run is said by the `ForwardContext` of each pass: one that arrives later changes no pass under way.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INSIDE_ATTR = "_glowplug_inside"
-"""Where a layer keeps its `Inside`; absent: its own forward runs."""
+from glowplug.layers.context import current_context
 
 
 class Inside:
-    """A compiled inside, bound to one layer. A copy of the layer does not inherit it.
+    """A compiled inside, bound to one layer.
 
     Args:
         layer: the layer.
@@ -53,12 +55,6 @@ class Inside:
         if self._owner() is not layer or not hidden_states.is_contiguous():
             return False
         return self.tokens is None or hidden_states.numel() <= self.tokens * hidden_states.shape[-1]
-
-    def __deepcopy__(self, memo: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,10 @@ class AttentionInside(Inside):
         )
 
 
-def _nothing() -> None:
-    return None
+def inside_of(layer: nn.Module) -> Any:
+    """The `Inside` that a layer's op runs in this pass; None: the layer's own forward."""
+    context = current_context()
+    return context.insides.get(id(layer)) if context is not None else None
 
 
 def _table(layer: nn.Module, path: str) -> tuple[Mapping[str, Any], str]:

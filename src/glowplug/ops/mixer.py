@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
 from glowplug.layers.context import current_context
-from glowplug.layers.shards import wrapped_forward
 from glowplug.ops.arguments import NOTHING, decode
 from glowplug.ops.layer_op import layer_op
 
@@ -23,9 +21,9 @@ def _fake_mixer(hidden_states: Tensor, *_: Any) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _takes_mask(forward: Callable[..., Any]) -> bool:
-    """Whether a layer's forward has a parameter for the mask, which some want even when there is none."""
-    return "attention_mask" in inspect.signature(forward).parameters
+def _takes_mask(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class has a parameter for the mask, which some want even when there is none."""
+    return "attention_mask" in inspect.signature(cls.forward).parameters
 
 
 @layer_op("glowplug::mixer", fake=_fake_mixer, splitting=True)
@@ -77,13 +75,9 @@ def _run(
     """The layer's outputs, the first of them checked, and contiguous."""
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
-    if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer).forward)):
+    if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer))):  # type: ignore[arg-type]
         kwargs["attention_mask"] = mask
-    own = wrapped_forward(layer)
-    if own is not None:
-        output = own(hidden_states=hidden_states, **kwargs)
-    else:
-        output = type(layer).forward(layer, hidden_states=hidden_states, **kwargs)
+    output = layer.forward(hidden_states=hidden_states, **kwargs)
     outputs = output if isinstance(output, tuple) else (output,)
     output = outputs[0]
     if output.shape != hidden_states.shape or output.dtype != hidden_states.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glowplug.ops.inside import INSIDE_ATTR, Inside
+from glowplug.ops.inside import Inside, inside_of
 from glowplug.ops.layer_op import layer_op
 
 SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
@@ -31,13 +31,12 @@ def moe_forward(
     Returns:
         `[tokens, hidden]`, of the dtype of `hidden_states`.
     """
-    inside: Inside | None = layer.__dict__.get(INSIDE_ATTR)
+    routing = () if top_k_index is None else (top_k_index, top_k_weights)
+    inside: Inside | None = inside_of(layer)
     if inside is not None and inside.serves(layer, hidden_states):
-        output = inside.run(hidden_states, *(() if top_k_index is None else (top_k_index, top_k_weights)))
-    elif top_k_index is None:
-        output = type(layer).forward(layer, hidden_states)
+        output = inside.run(hidden_states, *routing)
     else:
-        output = layer(hidden_states, top_k_index, top_k_weights)
+        output = layer(hidden_states, *routing)
     return output if output.is_contiguous() else output.contiguous()
 
 
@@ -55,11 +54,11 @@ def moe_forward_shared(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     Returns:
         The block's output, of the shape and dtype of `hidden_states`.
     """
-    inside: Inside | None = layer.__dict__.get(INSIDE_ATTR)
+    inside: Inside | None = inside_of(layer)
     if inside is not None and inside.serves(layer, hidden_states):
         output = inside.run(hidden_states)
     elif hidden_states.device.type != "cuda":
-        output = type(layer).forward(layer, hidden_states)
+        output = layer(hidden_states)
     else:
         output = _with_shared_on_side_stream(layer, hidden_states)
     return output if output.is_contiguous() else output.contiguous()
@@ -95,8 +94,8 @@ _side_streams: dict[torch.device, Any] = {}
 
 def _with_shared_on_side_stream(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     name = shared_experts_name(layer)
-    if name is None:
-        return type(layer).forward(layer, hidden_states)
+    if name is None or "forward" in layer.__dict__:  # one that is bound to this very block
+        return layer(hidden_states)
     shared = layer._modules[name]
     assert shared is not None
     device = hidden_states.device
@@ -110,4 +109,4 @@ def _with_shared_on_side_stream(layer: nn.Module, hidden_states: Tensor) -> Tens
     # running, stays as it is, and no weight is copied.
     shadow = copy.copy(layer)
     shadow.__dict__["_modules"] = {**layer._modules, name: _Ready(shared, hidden_states, output, done)}
-    return type(layer).forward(shadow, hidden_states)
+    return shadow(hidden_states)

@@ -4,8 +4,10 @@ compiles it through the glowplug backend, which traces every layer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -36,6 +38,10 @@ except ImportError:  # pragma: no cover - private; checked on torch 2.11 and 2.1
 
 
 _entries = itertools.count()
+_OWN_FORWARD = (
+    "can't stamp the layers: before it was compiled the module was given a forward of its own, which is traced as it "
+    "is; compile the module first, then wrap module.forward"
+)
 _CHANGES = 4
 """How often a module may change and be stamped anew."""
 
@@ -43,24 +49,28 @@ _CHANGES = 4
 class ModuleEngine:
     """Stands in for a module's forward. Made by `glowplug.compile` for modules that transformers can't generate with.
 
-    A stamped module is watched, and stamped anew once it changed. In a full trace Dynamo's guards stay in force.
+    A stamped module is watched, and stamped anew once it changed; when it has changed back, its program serves again.
+    In a full trace Dynamo's guards stay in force.
 
     Args:
         model: any module whose forward takes and returns tensors.
         options: how to compile it; `experts` has no meaning here.
+        own: the forward that somebody put on the module before it was compiled. It is traced in full: what is bound to
+            this very module can't be stamped.
     """
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
+    def __init__(self, model: nn.Module, options: Options, own: Callable[..., Any] | None = None) -> None:
         functools.update_wrapper(self, type(model).forward, updated=())
         self.model = model
         self.options = options
+        self.own = own
         self.report = Report()
         self.check_order = True
         self.registry: LayerRegistry | None = None
         self._compiled: Any = None
-        self._stamper: Stamper | None = None
-        self._changes = 0
         self._unfit: str | None = None
+        self._stampers: list[Stamper] = []
+        self._lock = threading.RLock()
 
     def _start(self) -> None:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""
@@ -72,27 +82,32 @@ class ModuleEngine:
         self._unfit = unfit(self.model) or why_unable(compiler, device)
         if self._unfit is not None:
             return
-        self._stamper = Stamper(self.model, registry, self.options, compiler, self.report)
         settings: dict[str, Any] = {
             "compiler": self.options.compiler,
             "report": self.report,
             "strict": self.options.strict,
         }
         self._compiled = torch.compile(
-            _entry(self.model),
+            _entry(self.model, self.own),
             backend=glowplug_backend,
             options=settings,
             fullgraph=self.options.strict,
         )
+        if self.own is not None:
+            if self.options.strict:
+                raise NotServableError(f"{_OWN_FORWARD} (strict=True: no step down)")
+            self.report.fall_back(_OWN_FORWARD, to="hoisted")
+        elif not self.model.training:
+            self._stampers.append(Stamper(self.model, registry, self.options, compiler, self.report))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleEngine:
         model = memo.get(id(self.model))
         if model is None:
             raise NotServableError("a compiled forward can't be copied without its model; copy the model")
-        return ModuleEngine(model, self.options)
+        return ModuleEngine(model, self.options, copy.deepcopy(self.own, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModuleEngine, (self.model, self.options)
+        return ModuleEngine, (self.model, self.options, self.own)
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,28 +120,41 @@ class ModuleEngine:
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
-        if self.registry is None:
-            self._start()
+        with self._lock:
+            if self.registry is None:
+                self._start()
         if self._unfit is not None:
             return self._eager(self._unfit, args, kwargs)
-        run = self._stamped(args, kwargs)
+        self.report.serving = "program"
+        stamper = self._current()
+        run = stamper.find(args, kwargs) if stamper is not None else None
         return run() if run is not None else self._traced(args, kwargs)
 
-    def _stamped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-        """What runs the call by a stamped program, or None."""
-        assert self._stamper is not None
-        changed = self._stamper.changed
-        if changed is not None:
-            self._changes += 1
-            self._start()
-            if self._changes > _CHANGES:
-                self.report.fall_back(f"the module was changed {self._changes} times: {changed}", to="hoisted")
-        return self._stamper.find(args, kwargs) if self._changes <= _CHANGES else None
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward as it was before it was compiled."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _current(self) -> Stamper | None:
+        """The stamper of the module as it is now; None where it is to be traced in full."""
+        with self._lock:
+            if self.own is not None or self.model.training:
+                return None
+            for stamper in reversed(self._stampers):
+                changed = stamper.changed
+                if changed is None:
+                    return stamper
+            if len(self._stampers) <= _CHANGES:
+                self._start()
+                return self._stampers[-1]
+            self.report.fall_back(f"the module was changed {len(self._stampers)} times: {changed}", to="hoisted")
+            return None
 
     def settle(self, timeout_s: float) -> None:
         """Wait for what is compiled beside serving, and put it to use."""
-        if self._stamper is not None:
-            self._stamper.poll(time.monotonic() + timeout_s)
+        for stamper in self._stampers:
+            stamper.poll(time.monotonic() + timeout_s)
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward, traced in full."""
@@ -158,7 +186,8 @@ class ModuleEngine:
         if self.options.strict:
             raise NotServableError(f"{reason} (strict=True: nothing runs eager)")
         self.report.fall_back(reason)
-        return type(self.model).forward(self.model, *args, **kwargs)
+        self.report.serving = f"eager: {reason}"
+        return self._forward(*args, **kwargs)
 
 
 def _guard_hooks() -> Any:
@@ -166,12 +195,12 @@ def _guard_hooks() -> Any:
     return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
 
-def _entry(model: nn.Module) -> types.FunctionType:
+def _entry(model: nn.Module, own: Callable[..., Any] | None) -> types.FunctionType:
     """A function that runs the module's own forward, with a code object and a name of its own: Dynamo counts
     recompilations by code object, and remembers by name which sizes varied; other modules' must not count here."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return type(model).forward(model, *args, **kwargs)
+        return own(*args, **kwargs) if own is not None else type(model).forward(model, *args, **kwargs)
 
     code = run.__code__.replace(co_name=f"run_{next(_entries)}")
     return types.FunctionType(code, run.__globals__, run.__name__, None, run.__closure__)
@@ -188,5 +217,6 @@ def _glowplug_cause(exc: BaseException | None) -> GlowplugError | None:
 
 def attach_module(model: nn.Module, options: Options) -> None:
     """Put an engine in the place of the module's forward."""
-    model.__dict__.pop("forward", None)
-    object.__setattr__(model, "forward", ModuleEngine(model, options))
+    own = model.__dict__.pop("forward", None)
+    engine = ModuleEngine(model, options, own.own if isinstance(own, ModuleEngine) else own)
+    object.__setattr__(model, "forward", engine)

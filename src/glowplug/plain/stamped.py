@@ -30,7 +30,7 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.plain.calls import SOURCE, PlainCall, examples, read_plain, traced_function
 from glowplug.plain.twin import differs, make_twin, states_differ
-from glowplug.program import Built, PieceCache, Program, build_program
+from glowplug.program import Built, Ends, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.reasons import named, said
@@ -48,11 +48,13 @@ class Stamped:
         program: the program.
         assumptions: what its trace assumed of sizes.
         returns: what the module returns.
+        ends: its pieces that run uncompiled for now, if any.
     """
 
     program: Program
     assumptions: ShapeAssumptions
     returns: Returns
+    ends: Ends | None
 
     def serves(self, call: PlainCall) -> bool:
         """Whether the sizes of a call are such as the program was made and compared for."""
@@ -66,6 +68,8 @@ class Stamped:
 
     def run(self, call: PlainCall, context: ForwardContext) -> Any:
         """Run a call."""
+        if self.ends is not None and not self.ends.pending:
+            self.program, self.ends = self.program.replacing(self.ends.ready), None
         return self.returns.build(run_flat(self.program, call, context))
 
 
@@ -188,6 +192,7 @@ class Stamper:
 
     def _give_up(self, reason: str, layers: tuple[str, ...] = ()) -> None:
         self._template = None
+        self._watch = Watch(self.model)  # once the module is another one, it is tried again
         reason = f"can't stamp the layers: {reason}"
         if self.options.strict:
             raise NotServableError(f"{reason} (strict=True: no step down)")
@@ -225,7 +230,7 @@ class Stamper:
         report.phases["trace"] -= inner
         templates.check_reads(template, self._reads)
         with report.phase("verify"):
-            made = Stamped(built.program, assumptions, self._compare(built, call))
+            made = Stamped(built.program, assumptions, self._compare(built, call), built.ends)
         self._watch = Watch(self.model, self._reads)
         return made
 

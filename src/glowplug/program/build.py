@@ -18,7 +18,7 @@ from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.emit import Runners
-from glowplug.program.ends import count_uses
+from glowplug.program.ends import Ends, count_uses
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.program import Program
@@ -63,6 +63,7 @@ class Built:
             when the pieces of `program` are uncompiled anyway.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
             the id of what is bound to its copy. Only of a stamped program.
+        ends: its pieces that run uncompiled for now, if any.
     """
 
     program: Program
@@ -70,6 +71,7 @@ class Built:
     bound: Mapping[str, Any]
     uncompiled: Program | None = None
     bind_to: Callable[..., Program] | None = None
+    ends: Ends | None = None
 
 
 def build_program(
@@ -160,7 +162,6 @@ def build_program(
         if both and not isinstance(compiler, EagerCompiler):
             uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
         if ends is not None:
-            ends.programs.append(program)
             report.pending_pieces = cache.pending
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
@@ -168,7 +169,7 @@ def build_program(
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None)
+    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, ends)
 
 
 def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:

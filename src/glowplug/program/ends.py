@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
 from glowplug.program.paired import why_different
-from glowplug.program.program import Program
 from glowplug.reasons import said
 
 logger = logging.getLogger("glowplug")
@@ -127,29 +126,29 @@ class Ends:
 
     Attributes:
         runners: what runs in their place.
-        programs: those that run them.
+        ready: once they were delivered: id of what runs in a piece's place -> the compiled piece. A program takes them
+            when a sequence begins.
         compiled: how many were compiled for this process.
-        pending: whether they are still being compiled, or wait to be swapped in.
+        pending: whether they are still being compiled.
     """
 
     def __init__(self, graphs: Mapping[Fingerprint, Callable[..., Sequence[Any]]], maker: Maker) -> None:
         self.runners = {found: Uncompiled(run) for found, run in graphs.items()}
         self.maker = maker
-        self.programs: list[Program] = []
+        self.ready: dict[int, Callable[..., Any]] = {}
         self.compiled = 0
         self.pending = True
 
-    def poll(self, swapped: Callable[[Fingerprint, Callable[..., Any]], None], deadline: float | None = None) -> None:
-        """Swap in what has been compiled, once all of it has been.
+    def poll(self, deadline: float | None = None) -> dict[Fingerprint, Callable[..., Any]]:
+        """Take what has been compiled, once all of it has been; returns each piece that may run compiled from now on.
 
         Args:
-            swapped: called with each piece that runs compiled from now on.
             deadline: as for `Maker.collect`.
         """
+        taken: dict[Fingerprint, Callable[..., Any]] = {}
         delivered = self.maker.collect(deadline) if self.pending else None
         if delivered is None:
-            return
-        self.pending = False
+            return taken
         for found, runner in self.runners.items():
             one = delivered.get(found)
             if one is None:
@@ -160,11 +159,12 @@ class Ends:
             if problem is not None:
                 logger.warning("glowplug: piece %s stays uncompiled: %s", found.digest[:12], problem)
                 continue
-            for program in self.programs:
-                program.replace(runner, one.run)
-            swapped(found, one.run)
+            taken[found] = one.run
         for runner in self.runners.values():
             runner.seen.clear()
+        self.ready = {id(self.runners[found]): run for found, run in taken.items()}
+        self.pending = False
+        return taken
 
 
 def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | None:

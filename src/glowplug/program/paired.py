@@ -66,25 +66,19 @@ def _may_be_written(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
-def try_pieces(program: Program, uncompiled: Program, run: Callable[[], T]) -> tuple[T, str | None]:
+def try_pieces(program: Program, uncompiled: Program, run: Callable[[Program], T]) -> tuple[T, str | None]:
     """Run a program with uncompiled pieces, and each compiled piece on what its uncompiled form gets.
 
     Args:
         program: the program.
         uncompiled: the same steps with uncompiled pieces.
-        run: runs `uncompiled`.
+        run: runs a program.
 
     Returns:
         What `run` returned; and which piece differs by more than rounding, and how; None when none does.
     """
     pieces = {name: value for name, value in program.names.items() if name.startswith("piece_")}
     pairs = {name: _Pair(uncompiled.names[name], compiled) for name, compiled in pieces.items()}
-    for pair in pairs.values():
-        uncompiled.replace(pair.uncompiled, pair)
-    try:
-        result = run()
-    finally:
-        for pair in pairs.values():
-            uncompiled.replace(pair, pair.uncompiled)
+    result = run(uncompiled.replacing({id(pair.uncompiled): pair for pair in pairs.values()}))
     found = next(((name, pair.problem) for name, pair in pairs.items() if pair.problem is not None), None)
     return result, f"{found[0]}: {found[1]}" if found is not None else None

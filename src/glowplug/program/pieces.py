@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,15 +53,19 @@ class PieceCache:
     lock: Any = field(default_factory=threading.RLock)
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
-        """Swap in what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
-        with self.lock:
+        """Take what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        if not self.lock.acquire(timeout=max(deadline - time.monotonic(), 0) if deadline is not None else 0):
+            return  # another thread compiles pieces, or polls; serving goes on
+        try:
             for ends in self.ends:
-                ends.poll(self.compiled.__setitem__, deadline)
+                self.compiled |= ends.poll(deadline)
                 report.compiled_pieces += ends.compiled
                 ends.compiled = 0
             self.ends = [ends for ends in self.ends if ends.pending]
             report.pending_pieces = self.pending
             reap()
+        finally:
+            self.lock.release()
 
     @property
     def pending(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ class Program:
         head = "# How the model runs: pieces, ops and weights are bound to the names below."
         return "\n".join([head, *known, "", self.source])
 
-    def replace(self, old: Any, new: Any) -> None:
-        """Let each global name that stands for one object stand for another, from the next run of a step on."""
-        for table in (self.names, getattr(self.run, "__globals__", {})):
-            for name in [name for name, value in table.items() if value is old]:
-                table[name] = new
+    def replacing(self, others: Mapping[int, Any]) -> Program:
+        """The same steps with other objects: `others` gives them by the id of those that they stand in for. Whoever
+        runs this program meanwhile sees nothing of it."""
+        names = {name: others.get(id(value), value) for name, value in self.names.items()}
+        run: Any = types.FunctionType(self.run.__code__, dict(names), self.run.__name__)
+        return replace(self, run=run, names=names)
 
 
 def _describe(value: Any) -> str:
