@@ -28,6 +28,7 @@ from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.elsewhere import Background, rebuild, with_store
 from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.served import Served
+from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
@@ -247,7 +248,7 @@ class Engine:
             return off
         model = self.model
         if self.own is not None:
-            return (
+            return unfit(model) or (
                 f"before it was compiled the model was given a forward of its own ({_name(self.own)}), which runs as "
                 "it is; compile the model first, then wrap model.forward"
             )
