@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from glowplug.bench.families import build_family, depth_as_released, families
+from glowplug.bench.families import build_family, depth_as_released, families, released_ropes
 from glowplug.bench.sweep import Case, Row, markdown, try_family
 from glowplug.cli import app
 from glowplug.errors import UsageError
@@ -86,6 +86,21 @@ def test_the_page() -> None:
     assert "0 of 2 families stamped at 24 layers (flint: 25), tiny" in markdown(
         [Row(family="flint", depth=25), Row(family="doge", depth=24)], "torch 9"
     )
+
+
+@pytest.mark.parametrize("name", ["phimoe (longrope)", "llama (dynamic)", "gemma3_text (linear)"])
+def test_the_rope_of_released_checkpoints(name: str) -> None:
+    assert name in released_ropes()
+    row = try_family(Case(family=name, depth=24))
+    assert (row.family, row.strategy, row.reasons) == (name, "stamped", [])
+    assert row.error is not None and row.error < 1e-5
+
+
+def test_the_page_counts_ropes_apart() -> None:
+    rows = [Row(family="phi3", depth=24), Row(family="phi3 (longrope)", depth=24, strategy="stamped")]
+    text = markdown(rows, "torch 9")
+    assert "0 of 1 families stamped at 24 layers; 1 of 1 with the rope of released checkpoints" in text
+    assert "| phi3 (longrope) | stamped |" in text
 
 
 def test_the_command(tmp_path: Path) -> None:

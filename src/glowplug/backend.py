@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from glowplug.compilers import PieceCompiler, get_compiler
+from glowplug.compilers import PieceCompiler, get_compiler, warm_up
 from glowplug.errors import CaptureError, CompileError, UsageError
 from glowplug.graph.capture import describe
 from glowplug.ops import find_layer_op
 from glowplug.program import PieceCache, build_program
+from glowplug.reasons import why
 from glowplug.report import Report
 
 _OPTIONS = ("compiler", "report", "strict")
@@ -57,20 +58,27 @@ def glowplug_backend(
         report.fall_back("grad mode is on and inputs or weights need gradients; run under torch.no_grad()")
         return _differentiable(gm).forward
     try:
+        warm_up(compiler, _device_type(example_inputs))
         captured = describe(gm)
         arguments = {entry.node: entry.source for entry in captured.inputs}
         handles = {entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"}
         program = build_program(
             captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
         ).program
-    except (CaptureError, CompileError) as exc:
+    except (CaptureError, CompileError, OSError) as exc:
         if given.get("strict"):
             raise
-        report.fall_back(str(exc))
+        report.fall_back(why(exc))
         return _differentiable(gm).forward
     if report.strategy == "eager":
         report.strategy = "hoisted"
     return program.run
+
+
+def _device_type(inputs: Sequence[Any]) -> str:
+    """Where a graph of these inputs runs: on the CPU unless one is elsewhere."""
+    found = [value.device.type for value in inputs if isinstance(value, torch.Tensor)]
+    return next((kind for kind in found if kind != "cpu"), "cpu")
 
 
 def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glowplug.errors import UsageError
+from glowplug.reasons import one_line
 
 logger = logging.getLogger("glowplug")
 
@@ -171,13 +172,13 @@ class Report:
 
     def fall_back(self, reason: str, layers: tuple[str, ...] = (), to: str = "eager") -> None:
         """Record, once, a step down the ladder, and log it once."""
-        fallback = Fallback(reason, layers, to)
+        fallback = Fallback(one_line(reason), layers, to)
         with self._lock:
             if fallback in self.fallbacks:
                 return
             self.fallbacks.append(fallback)
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], reason, where)
+        logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
 
     def found(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""

@@ -120,8 +120,39 @@ _PERIODS = {"flint": 4}
 the last layers follow each other then depends on the depth."""
 
 
+_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
+_LONGROPE = {"rope_type": "longrope"}
+_ROPES: dict[str, dict[str, Any]] = {
+    "deepseek_v2 (yarn)": {**_YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "deepseek_v3 (yarn)": {**_YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "gemma3_text (linear)": {"rope_type": "linear", "factor": 8.0},
+    "hunyuan_v1_moe (dynamic)": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0},
+    "llama (dynamic)": {"rope_type": "dynamic", "factor": 2.0},
+    "llama (llama3)": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "llama4_text (llama3)": {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
+    "minicpm3 (longrope)": _LONGROPE,
+    "phi3 (longrope)": _LONGROPE,
+    "phimoe (longrope)": {**_LONGROPE, "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122},
+    "qwen3_moe (yarn)": {**_YARN, "factor": 4.0},
+}
+"""The rope of released checkpoints, where that of a family's default config is another."""
+_ORIGINAL = 10
+"""Tokens that a tiny model of these was trained on: the sweep's text goes beyond them."""
+
+
+def released_ropes() -> list[str]:
+    """Rows of the sweep for families with the rope of their released checkpoints, such as `"phi3 (longrope)"`."""
+    return [name for name in _ROPES if _kind(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
+def _kind(name: str) -> str:
+    """The model type in the name of a row."""
+    return name.partition(" (")[0]
+
+
 def depth_as_released(kind: str, depth: int) -> int:
     """The depth from `depth` on at which a family's last layers follow each other as they do at its released depth."""
+    kind = _kind(kind)
     if kind not in _PERIODS:
         return depth
     return depth + (CONFIG_MAPPING[kind]().num_hidden_layers - depth) % _PERIODS[kind]
@@ -162,7 +193,7 @@ def build_family(kind: str, depth: int) -> PreTrainedModel:
     """A tiny model of a family with seeded random weights, in eval mode.
 
     Args:
-        kind: a model type, such as `"qwen3_next"`.
+        kind: a model type, such as `"qwen3_next"`, or one of `released_ropes()`.
         depth: layers.
 
     Raises:
@@ -170,13 +201,41 @@ def build_family(kind: str, depth: int) -> PreTrainedModel:
         Exception: its config does not take the small sizes.
     """
     known = families()
-    if kind not in known:
+    rope, kind = _ROPES.get(kind), _kind(kind) if kind in _ROPES else kind
+    if rope is None and kind not in known:
         raise UsageError(f"no MoE family {kind!r} in this transformers; there are {', '.join(known)}")
     config = _tiny_config(CONFIG_MAPPING[kind], depth, _LAYERS.get(kind, {}))
+    if rope is not None:
+        layers = {**_LAYERS.get(kind, {}), **_rope(config.get_text_config(), rope)}
+        config = _tiny_config(CONFIG_MAPPING[kind], depth, layers)
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, known[kind])(config)
+    model: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])(config)
     model.eval().requires_grad_(False)
     return model
+
+
+def _rope(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a tiny config sets its rope.
+
+    Args:
+        config: the config as it is without.
+        rope: the released checkpoint's, but for lengths and for factors of each frequency.
+    """
+    own, kind = config.rope_parameters, rope["rope_type"]
+    by_layer = "rope_type" not in own  # then the layers that see all tokens have it
+    settings = {**(own["full_attention"] if by_layer else own), **rope}
+    sizes: dict[str, Any] = {"max_position_embeddings": _ORIGINAL}
+    if kind != "dynamic":
+        settings["original_max_position_embeddings"] = _ORIGINAL
+        sizes["max_position_embeddings"] = 4 * _ORIGINAL
+    if kind == "longrope":
+        width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        count = int(width * settings.get("partial_rotary_factor", 1.0)) // 2
+        settings["short_factor"] = [1.0 + 0.1 * place for place in range(count)]
+        settings["long_factor"] = [2.0 + place for place in range(count)]
+        sizes["original_max_position_embeddings"] = _ORIGINAL
+    return {**sizes, "rope_parameters": {**own, "full_attention": settings} if by_layer else settings}
 
 
 def _tiny_config(cls: type[PreTrainedConfig], depth: int, layers: Mapping[str, Any]) -> PreTrainedConfig:

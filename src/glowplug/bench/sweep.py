@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import glowplug
-from glowplug.bench.families import build_family, depth_as_released, families
+from glowplug.bench.families import build_family, depth_as_released, families, released_ropes
 from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
@@ -84,7 +84,7 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
     """Try families, each in a process of its own; a family that fails is a row with its reason.
 
     Args:
-        names: model types; none: every MoE family.
+        names: model types, or rows of `released_ropes`; none: every MoE family, and those rows.
         depth: layers of each; a few more for a family whose last layers would not be those that it is released with.
         experts: as in `glowplug.compile`.
         timeout_s: seconds for each.
@@ -92,7 +92,7 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
     Raises:
         UsageError: an unknown family, or a depth below 1.
     """
-    known = families()
+    known = [*families(), *released_ropes()]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"no MoE family {', '.join(unknown)} in this transformers; there are {', '.join(known)}")
@@ -141,21 +141,28 @@ def _steps(model: PreTrainedModel) -> list[Tensor]:
 
 def markdown(rows: list[Row], versions: str) -> str:
     """The rows as a Markdown page."""
-    stamped, depth = sum(row.strategy == "stamped" for row in rows), min(row.depth for row in rows)
+    as_released = [row for row in rows if "(" in row.family]
+    families, depth = [row for row in rows if row not in as_released], min(row.depth for row in rows)
+    ropes = f"; {_stamped(as_released)} with the rope of released checkpoints" if as_released else ""
     deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
         "# Every MoE family of transformers",
         "",
-        f"{stamped} of {len(rows)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}, tiny widths, "
-        f"uncompiled pieces; {versions}.",
+        f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
+        f"widths, uncompiled pieces; {versions}.",
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
+        "A family is as its default config has it. Where checkpoints have another rope, a row of its own names that.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
     lines += [f"| {' | '.join(cell.replace('|', _BAR) for cell in row.cells())} |" for row in rows]
     return "\n".join([*lines, ""])
+
+
+def _stamped(rows: list[Row]) -> str:
+    return f"{sum(row.strategy == 'stamped' for row in rows)} of {len(rows)}"
 
 
 def main(arguments: list[str]) -> int:

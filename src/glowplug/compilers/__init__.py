@@ -7,9 +7,17 @@ import threading
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
-from glowplug.errors import UsageError
+from glowplug.errors import CompileError, UsageError
 
-__all__ = ["EagerCompiler", "InductorCompiler", "PieceCompiler", "get_compiler", "warm_up", "warm_up_loading"]
+__all__ = [
+    "EagerCompiler",
+    "InductorCompiler",
+    "PieceCompiler",
+    "get_compiler",
+    "warm_up",
+    "warm_up_loading",
+    "why_unable",
+]
 
 
 def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
@@ -29,8 +37,22 @@ def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
     raise UsageError(f"unknown compiler {choice!r}; choose 'inductor' or 'eager', or pass a PieceCompiler")
 
 
+def why_unable(compiler: PieceCompiler, device_type: str) -> str | None:
+    """Why a compiler can't compile for a device here, in one sentence; None when it says nothing of the kind."""
+    ask = getattr(compiler, "problem", None)
+    found: str | None = ask(device_type) if ask is not None else None
+    return found
+
+
 def warm_up(compiler: PieceCompiler, device_type: str) -> None:
-    """Start a compiler's one-off work, if it knows any."""
+    """Start a compiler's one-off work, if it knows any.
+
+    Raises:
+        CompileError: it can't compile for that device here; the message says what to do.
+    """
+    problem = why_unable(compiler, device_type)
+    if problem is not None:
+        raise CompileError(problem)
     begin = getattr(compiler, "warm_up", None)
     if begin is not None:
         begin(device_type)

@@ -14,7 +14,7 @@ from torch import fx
 from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
 from glowplug.compilers.light_imports import light_imports
-from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun
+from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
 
@@ -48,6 +48,10 @@ class InductorCompiler:
         self.options = dict(options or {})
         # Kernels are made for a number of threads; a fork that compiles has one, and must not count its own.
         self.threads = torch.get_num_threads()
+
+    def problem(self, device_type: str) -> str | None:
+        """Why Inductor can't compile here, in one sentence; None when nothing is known to be in the way."""
+        return why_no_folder(device_type) or (why_no_cpp_compiler() if device_type == "cpu" else None)
 
     def warm_up(self, device_type: str) -> None:
         """Begin what Inductor does once a process, beside the trace."""

@@ -10,7 +10,10 @@ import contextlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +21,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
+from glowplug.reasons import no_cpp_compiler, no_folder, why
 
 _KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -125,3 +130,36 @@ def toolchain_begun() -> bool:
 
 def _is_x86() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and hasattr(torch._inductor.config.cpp, "vec_isa_ok")
+
+
+def why_no_cpp_compiler() -> str | None:
+    """Why there is no C++ compiler for Inductor, told without running one; None where there may be."""
+    from torch._inductor import config
+
+    asked = config.cpp.cxx
+    names = [name for name in (asked if isinstance(asked, (list, tuple)) else [asked]) if name is not None]
+    fetched = os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")  # then Inductor gets one by itself
+    if sys.platform == "win32" or fetched or any(map(shutil.which, names)):
+        return None
+    given = os.environ.get("CXX")
+    return no_cpp_compiler() if not given else f"CXX={given} is no program that can be run; {no_cpp_compiler()}"
+
+
+def why_no_folder(device_type: str) -> str | None:
+    """Why Inductor can't work in the folder that it compiles in; None when it can."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    try:
+        folder = os.path.abspath(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    except OSError as exc:  # no temporary folder can be used
+        return f"there is no temporary folder: {why(exc)}; set TMPDIR to one that can be written to"
+    if device_type == "cpu" and any(map(str.isspace, folder)):
+        return no_folder(folder, "its C++ commands can't name a folder with a space in its name")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as exc:
+        return no_folder(folder, exc.strerror or type(exc).__name__)
+    return None

@@ -6,11 +6,11 @@ and 2.13).
 
 from __future__ import annotations
 
-import re
+import contextlib
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.layers.handle import LayerHandle
+from glowplug.reasons import named, switched_off, why
 
 try:
     from torch._dynamo.exc import RestartAnalysis
@@ -87,7 +88,7 @@ def describe(gm: fx.GraphModule) -> Captured:
             kind = "handle"
         elif not isinstance(value, torch.Tensor):
             raise CaptureError(
-                f"graph input {arg.source.name!r} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
+                f"{named(arg.source.name)} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
                 "handles. Keep other objects in the layer, where a layer op can read them."
             )
         inputs.append(GraphInput(node.name, arg.source.name, kind, value))
@@ -158,6 +159,9 @@ def capture(
     Raises:
         CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
     """
+    off = switched_off()
+    if off is not None:
+        raise CaptureError(off)
     job = _Capture(consume, reads)
     # Dynamo keeps what it knows by code object: a fresh one each time.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
@@ -168,7 +172,8 @@ def capture(
         torch.no_grad(),
         # Sizes 0 and 1 get no special treatment: what the trace assumes of a size is then always written down.
         symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        torch._dynamo.config.patch(error_on_recompile=False),
+        torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
+        _traces(),
     ):
         try:
             compiled(*args)
@@ -176,7 +181,7 @@ def capture(
             pass
         except Exception as exc:
             if job.error is None:
-                raise CaptureError(_first_lines(exc)) from exc
+                raise CaptureError(why(exc)) from exc
     if job.error is not None:
         raise job.error
     if not job.result:
@@ -184,16 +189,10 @@ def capture(
     return job.result[0]
 
 
-def _first_lines(exc: Exception) -> str:
-    """What the exception says, shortly; of Dynamo's reasons the one with the case in it, without general hints."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    detail = [line for line in lines if line.startswith("Developer debug context:")]
-    raised = re.search(r"raised exception (\w+)\((.*)\)", detail[0]) if detail else None
-    if raised is not None and lines[0].startswith("Observed exception"):
-        ours = raised[1] == CaptureError.__name__
-        return raised[2].strip("'\"") if ours else f"traced, the model raised {raised[1]}: {raised[2]}"[:500]
-    kept = [lines[0], *detail] if lines and detail else lines[:3]
-    return " | ".join(kept)[:500] or type(exc).__name__
+def _traces() -> AbstractContextManager[Any]:
+    """Put the stance in force under which a function is traced; under any other it might run."""
+    stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")
+    return contextlib.nullcontext() if stance == "default" else torch.compiler.set_stance("default")
 
 
 def traced_files() -> frozenset[str]:

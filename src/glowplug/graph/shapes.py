@@ -15,6 +15,7 @@ import torch
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
+from glowplug.reasons import named
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,17 @@ class ShapeAssumptions:
         """Why a call with these shapes can't be served; None when it can."""
         values: dict[Any, int] = {}
         for source, dims in self.dims.items():
-            given = shapes.get(source)
+            given, name = shapes.get(source), named(source)
             if given is None:
                 continue
             if len(given) != len(dims):
-                return f"{source} has {len(given)} dimensions; it was traced with {len(dims)}"
+                return f"{name} has {len(given)} dimensions; it was traced with {len(dims)}"
             for position, (size, dim) in enumerate(zip(given, dims, strict=True)):
                 if isinstance(dim, int):
                     if size != dim:
-                        return f"dimension {position} of {source} is {size}; the trace fixed it at {dim}"
+                        return f"dimension {position} of {name} is {size}; the trace fixed it at {dim}"
                 elif values.setdefault(dim, size) != size:
-                    return f"dimension {position} of {source} is {size}, but the same size is {values[dim]} elsewhere"
+                    return f"dimension {position} of {name} is {size}, but the same size is {values[dim]} elsewhere"
         for relation in self.relations:
             outcome = relation.xreplace(values) if hasattr(relation, "xreplace") else relation
             if outcome in (False, sympy.false):

@@ -270,7 +270,7 @@ def _by_name(arg: Any) -> Any:
 def _example(node: fx.Node) -> dict[str, Any]:
     """What a copy of a node is to know of its value."""
     if "example_value" not in node.meta:
-        raise CaptureError(f"the graph computes something besides tensors and sizes: {node.target} in {node.name}")
+        raise CaptureError(f"the graph computes something besides tensors and sizes: {node.name}")
     return {"example_value": node.meta["example_value"]}
 
 

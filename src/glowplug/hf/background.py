@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from glowplug.compilers.fork import Beside, leave
 from glowplug.hf.build import Builder
 from glowplug.options import Options
+from glowplug.reasons import why
 from glowplug.report import Report
 
 RESULT = "result.json"
@@ -158,7 +159,7 @@ def attempt(build: Callable[[], Builder], folder: Path) -> None:
         builder = build()
         reason = None if builder.report.programs else _why(builder.report)
     except Exception as exc:
-        reason = f"{type(exc).__name__}: {exc}"
+        reason = why(exc)
     leave(folder / RESULT, Outcome(reason, round(time.perf_counter() - start, 3)).to_bytes())
     if builder is not None:
         builder.finish()

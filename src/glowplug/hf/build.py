@@ -37,11 +37,13 @@ from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
+from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
 from glowplug.program import Build, PieceCache, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
 
@@ -85,6 +87,7 @@ class Builder:
         self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
+        self._unfit = unfit(model) if not self.for_others else None
         try:
             self.processes = processes_of(model)
         except CaptureError as exc:
@@ -103,6 +106,8 @@ class Builder:
 
     def find_stored(self, call: Call) -> Served | None:
         """A program from the store that serves calls like this one; None when there is none that is right."""
+        if self._unfit is not None:
+            return None
         plan = self._plan()
         warm = self._warm(call.inputs.device)
         if warm is None:
@@ -123,8 +128,8 @@ class Builder:
             CaptureError, CompileError: as the reason.
             NotServableError: with `strict`, when the model can't be stamped.
         """
-        if self._refused is not None:
-            return self._refused
+        if self._refused is not None or self._unfit is not None:
+            return self._refused or self._unfit or ""
         with collector_paused():
             served = self._build(call) if self.processes is None else self._build_together(call, self.processes)
             if isinstance(served, Served) and self.insides is None:
@@ -186,7 +191,7 @@ class Builder:
         try:
             found = self._build(call)
         except Exception as exc:
-            error, found = exc, str(exc)
+            error, found = exc, why(exc)
         problem = processes.agree(found if isinstance(found, str) else None)
         if error is not None:
             raise error

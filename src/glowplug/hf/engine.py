@@ -26,10 +26,13 @@ from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.elsewhere import Background, rebuild, with_store
+from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.served import Served
+from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
+from glowplug.reasons import switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.store import open_store
 
@@ -240,9 +243,12 @@ class Engine:
 
     def _unfit(self, embeds: Any = None) -> str | None:
         """Why no call can be served now, or None."""
+        off = switched_off()
+        if off is not None:
+            return off
         model = self.model
         if self.own is not None:
-            return (
+            return unfit(model) or (
                 f"before it was compiled the model was given a forward of its own ({_name(self.own)}), which runs as "
                 "it is; compile the model first, then wrap model.forward"
             )
@@ -286,13 +292,14 @@ class Engine:
                 found = self.builder.build(call)
             except (LayerOrderError, NotServableError):
                 raise
-            except GlowplugError as exc:
-                found = str(exc)
+            except (GlowplugError, OSError) as exc:  # such as a full disk
+                found = why(exc)
             return self._keep(call.signature, found, for_good=False)
 
     def _keep(self, signature: Signature, found: Served | str, *, for_good: bool = True) -> Served | Refusal:
         if isinstance(found, str):
-            refusal = Refusal(found, None if for_good else Watch(self.model))
+            rotary = rotary_layers(self.model).values()
+            refusal = Refusal(found, None if for_good else Watch(self.model, followed=rotary))
             self._served[signature] = refusal
             self._refusals[signature] += 1
             self.report.strategy = "eager"

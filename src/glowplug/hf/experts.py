@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glowplug.hf import interfaces
+from glowplug.hf.rotary_entry import rope_types, rotary_layers
 from glowplug.hf.sharding import sharded_modules
 
 _TRACEABLE = ("grouped_mm", "batched_mm")
@@ -52,10 +53,13 @@ def plan(model: PreTrainedModel, choice: str, *, insides: bool = False) -> Exper
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
     orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
     orders["glowplug::sharded"] = list(sharded)
+    rotary = rotary_layers(model)
+    orders["glowplug::rotary"] = [name for name, module in rotary.items() for _ in rope_types(module)]
     hidden_size = model.config.get_text_config().hidden_size
     probe = choice != "inline" and not sharded
     untraceable = interfaces.untraceable_blocks(model, hidden_size, all_experts | all_routed | mixers) if probe else {}
-    always = {name: m for name, m in modules.items() if name in mixers or name in sharded or name in untraceable}
+    seen = mixers.keys() | sharded.keys() | rotary.keys() | untraceable.keys()
+    always = {name: m for name, m in modules.items() if name in seen}
     hidden = any(name in sharded for name in all_experts)
     if not experts and not routed_only:
         orders["glowplug::moe_forward_shared"] = list(untraceable)

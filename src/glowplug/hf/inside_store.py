@@ -16,6 +16,7 @@ from glowplug.hf.manifests import SKIP, sources_of
 from glowplug.hf.trials import Verdict
 from glowplug.layers.structure import structure_of
 from glowplug.program import PieceStore
+from glowplug.reasons import said
 
 
 def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> str | None:
@@ -45,7 +46,7 @@ def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict | None] | N
         made, verdict = pickle.loads(payload)
         return replace(made, run=pieces.compiler.load(made.artifact)), verdict
     except Exception as exc:  # whatever a stored inside raises, it is made anew
-        pieces.store.drop("inside", key, f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
+        pieces.store.drop("inside", key, f"it can't be loaded: {said(exc)}")
         return None
 
 

@@ -35,6 +35,7 @@ from glowplug.hf.trials import Verdict, judge
 from glowplug.layers.watch import ReadWatch
 from glowplug.ops.inside import Inside
 from glowplug.program import PieceStore
+from glowplug.reasons import named
 from glowplug.report import InsideReport, Report
 
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
@@ -317,5 +318,5 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
         elif id(entry.value) in paths:
             order.append(f"@{paths[id(entry.value)]}")
         else:
-            raise CaptureError(f"the inside reads {entry.source}, which is no weight of the layer")
+            raise CaptureError(f"the inside reads {named(entry.source)}, which is no weight of the layer")
     return steps[0], tuple(order)

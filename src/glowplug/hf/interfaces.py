@@ -22,6 +22,7 @@ from glowplug.errors import CaptureError
 from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.hf.caches import own_cache_class
 from glowplug.hf.mixer_entry import mixer_entry
+from glowplug.hf.rotary_entry import rotary_entry, rotary_layers
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import entry_of, sharded_modules
 from glowplug.layers.watch import without_inert
@@ -326,6 +327,8 @@ def put_in_force(
         layer.__dict__.update({table: {} for table in _HOOKS})
     for layer in mixers.values():
         _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
+    for layer in rotary_layers(model).values():
+        _set_forward(layer, rotary_entry(layer))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")

@@ -23,6 +23,7 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature
 from glowplug.hf.experts import ExpertsPlan
+from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
@@ -34,6 +35,7 @@ from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
+from glowplug.reasons import said
 from glowplug.store.manifest import Manifest, Place
 from glowplug.store.store import ArtifactStore
 
@@ -122,7 +124,7 @@ class Manifests:
             NotStorableError: the model can't be described.
         """
         facts = [
-            structure_of(self.model, SKIP),
+            structure_of(self.model, SKIP, followed=rotary_layers(self.model).values()),
             self.pieces.environment,
             transformers.__version__,
             repr(replace(signature, device=torch.device(signature.device.type))),
@@ -202,7 +204,7 @@ class Manifests:
                 bind, name_of = binder(stack, registry, manifest.handles), stack.name_of
             program = manifest.plan.write(runners, values, bind)
         except (AttributeError, KeyError, IndexError) as exc:
-            raise ArtifactError(f"it does not fit the model: {type(exc).__name__}: {exc}") from exc
+            raise ArtifactError(f"it does not fit the model: {said(exc)}") from exc
         return replace(program, outline=manifest.plan.whole_outline(name_of))
 
     def keep(self, key: str, manifest: Manifest) -> None:

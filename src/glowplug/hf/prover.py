@@ -12,6 +12,7 @@ from glowplug.hf import verify
 from glowplug.hf.attention_kinds import Forms, observed
 from glowplug.hf.call import Call
 from glowplug.hf.locate import first_layer
+from glowplug.hf.rotary_entry import rotary_layers, rotary_state_kept
 from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
@@ -57,7 +58,7 @@ class Prover:
 
     def start_watching(self) -> Watch:
         """Find changes from here on: they make programs stale."""
-        self.watch = Watch(self.model, self._reads)
+        self.watch = Watch(self.model, self._reads, followed=rotary_layers(self.model).values())
         return self.watch
 
     def prove(
@@ -79,7 +80,7 @@ class Prover:
             watch = self.start_watching()
             if self.options.verify == "off":
                 break
-            with self.report.phase("verify"), observed(self.model, self.forms):
+            with self.report.phase("verify"), observed(self.model, self.forms), rotary_state_kept(self.model):
                 problem = self._compare(served, call, registry, classes, exact=exact)
             if problem is not None:
                 return problem

@@ -16,6 +16,7 @@ from glowplug.hf import interfaces
 from glowplug.hf.call import Call, Signature
 from glowplug.hf.masks import stand_ins
 from glowplug.hf.served import SIZE
+from glowplug.reasons import named
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
@@ -144,7 +145,7 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> N
         if isinstance(step, Piece):
             used = bool(mask_nodes & set(step.inputs))
             for name in sizes.keys() & set(step.inputs):
-                raise CaptureError(f"a piece depends on a size that no tensor of it has: {sizes[name]}")
+                raise CaptureError(f"a piece depends on a size that no tensor of it has: {named(sizes[name])}")
         else:
             mask = step.args[_MASK_AT[step.op.name]] if step.op.name in _MASK_AT else None
             used = mask is not None and getattr(mask, "name", None) not in mask_nodes

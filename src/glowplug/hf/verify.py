@@ -26,6 +26,7 @@ from glowplug.errors import GlowplugError, NotServableError
 from glowplug.hf.caches import new_cache
 from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.windows import WINDOW, with_short_windows
+from glowplug.reasons import said
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest ||program - eager|| / ||eager|| by dtype, compiled pieces. Half precision: 0.5.
@@ -230,7 +231,7 @@ def _run(
     except Exception as exc:
         if isinstance(exc, GlowplugError) and raises:
             raise
-        return None, f"the program raised {type(exc).__name__}: {str(exc)[:200]}"
+        return None, f"the program raised {said(exc)}"
     return logits, _differs(logits, expected, what, candidate.exact)
 
 
@@ -242,7 +243,7 @@ def _ask_pieces(
     try:
         found = by_pieces(call)
     except Exception as exc:
-        return f"{reason}; piece by piece it raised {type(exc).__name__}: {str(exc)[:200]}"
+        return f"{reason}; piece by piece it raised {said(exc)}"
     if found is None:
         return reason
     output, problem = found

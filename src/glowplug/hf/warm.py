@@ -27,6 +27,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program
 from glowplug.program.piece_store import Run
+from glowplug.reasons import said
 from glowplug.report import Report
 from glowplug.store.manifest import Manifest, dtype_from_name
 from glowplug.store.store import ArtifactStore
@@ -141,7 +142,7 @@ def find(
             served.uncompiled = served.find_uncompiled()
         slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
     except Exception as exc:  # whatever comes of a stored program, it is made anew
-        warm.store.drop("manifest", key, f"{type(exc).__name__}: {exc}"[:200])
+        warm.store.drop("manifest", key, said(exc))
         return None
     return Found(served, manifest, runners, ends, slots)
 

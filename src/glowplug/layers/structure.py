@@ -11,7 +11,7 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,23 +31,25 @@ _DEEPEST = 12
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
-def structure_of(model: nn.Module, skip: Collection[str] = ()) -> str:
+def structure_of(model: nn.Module, skip: Collection[str] = (), followed: Iterable[nn.Module] = ()) -> str:
     """SHA-256, in hex, of everything about a model that its forward can read, but for the weights' values.
 
     Args:
         model: the model.
         skip: names of attributes, of modules or of objects that they hold, that no forward reads.
+        followed: modules whose own forward runs at every call, so that no program depends on what they hold.
 
     Raises:
         NotStorableError: something about it can't be described; the message names it.
     """
-    return hashlib.sha256("\n".join(_Description(model, frozenset(skip)).lines()).encode()).hexdigest()
+    return hashlib.sha256("\n".join(_Description(model, frozenset(skip), followed).lines()).encode()).hexdigest()
 
 
 class _Description:
-    def __init__(self, model: nn.Module, skip: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, skip: frozenset[str], followed: Iterable[nn.Module]) -> None:
         self.model = model
         self.skip = skip
+        self.followed = set(map(id, followed))
         self.hidden = _STANDARD | skip
         self.modules = {id(module): path for path, module in model.named_modules()}
         self.objects: dict[int, str] = {}
@@ -69,6 +71,8 @@ class _Description:
         for name in _HOOKS:
             if table[name] and without_inert(table[name]):
                 raise NotStorableError(f"{path or 'the model'} has hooks")
+        if id(module) in self.followed:
+            return " ".join([*parts, "followed"])
         for group in ("_parameters", "_buffers"):
             parts += [f"{name}={self.tensor(tensor)}" for name, tensor in table[group].items()]
         parts += [

@@ -23,6 +23,8 @@ from glowplug.layers.shards import is_sharded, local_of
 from glowplug.layers.sources import Access, follow, parse_source
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_AROUND = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+"""Those that a trace reads of a module whose own forward it does not see."""
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _INERT_HOOKS = "transformers.utils.output_capturing"
 _OWN = frozenset({"torch", "glowplug", "builtins"})
@@ -228,15 +230,22 @@ class Watch(ReadWatch):
     Args:
         model: the model, as it was compiled.
         reads: as for `ReadWatch`.
+        followed: modules whose own forward runs at every call, behind an op: what they hold may change.
     """
 
-    def __init__(self, model: nn.Module, reads: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, reads: Iterable[str] = (), *, followed: Iterable[nn.Module] = ()) -> None:
         modules = dict(model.named_modules())
+        self._followed = set(map(id, followed))
         super().__init__(modules, model, reads)
-        self._tables = [(name, table, getattr(m, table)) for name, m in modules.items() for table in _TABLES]
+        self._tables = [
+            (name, table, getattr(m, table))
+            for name, m in modules.items()
+            for table in (_TABLES if id(m) not in self._followed else _AROUND)
+        ]
         self._live = [content for _, _, content in self._tables]
         self._copies = [dict(content) for content in self._live]
-        self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        own = {id(t) for m in modules.values() if id(m) in self._followed for t in m.buffers(recurse=False)}
+        self._tensors = list({id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}.values())
         self._layouts = [_layout(tensor) for tensor in self._tensors]
         self._sharded = any(map(is_sharded, self._tensors))
         self._pointers = self._read_pointers()
@@ -271,6 +280,10 @@ class Watch(ReadWatch):
             return [local_of(tensor).data_ptr() for tensor in self._tensors]
         return [tensor.data_ptr() for tensor in self._tensors]
 
+    def _add_at(self, text: str, start: Any, path: Sequence[Access]) -> None:
+        if id(start) not in self._followed:
+            super()._add_at(text, start, path)
+
     def _add_further(self) -> None:
         """The functions of the modules' classes, as libraries patch modeling code; torch's hooks of every module; and
         of each module whether it trains, and a forward of its own."""
@@ -282,6 +295,8 @@ class Watch(ReadWatch):
         for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
             self._add_entry("torch's hooks of every module", vars(torch.nn.modules.module), table)
         for path, module in self._modules.items():
+            if id(module) in self._followed:
+                continue
             # A module's own `forward` is what wrappers replace; the root's is glowplug's.
             for attribute in ("training", "forward") if path else ("training",):
                 self._add_entry(path or "the model", module.__dict__, attribute)

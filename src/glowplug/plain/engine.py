@@ -17,19 +17,24 @@ import torch
 from torch import nn
 
 from glowplug.backend import glowplug_backend
-from glowplug.compilers import get_compiler
+from glowplug.compilers import get_compiler, why_unable
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.ops import order_layers
 from glowplug.options import Options
 from glowplug.plain.stamped import Stamper
+from glowplug.reasons import is_tracers, switched_off, told, why
 from glowplug.report import Report
 
 try:
+    from torch._dynamo.exc import TorchDynamoException
     from torch._dynamo.utils import counters as _dynamo_counters
+    from torch._dynamo.utils import graph_break_reasons as _breaks
 except ImportError:  # pragma: no cover - private; checked on torch 2.11 and 2.13. Without it, breaks go unreported.
-    _dynamo_counters = {}
+    TorchDynamoException = ()
+    _dynamo_counters, _breaks = {}, []
 
 
 _entries = itertools.count()
@@ -63,6 +68,7 @@ class ModuleEngine:
         self.check_order = True
         self.registry: LayerRegistry | None = None
         self._compiled: Any = None
+        self._unfit: str | None = None
         self._stampers: list[Stamper] = []
         self._lock = threading.RLock()
 
@@ -72,6 +78,10 @@ class ModuleEngine:
         order_layers(registry)
         compiler = get_compiler(self.options.compiler)
         self.report.compiler = compiler.name
+        device = next((parameter.device.type for parameter in self.model.parameters()), "cpu")
+        self._unfit = unfit(self.model) or why_unable(compiler, device)
+        if self._unfit is not None:
+            return
         settings: dict[str, Any] = {
             "compiler": self.options.compiler,
             "report": self.report,
@@ -102,11 +112,19 @@ class ModuleEngine:
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, compiled."""
+        off = switched_off()
+        if off is not None:
+            return self._eager(off, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*self.model.parameters(), *tensors)):
             return self._eager(
                 "grad mode is on and the module's weights need gradients; run under torch.no_grad()", args, kwargs
             )
+        with self._lock:
+            if self.registry is None:
+                self._start()
+        if self._unfit is not None:
+            return self._eager(self._unfit, args, kwargs)
         self.report.serving = "program"
         stamper = self._current()
         run = stamper.find(args, kwargs) if stamper is not None else None
@@ -121,8 +139,6 @@ class ModuleEngine:
     def _current(self) -> Stamper | None:
         """The stamper of the module as it is now; None where it is to be traced in full."""
         with self._lock:
-            if self.registry is None:
-                self._start()
             if self.own is not None or self.model.training:
                 return None
             for stamper in reversed(self._stampers):
@@ -144,7 +160,7 @@ class ModuleEngine:
         """The module's forward, traced in full."""
         registry = self.registry
         assert registry is not None
-        breaks = dict(_dynamo_counters.get("graph_break", {}))
+        breaks, places = dict(_dynamo_counters.get("graph_break", {})), len(_breaks)
         programs = self.report.programs
         with _guard_hooks(), forward_context(ForwardContext(registry, None, self.check_order)):
             try:
@@ -153,13 +169,17 @@ class ModuleEngine:
                 cause = _glowplug_cause(exc)
                 if cause is not None:
                     raise cause from exc
-                raise
+                if not (isinstance(exc, TorchDynamoException) or is_tracers(exc)):
+                    raise
+                return self._eager(why(exc), args, kwargs)
         if self.report.programs != programs and self.report.strategy != "stamped":
             self.report.strategy = self.options.resolved_identity
         found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
         if found or self.report.programs > programs + 1:
-            why = f": {found[0].splitlines()[0]}" if found else ""
-            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{why}")
+            at = _breaks[places] if len(_breaks) > places else None
+            reason = told(at.reason, at.user_stack) if at is not None else told(found[0]) if found else ""
+            reason = f": {reason}" if reason else ""
+            self.report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{reason}")
         return output
 
     def _eager(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ from glowplug.plain.twin import differs, make_twin, states_differ
 from glowplug.program import Built, Ends, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.reasons import named, said
 from glowplug.report import Report
 
 _PROGRAMS = 8
@@ -176,8 +177,8 @@ class Stamper:
         template = self._template
         if template is None or sum(map(len, self._programs.values())) >= _PROGRAMS:
             return None
-        warm_up(self.compiler, call.tensors[0].device.type)
         try:
+            warm_up(self.compiler, call.tensors[0].device.type)
             with collector_paused():
                 made = self._make(call, template)
         except AttributesReadError as exc:
@@ -187,7 +188,7 @@ class Stamper:
         except NotStampableError as exc:
             self._give_up(str(exc), template.layer_names(exc.layers))
             return None
-        except CompileError:
+        except (CompileError, OSError):
             self._template = None  # the full trace meets the same, and reports it
             return None
         except (CaptureError, LayerLookupError) as exc:
@@ -215,7 +216,7 @@ class Stamper:
             arguments = {e.node: e.source for e in captured.inputs if SOURCE.fullmatch(e.source)}
             sizes = [e.source for e in captured.inputs if e.kind == "symint" and e.node not in arguments]
             if sizes:
-                raise NotStampableError(f"the trace depends on a size that no argument has: {sizes[0]}")
+                raise NotStampableError(f"the trace depends on a size that no argument has: {named(sizes[0])}")
             bound = {e.node: e.value for e in captured.inputs if e.node not in arguments}
             built = build_program(
                 captured,
@@ -270,7 +271,7 @@ class Stamper:
             except GlowplugError:
                 raise
             except Exception as exc:
-                raise NotStampableError(f"the program raised {type(exc).__name__}: {exc}") from exc
+                raise NotStampableError(f"the program raised {said(exc)}") from exc
             reason = (
                 differs(actual, leaves, exact=exact)
                 or differs(copies, given, exact=exact)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glowplug.closeness import distance
 from glowplug.errors import NotStampableError
 from glowplug.layers.registry import MARKS, LayerRegistry, register_layers
+from glowplug.reasons import said
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest ||program - eager|| / ||eager||, compiled pieces. Half precision: 0.5, see `glowplug.hf.verify`."""
@@ -46,9 +47,7 @@ def make_twin(model: nn.Module) -> Twin:
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as exc:
-        raise NotStampableError(
-            f"the module can't be copied, so nothing can be compared: {type(exc).__name__}: {exc}"
-        ) from exc
+        raise NotStampableError(f"the module can't be copied, so nothing can be compared: {said(exc)}") from exc
     finally:
         if forward is not None:
             object.__setattr__(model, "forward", forward)

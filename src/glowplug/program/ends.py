@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
 from glowplug.program.paired import why_different
+from glowplug.reasons import said
 
 logger = logging.getLogger("glowplug")
 
@@ -173,7 +174,7 @@ def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | No
             try:
                 actual, expected = compiled(*args), runner.run(*args)
             except Exception as exc:
-                return f"it raised {type(exc).__name__}: {exc}"
+                return f"it raised {said(exc)}"
             problem = why_different(actual, expected)
             if problem is not None:
                 return problem

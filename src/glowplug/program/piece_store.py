@@ -14,6 +14,7 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
+from glowplug.reasons import said
 
 Run = Callable[..., Sequence[Any]]
 
@@ -75,7 +76,7 @@ class PieceStore:
             self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
             return None
         except Exception as exc:  # whatever a stored piece raises, it is compiled anew
-            self.store.drop("piece", self.key(digest), f"it can't be loaded: {type(exc).__name__}: {exc}"[:200])
+            self.store.drop("piece", self.key(digest), f"it can't be loaded: {said(exc)}")
             return None
 
     def load_graph(self, digest: str) -> Run | None:

@@ -23,6 +23,7 @@ from glowplug.program.end_makers import ForkMaker
 from glowplug.program.ends import Ends, choose_ends
 from glowplug.program.piece_store import PieceStore
 from glowplug.progress import piece_progress
+from glowplug.reasons import why
 from glowplug.report import Report
 
 _WAIT_S = 600.0
@@ -186,7 +187,7 @@ def _compile_jobs(
         if result.error is not None:
             if is_restart(result.error):
                 raise result.error
-            what = f"{compiler.name} can't compile piece {found.digest[:12]}: {_brief(result.error)}"
+            what = f"{compiler.name} can't compile piece {found.digest[:12]}: {why(result.error)}"
             raise CompileError(what) from result.error
         if result.run is None:  # given up, as another piece failed
             continue
@@ -207,8 +208,3 @@ def _compile_jobs(
 def _guards(captured: Captured) -> Sequence[Any]:
     """The relations between sizes that the capture has written down so far."""
     return captured.fake_mode.shape_env.guards if captured.fake_mode.shape_env else []
-
-
-def _brief(exc: Exception) -> str:
-    lines = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {lines[0][:300]}" if lines else type(exc).__name__

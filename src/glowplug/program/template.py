@@ -18,6 +18,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
+from glowplug.reasons import named
 
 _DEEP = 16
 """Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
@@ -154,12 +155,6 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
     return find
 
 
-def _words(source: str) -> str:
-    """A source as a person would write it."""
-    place = re.search(r"L\['model'\](.*)", source)
-    return re.sub(r"\._modules\['(\w+)'\]", r".\1", place[1]).strip(".)") if place is not None else source
-
-
 def _source(stack: LayerStack) -> str:
     """What the source of anything that lies in a stack contains."""
     attribute = stack.path.rpartition(".")[2]
@@ -221,7 +216,7 @@ def _locate(
         places = [place for place in map(stack.index_of, aliases) if place is not None]
         layers = sorted({layer for layer, _ in places})
         if not aliases and _source(stack) in entry.source:
-            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {_words(entry.source)}")
+            raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {named(entry.source)}")
         if len(layers) == 1:
             own[entry.node] = places[0]
         elif layers and not all(

@@ -1,0 +1,102 @@
+"""`glowplug::rotary`: rotary embeddings whose tables change with the length of the sequence, worked out at a cut."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.errors import NotServableError
+from glowplug.ops.layer_op import layer_op
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a rotary module gives for positions of some number of dims.
+
+    Attributes:
+        layer_type: the argument of that name; None: the module takes none, or none was given.
+        dropped: how many of the positions' leading dims the tables lack.
+        tables: width and dtype of each table; a dtype of None is that of the hidden states.
+        several: whether it returns them as a tuple.
+    """
+
+    layer_type: str | None
+    dropped: int
+    tables: tuple[tuple[int, str | None], ...]
+    several: bool
+
+    def to_text(self) -> str:
+        """Its form as an op's argument, for `read_form`."""
+        return repr((self.layer_type, self.dropped, self.tables, self.several))
+
+    def of(self, x: Tensor, positions: Tensor) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+        """Shape and dtype of each table."""
+        lead = tuple(positions.shape[self.dropped :])
+        return [((*lead, width), x.dtype if name is None else getattr(torch, name)) for width, name in self.tables]
+
+
+@functools.lru_cache(maxsize=256)
+def read_form(text: str) -> Form:
+    """What `Form.to_text` wrote."""
+    return Form(*ast.literal_eval(text))
+
+
+def _fake_rotary(x: Tensor, positions: Tensor, form: str) -> list[Tensor]:
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in read_form(form).of(x, positions)]
+
+
+_lock = threading.Lock()
+"""A module works out its tables in steps that no other thread must come between."""
+
+
+def _renew_lock() -> None:
+    """In a fork the thread that held it is gone."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@layer_op("glowplug::rotary", fake=_fake_rotary, splitting=True)
+def rotary(layer: nn.Module, x: Tensor, positions: Tensor, form: str) -> list[Tensor]:
+    """Run the module's own forward, which may rebuild its tables by the largest position, as it does in eager.
+
+    Args:
+        layer: the module, called as `layer.forward(x, positions)`, or with `layer_type=` besides.
+        x: hidden states, which give a dtype and a device.
+        positions: `[..., batch, tokens]`.
+        form: what its trace was told of the output, see `Form`.
+
+    Returns:
+        Its tables, such as cosines and sines, `[batch, tokens, width]`, contiguous.
+
+    Raises:
+        NotServableError: the output has another form.
+    """
+    expected = read_form(form)
+    kwargs = {} if expected.layer_type is None else {"layer_type": expected.layer_type}
+    with _lock:
+        output = layer.forward(x, positions, **kwargs)
+    tables = tables_of(output)
+    wanted = expected.of(x, positions)
+    if tables is None or [(tuple(table.shape), table.dtype) for table in tables] != wanted:
+        raise NotServableError(
+            f"the rotary embedding {type(layer).__name__} gives tables of another shape or dtype than it did when the "
+            "program was made; call glowplug.compile(model) again"
+        )
+    return [table.contiguous() for table in tables]
+
+
+def tables_of(output: Any) -> list[Tensor] | None:
+    """The tensors that a rotary module returned; None when it returned anything else."""
+    found = list(output) if isinstance(output, tuple) else [output]
+    return found if found and all(isinstance(table, Tensor) for table in found) else None
