@@ -75,8 +75,8 @@ class InductorCompiler:
         single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
         if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
             return False
-        if several or toolchain_begun():  # its thread would not be there in a fork
-            cpu_toolchain().join()
+        if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread would not be there in a fork
+            return False
         if several:
             importlib.import_module("torch._inductor.compile_fx")
         return True

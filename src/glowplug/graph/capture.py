@@ -7,7 +7,6 @@ and 2.13).
 from __future__ import annotations
 
 import re
-import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
+from glowplug.forks import free_in_forks, make_lock
 from glowplug.layers.handle import LayerHandle
 
 try:
+    from torch._dynamo.convert_frame import compile_lock
     from torch._dynamo.exc import RestartAnalysis
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -33,8 +34,9 @@ except ImportError as exc:  # pragma: no cover - depends on the torch installed
 InputKind = Literal["tensor", "symint", "handle"]
 T = TypeVar("T")
 
-tracing_lock = threading.RLock()
-"""Dynamo and the switches of a model's config are process-wide: one capture at a time."""
+tracing_lock = make_lock(awaited=True)
+"""Dynamo is process-wide: one capture at a time."""
+free_in_forks(compile_lock)  # Dynamo's own
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import subprocess
 import sys
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +22,18 @@ import torch
 from transformers import PreTrainedConfig
 
 from glowplug.compilers.fork import Beside, leave
+from glowplug.forks import Scratch, finalize
 from glowplug.hf.build import Builder
 from glowplug.options import Options
 from glowplug.report import Report
 
+logger = logging.getLogger("glowplug")
+
 RESULT = "result.json"
 _WORKER = "glowplug.hf.build_process"
+TIMEOUT_VARIABLE = "GLOWPLUG_BUILD_TIMEOUT"
+"""The environment variable that says how long a build in another process may take, in seconds."""
+_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,29 @@ class Outcome:
             return cls("the process that was to build the program died", 0.0)
 
 
+class Patience:
+    """How long a build may take, from now on: `GLOWPLUG_BUILD_TIMEOUT`, or ten minutes."""
+
+    def __init__(self) -> None:
+        text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
+        if text and not text.isdecimal():
+            logger.warning("glowplug: %s=%r is no whole number of seconds, and is not used", TIMEOUT_VARIABLE, text)
+        self.seconds = float(text) if text.isdecimal() else _TIMEOUT_S
+        self.deadline = time.monotonic() + self.seconds
+
+    @property
+    def over(self) -> bool:
+        """Whether it is."""
+        return time.monotonic() >= self.deadline
+
+    def outcome(self) -> Outcome:
+        """What became of a build that took longer."""
+        why = f"it did not answer within {self.seconds:g} s ({TIMEOUT_VARIABLE}), and was given up"
+        return Outcome(why, self.seconds)
+
+
 class Elsewhere(Protocol):
-    """A build in another process."""
+    """A build in another process. One that takes longer than it may is ended, and came to nothing."""
 
     def outcome(self, deadline: float | None = None) -> Outcome | None:
         """What became of it; None while it is under way. Waits until `deadline` (`time.monotonic()`), if given."""
@@ -73,14 +100,19 @@ class Forked:
 
     def __init__(self, build: Callable[[], Builder], *, nice: int = 10) -> None:
         self._outcome: Outcome | None = None
+        self._patience = Patience()
         self._beside = Beside(lambda folder: attempt(build, folder), nice=nice)
 
     def outcome(self, deadline: float | None = None) -> Outcome | None:
         """See `Elsewhere.outcome`."""
         if not self._beside.started:
             return Outcome("the machine allows no further process", 0.0)
-        if self._outcome is None and self._beside.wait_for(RESULT, deadline if deadline is not None else 0.0):
-            self._outcome = Outcome.read(self._beside.folder / RESULT)
+        if self._outcome is None:
+            if self._beside.wait_for(RESULT, min(deadline or 0.0, self._patience.deadline)):
+                self._outcome = Outcome.read(self._beside.folder / RESULT)
+            elif self._patience.over:
+                self._beside.give_up()
+                self._outcome = self._patience.outcome()
         return self._outcome
 
 
@@ -104,8 +136,9 @@ class Spawned:
         options: Mapping[str, Any],
     ) -> None:
         self._outcome: Outcome | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="glowplug-build-", ignore_cleanup_errors=True)
-        folder = Path(self._folder.name)
+        self._patience = Patience()
+        self._scratch = Scratch("build")
+        folder = self._scratch.path
         config.save_pretrained(folder)
         asked = {
             "folder": str(folder),
@@ -121,17 +154,21 @@ class Spawned:
                 stdout=said,
                 stderr=said,
             )
-        weakref.finalize(self, self._process.kill)
+        finalize(self, self._process.kill)
 
     def outcome(self, deadline: float | None = None) -> Outcome | None:
         """See `Elsewhere.outcome`."""
         if self._outcome is None:
             if deadline is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(max(deadline - time.monotonic(), 0))
+                    self._process.wait(max(min(deadline, self._patience.deadline) - time.monotonic(), 0))
             if self._process.poll() is not None:
-                self._outcome = Outcome.read(Path(self._folder.name, RESULT))
-                self._folder.cleanup()
+                self._outcome = Outcome.read(self._scratch.path / RESULT)
+            elif self._patience.over:
+                self._process.kill()
+                self._outcome = self._patience.outcome()
+            if self._outcome is not None:
+                self._scratch.cleanup()
         return self._outcome
 
 

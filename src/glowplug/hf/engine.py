@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
+from glowplug.forks import make_lock
 from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
@@ -57,7 +57,7 @@ class Engine:
         self._make_builder = functools.partial(Builder, model, self.options, compiler, self.report, store)
         self._rebuild = functools.partial(rebuild, model, options)
         self._builder: Builder | None = None
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._served: dict[Signature, Served | str] = {}
         self._watch: Watch | None = None
         self._implementations: tuple[Any, ...] = ()

@@ -71,7 +71,7 @@ class Insides:
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return bool(self._unjudged) or (self.beside is not None and self.beside.pending)
+        return bool(self._unjudged) or (self.beside is not None and (self.beside.pending or self.beside.lost))
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -148,6 +148,9 @@ class Insides:
         """
         while self._unjudged:
             self._install(*self._unjudged.pop())
+        if self.beside is not None and self.beside.lost:
+            self.beside = None
+            self.compile_beside()
         if self.beside is not None:
             self.beside.finish(self._take, deadline)
 

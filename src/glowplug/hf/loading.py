@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
         told.seconds, told.reason = 0.0, build
     else:
         start = time.perf_counter()
-        outcome = build.outcome(math.inf)
+        outcome = build.outcome(math.inf)  # one that takes too long is given up
         told.waited_seconds = round(time.perf_counter() - start, 3)
         if outcome is not None:
             told.seconds, told.reason = outcome.seconds, outcome.reason
