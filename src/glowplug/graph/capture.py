@@ -107,13 +107,16 @@ class _Captured(BaseException):
 
 
 class _Capture(Generic[T]):
+    """Torch keeps every backend for good: once a capture is over, its own holds nothing."""
+
     def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None) -> None:
-        self.consume = consume
+        self.consume: Callable[[Captured], T] | None = consume
         self.reads = reads
         self.result: list[T] = []
         self.error: BaseException | None = None
 
     def backend(self, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        assert self.consume is not None
         try:
             self.result.append(self.consume(describe(gm)))
         except BaseException as exc:
@@ -123,6 +126,13 @@ class _Capture(Generic[T]):
         if self.reads is not None:
             self.reads.update(guard.name for guard in TracingContext.get().guards_context.dynamo_guards)
         raise _Captured
+
+    def end(self) -> tuple[list[T], BaseException | None]:
+        """Let go of everything; returns what came of it."""
+        result, error = self.result, self.error
+        self.consume = self.reads = self.error = None
+        self.result = []
+        return result, error
 
 
 def capture(
@@ -167,11 +177,13 @@ def capture(
         except Exception as exc:
             if job.error is None:
                 raise CaptureError(_first_lines(exc)) from exc
-    if job.error is not None:
-        raise job.error
-    if not job.result:
+        finally:
+            result, error = job.end()
+    if error is not None:
+        raise error
+    if not result:
         raise CaptureError("the function has no tensor computation to capture")
-    return job.result[0]
+    return result[0]
 
 
 def _first_lines(exc: Exception) -> str:

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig
 
+from glowplug.compilers.environment import differences, read_switches
 from glowplug.compilers.fork import Beside, leave
 from glowplug.forks import Scratch, finalize
 from glowplug.hf.build import Builder
@@ -30,6 +31,8 @@ from glowplug.report import Report
 logger = logging.getLogger("glowplug")
 
 RESULT = "result.json"
+SWITCHES = "switches"
+"""The file with the process-wide switches of whoever wants a build."""
 _WORKER = "glowplug.hf.build_process"
 TIMEOUT_VARIABLE = "GLOWPLUG_BUILD_TIMEOUT"
 """The environment variable that says how long a build in another process may take, in seconds."""
@@ -43,10 +46,21 @@ class Outcome:
     Attributes:
         reason: why there is no program; None when there is one.
         seconds: what it took there.
+        facts: what its address was made of there, by name.
     """
 
     reason: str | None
     seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def unused(self, builder: Builder) -> str:
+        """Why the program that it made was not used by a builder of this process."""
+        apart = differences(self.facts, builder.facts) if self.facts and builder.facts else []
+        if apart:
+            more = f", and {len(apart) - 4} more" if len(apart) > 4 else ""
+            return f"it was built where other things hold: {', '.join(apart[:4])}{more}"
+        problems = builder.store.problems if builder.store is not None else []
+        return problems[-1] if problems else "it is gone"
 
     def to_bytes(self) -> bytes:
         """Its form in a file."""
@@ -140,6 +154,7 @@ class Spawned:
         self._scratch = Scratch("build")
         folder = self._scratch.path
         config.save_pretrained(folder)
+        (folder / SWITCHES).write_bytes(read_switches())
         asked = {
             "folder": str(folder),
             "dtype": str(dtype).removeprefix("torch."),
@@ -196,7 +211,8 @@ def attempt(build: Callable[[], Builder], folder: Path) -> None:
         reason = None if builder.report.programs else _why(builder.report)
     except Exception as exc:
         reason = f"{type(exc).__name__}: {exc}"
-    leave(folder / RESULT, Outcome(reason, round(time.perf_counter() - start, 3)).to_bytes())
+    facts = builder.facts if builder is not None else {}
+    leave(folder / RESULT, Outcome(reason, round(time.perf_counter() - start, 3), facts).to_bytes())
     if builder is not None:
         builder.finish()
 

@@ -1,5 +1,5 @@
 """A build in a process of its own: `python -m glowplug.hf.build_process '<json>'`. Leaves `result.json` in the folder
-that it is given, beside the model's configuration.
+that it is given, beside the model's configuration and the switches of the process that asks for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from glowplug.hf.background import attempt
+from glowplug.compilers.environment import set_switches
+from glowplug.hf.background import SWITCHES, attempt
 from glowplug.hf.bake import bake
 from glowplug.hf.build import Builder
 from glowplug.hf.weightless import read_config, weightless_model
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(asked["folder"])
 
     def build() -> Builder:
+        set_switches((folder / SWITCHES).read_bytes())
         model = weightless_model(
             read_config(folder),
             dtype=getattr(torch, asked["dtype"]),

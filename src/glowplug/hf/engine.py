@@ -149,8 +149,7 @@ class Engine:
             else:
                 found = self.builder.find_stored(call)
                 if found is None and outcome is not None:
-                    problems = self.builder.store.problems if self.builder.store is not None else []
-                    found = f"what another process built can't be used: {problems[-1] if problems else 'it is gone'}"
+                    found = f"what another process built can't be used: {outcome.unused(self.builder)}"
             if found is not None:
                 self._keep(call.signature, found)
             return found
