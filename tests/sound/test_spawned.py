@@ -17,7 +17,7 @@ import glowplug
 
 @pytest.fixture(autouse=True)
 def spawning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let this process believe in a GPU; put its switches back."""
+    """Let this process believe in a GPU, by which it does not fork; put its switches back."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     before = (
         torch.get_float32_matmul_precision(),
@@ -67,6 +67,7 @@ def test_what_differs_is_named_when_a_build_is_not_found(tmp_path: Path, monkeyp
 
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
         torch.set_float32_matmul_precision("high")  # while the build is under way
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         return own(*args, **kwargs)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)

@@ -13,7 +13,6 @@ from torch import fx
 
 from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
-from glowplug.compilers.light_imports import light_imports
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -58,9 +57,8 @@ class InductorCompiler:
 
     def warm_up_loading(self) -> None:
         """Import what loading a piece needs: a fifth of a second."""
-        with light_imports():
-            for name in _LOADING:
-                importlib.import_module(name)
+        for name in _LOADING:
+            importlib.import_module(name)
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
@@ -96,7 +94,7 @@ class InductorCompiler:
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         inductors, kernels = pickle.loads(artifact)
-        with serving_kernels(kernels), light_imports():
+        with serving_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductors))
 
     def _compile_or_retry(

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ from glowplug.report import Report
 logger = logging.getLogger("glowplug")
 
 RESULT = "result.json"
+CONFIG = "config"
+"""The file with the configuration as it is: read back from JSON it has attributes that one made in Python lacks."""
 SWITCHES = "switches"
 """The file with the process-wide switches of whoever wants a build."""
 _WORKER = "glowplug.hf.build_process"
@@ -154,6 +157,8 @@ class Spawned:
         self._scratch = Scratch("build")
         folder = self._scratch.path
         config.save_pretrained(folder)
+        with contextlib.suppress(Exception):  # one of somebody's own code may have no such form
+            (folder / CONFIG).write_bytes(pickle.dumps(config))
         (folder / SWITCHES).write_bytes(read_switches())
         asked = {
             "folder": str(folder),

@@ -5,14 +5,16 @@ that it is given, beside the model's configuration and the switches of the proce
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from glowplug.compilers.environment import set_switches
-from glowplug.hf.background import SWITCHES, attempt
+from glowplug.hf.background import CONFIG, SWITCHES, attempt
 from glowplug.hf.bake import bake
 from glowplug.hf.build import Builder
 from glowplug.hf.weightless import read_config, weightless_model
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
     def build() -> Builder:
         set_switches((folder / SWITCHES).read_bytes())
         model = weightless_model(
-            read_config(folder),
+            _config(folder),
             dtype=getattr(torch, asked["dtype"]),
             device=torch.device(asked["device"]),
             **asked["settings"],
@@ -37,6 +39,14 @@ def main(arguments: list[str]) -> int:
 
     attempt(build, folder)
     return 0
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        found: PreTrainedConfig = pickle.loads((folder / CONFIG).read_bytes())
+        return found
+    except Exception:  # its class is not to be had here, or it has no such form
+        return read_config(folder)
 
 
 if __name__ == "__main__":

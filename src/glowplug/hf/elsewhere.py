@@ -113,10 +113,7 @@ class Background:
         config = self.model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(self.model):
             return f"no other process can build a {type(self.model).__name__} from its configuration"
-        grads = {parameter.requires_grad for parameter in self.model.parameters()}
-        if len(grads) > 1:
-            return "some weights need gradients and others don't; call model.requires_grad_(False)"
-        settings = {"attn_implementation": config._attn_implementation, "requires_grad": grads == {True}}
+        settings = {"attn_implementation": config._attn_implementation}
         return spawn(config, self.model.dtype, call.inputs.device, settings, options)
 
     def outcome(self, call: Call) -> Outcome | None:

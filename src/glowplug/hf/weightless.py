@@ -32,12 +32,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def weightless_model(
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    requires_grad: bool = False,
-    **settings: Any,
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, **settings: Any
 ) -> PreTrainedModel:
     """The model of a configuration, in eval mode, its weights without memory: it can be traced and not run.
 
@@ -45,13 +40,12 @@ def weightless_model(
         config: its configuration.
         dtype: of its weights.
         device: where its weights would be.
-        requires_grad: whether they need gradients.
         settings: as for `from_config`, such as `attn_implementation`.
     """
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **settings)
     drop_memory(model, device)
-    return model.eval().requires_grad_(requires_grad)
+    return model.eval()
 
 
 def read_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
