@@ -129,7 +129,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.inductor] if "inductor" in case else []) for case in CASES]
+)
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_model_goes_with_its_last_holder(case: str, reset: bool) -> None:
     if reset and "inductor" in case:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import families
 import glowplug
 
+pytestmark = pytest.mark.inductor
+
 
 @pytest.fixture(autouse=True)
 def spawning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
