@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_lock = threading.Lock()
-_pauses = 0
+from glowplug.forks import in_forks, make_lock
+
+_lock = make_lock()
+_pauses: Counter[int] = Counter()
+"""How often each thread has paused it."""
 _resume = False
 
 
@@ -20,19 +24,32 @@ def collector_paused() -> Iterator[None]:
     What was made inside counts as old then, so that the first collection afterwards, which would come at once, does not
     go through all of it.
     """
-    global _pauses, _resume
+    global _resume
+    thread = threading.get_ident()
     with _lock:
-        if _pauses == 0:
+        if not _pauses:
             _resume = gc.isenabled()
             gc.disable()
-        _pauses += 1
+        _pauses[thread] += 1
     try:
         yield
     finally:
         with _lock:
-            _pauses -= 1
-            if _pauses == 0 and _resume:
-                if gc.get_freeze_count() == 0:  # nobody froze anything that this would thaw
-                    gc.freeze()
-                    gc.unfreeze()
-                gc.enable()
+            _pauses[thread] -= 1
+            _end_pauses([thread] if _pauses[thread] == 0 else [])
+
+
+def _end_pauses(threads: list[int]) -> None:
+    """Forget the pauses of threads; after the last one the collector goes on."""
+    for thread in threads:
+        del _pauses[thread]
+    if threads and not _pauses and _resume:
+        if gc.get_freeze_count() == 0:  # nobody froze anything that this would thaw
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
+
+
+@in_forks
+def _end_pauses_of_others() -> None:
+    _end_pauses([thread for thread in _pauses if thread != threading.get_ident()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glowplug.errors import UsageError
+from glowplug.forks import make_lock
 from glowplug.reasons import one_line
 
 logger = logging.getLogger("glowplug")
@@ -159,7 +159,7 @@ class Report:
     insides: list[InsideReport] = field(default_factory=list)
     outlines: list[Any] = field(default_factory=list, repr=False, compare=False)
     sources: list[str] = field(default_factory=list, repr=False, compare=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: Any = field(default_factory=make_lock, repr=False, compare=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import CompileError, UsageError
+from glowplug.forks import begin as begin_thread
 
 __all__ = [
     "EagerCompiler",
@@ -62,4 +61,4 @@ def warm_up_loading(compiler: PieceCompiler) -> None:
     """Begin what a compiler does once a process before it loads stored pieces, if it knows any, in a thread."""
     begin = getattr(compiler, "warm_up_loading", None)
     if begin is not None:
-        threading.Thread(target=begin, name="glowplug-warm-up", daemon=True).start()
+        begin_thread(begin, "glowplug-warm-up")

@@ -6,24 +6,38 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from glowplug.forks import Scratch, finalize, fork_plainly, in_forks, make_lock
+
+_DEATH_S = 10.0
+"""How long a killed process may take to end."""
+
 
 @dataclass
 class Child:
-    """A forked process."""
+    """A forked process. It has ended, as far as another fork of the same process can tell.
+
+    Attributes:
+        pid: its number.
+        parent: the process that it is a fork of.
+        ended: whether it is known to have ended.
+    """
 
     pid: int
+    parent: int = field(default_factory=os.getpid)
     ended: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a fork of this process, and not of one that this is a fork of."""
+        return self.parent == os.getpid()
 
     def wait(self, deadline: float) -> None:
         """Until it has ended, or the deadline is over."""
@@ -37,12 +51,13 @@ class Child:
         if not self.poll():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
+            self.wait(time.monotonic() + _DEATH_S)
             self.ended = True
 
     def poll(self) -> bool:
         """Whether it has ended."""
+        if not self.ours:
+            return True
         if not self.ended:
             try:
                 self.ended = os.waitpid(self.pid, os.WNOHANG)[0] == self.pid
@@ -66,9 +81,15 @@ def orphaned() -> bool:
     return _parent != 0 and os.getppid() != _parent
 
 
-def scratch(what: str) -> tempfile.TemporaryDirectory[str]:
+def scratch(what: str) -> Scratch:
     """A folder that is deleted with what is returned, or with the process that this one is a fork of."""
-    return tempfile.TemporaryDirectory(prefix=f"glowplug-{what}-", dir=_scratch, ignore_cleanup_errors=True)
+    return Scratch(what, _scratch)
+
+
+@in_forks
+def _forget() -> None:
+    """Forks of the process that this one is a fork of are none of this one's."""
+    _running.clear()
 
 
 def fork(work: Callable[[], None]) -> Child | None:
@@ -85,7 +106,7 @@ def fork(work: Callable[[], None]) -> Child | None:
         reap()
         here = os.getpid()
         try:
-            pid = os.fork()
+            pid = fork_plainly()
         except OSError:
             return None
     if pid == 0:  # the child; never returns
@@ -93,7 +114,6 @@ def fork(work: Callable[[], None]) -> Child | None:
         try:
             global _parent
             _parent = here
-            _running.clear()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             with open(os.devnull, "w") as quiet:
@@ -118,30 +138,35 @@ class Beside:
     """
 
     def __init__(self, work: Callable[[Path], None], nice: int = 10) -> None:
-        folder = scratch("beside")
-        self._folder = folder
-        self.folder = Path(folder.name)
-        self._lock = threading.Lock()
+        self._scratch = scratch("beside")
+        self.folder = folder = self._scratch.path
+        self._lock = make_lock()
 
         def run() -> None:
             global _scratch
-            _scratch = folder.name  # what the fork has no time to delete goes with this folder
+            _scratch = str(folder)  # what the fork has no time to delete goes with this folder
             os.nice(nice)
             try:
-                work(Path(folder.name))
+                work(folder)
             finally:
                 if orphaned():  # nobody else is left to do it
-                    shutil.rmtree(folder.name, ignore_errors=True)
+                    shutil.rmtree(folder, ignore_errors=True)
 
         self._child = fork(run)
         self.started = self._child is not None
         if self._child is not None:
-            weakref.finalize(self, self._child.stop)
+            finalize(self, self._child.stop)
 
     @property
     def pending(self) -> bool:
-        """Whether the fork may still be at work, or its results wait to be taken."""
-        return self._child is not None
+        """Whether the fork may still be at work, or its results wait to be taken, by this process."""
+        return self._child is not None and self._child.ours
+
+    @property
+    def lost(self) -> bool:
+        """Whether that is so in the process that began the work, and this one is a fork of it: what comes of the work
+        is never known here."""
+        return self._child is not None and not self._child.ours
 
     def wait(self, deadline: float) -> None:
         """Until the fork has ended, or the deadline (`time.monotonic()`) is over; takes nothing."""
@@ -173,7 +198,7 @@ class Beside:
         """
         with self._lock:
             child = self._child
-            if child is None:
+            if child is None or not child.ours:
                 return
             if deadline is not None:
                 child.wait(deadline)
@@ -181,7 +206,13 @@ class Beside:
                 return
             self._child = None
             take(self.folder)
-            self._folder.cleanup()
+            self._scratch.cleanup()
+
+    def give_up(self) -> None:
+        """End the fork, and take nothing."""
+        if self._child is not None:
+            self._child.stop()
+        self.finish(lambda _: None)
 
 
 def leave(path: Path, content: bytes) -> None:

@@ -13,7 +13,6 @@ from torch import fx
 
 from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
-from glowplug.compilers.light_imports import light_imports
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -62,9 +61,8 @@ class InductorCompiler:
 
     def warm_up_loading(self) -> None:
         """Import what loading a piece needs: a fifth of a second."""
-        with light_imports():
-            for name in _LOADING:
-                importlib.import_module(name)
+        for name in _LOADING:
+            importlib.import_module(name)
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
@@ -79,8 +77,8 @@ class InductorCompiler:
         single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
         if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
             return False
-        if several or toolchain_begun():  # its thread would not be there in a fork
-            cpu_toolchain().join()
+        if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread would not be there in a fork
+            return False
         if several:
             importlib.import_module("torch._inductor.compile_fx")
         return True
@@ -100,7 +98,7 @@ class InductorCompiler:
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         inductors, kernels = pickle.loads(artifact)
-        with serving_kernels(kernels), light_imports():
+        with serving_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductors))
 
     def _compile_or_retry(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from glowplug.forks import begin, in_forks
 from glowplug.reasons import no_cpp_compiler, no_folder, why
 
 _KERNEL = """
@@ -31,6 +32,8 @@ extern "C" void kernel(float* out) {
 }
 """
 """Includes what Inductor's kernels include. It is never compiled: asking for it precompiles its header."""
+_PATIENCE_S = 120.0
+"""How long to wait for the compiler; then Inductor asks it anew, as it would without all this."""
 
 
 class CpuToolchain:
@@ -44,16 +47,17 @@ class CpuToolchain:
     def __init__(self) -> None:
         self.trusted = _is_x86()
         self._known = threading.Event()
-        self._thread = threading.Thread(target=self._prepare, name="glowplug-toolchain", daemon=True)
-        self._thread.start()
+        self.prepared = False
+        self._thread = begin(self._prepare, "glowplug-toolchain")
 
     def wait(self) -> None:
-        """Until the instruction set is known. The header may still be on its way."""
-        self._known.wait()
+        """Until the instruction set is known, or the compiler does not answer. The header may still be on its way."""
+        self._known.wait(_PATIENCE_S)
 
-    def join(self) -> None:
-        """Until everything is prepared."""
-        self._thread.join()
+    def join(self) -> bool:
+        """Until everything is prepared; returns whether it is."""
+        self._thread.join(_PATIENCE_S)
+        return self.prepared
 
     def options(self) -> dict[str, Any]:
         """Inductor options to compile with."""
@@ -91,18 +95,23 @@ class CpuToolchain:
             self.distrust()  # a real fault is found again, and reported, when a piece is compiled
         finally:
             self._known.set()
+            self.prepared = True
 
 
 @contextlib.contextmanager
 def _quick_tests(cpu_vec_isa: Any) -> Iterator[None]:
     """Let Inductor's tests of instruction sets ask the compiler for its flags, and nothing else."""
     cls = cpu_vec_isa.VecISA
-    own = cls.check_build
+    _tests.setdefault(cls, cls.check_build)
     cls.check_build = _knows_flags
     try:
         yield
     finally:
-        cls.check_build = own
+        cls.check_build = _tests[cls]
+
+
+_tests: dict[Any, Any] = {}
+"""Inductor's own test of instruction sets."""
 
 
 def _knows_flags(isa: Any, _code: str) -> bool:
@@ -126,6 +135,15 @@ def cpu_toolchain() -> CpuToolchain:
 def toolchain_begun() -> bool:
     """Whether this process has begun to prepare its toolchain."""
     return cpu_toolchain.cache_info().currsize > 0
+
+
+@in_forks
+def _begin_anew() -> None:
+    """A fork lacks the thread of a toolchain that was still being prepared."""
+    if toolchain_begun() and not cpu_toolchain().prepared:
+        cpu_toolchain.cache_clear()
+        for cls, own in _tests.items():
+            cls.check_build = own
 
 
 def _is_x86() -> bool:

@@ -7,7 +7,6 @@ and 2.13).
 from __future__ import annotations
 
 import contextlib
-import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,10 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
+from glowplug.forks import free_in_forks, make_lock
 from glowplug.layers.handle import LayerHandle
 from glowplug.reasons import named, switched_off, why
 
 try:
+    from torch._dynamo.convert_frame import compile_lock
     from torch._dynamo.exc import RestartAnalysis
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,8 +35,9 @@ except ImportError as exc:  # pragma: no cover - depends on the torch installed
 InputKind = Literal["tensor", "symint", "handle"]
 T = TypeVar("T")
 
-tracing_lock = threading.RLock()
-"""Dynamo and the switches of a model's config are process-wide: one capture at a time."""
+tracing_lock = make_lock(awaited=True)
+"""Dynamo is process-wide: one capture at a time."""
+free_in_forks(compile_lock)  # Dynamo's own
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,16 @@ class _Captured(BaseException):
 
 
 class _Capture(Generic[T]):
+    """Torch keeps every backend for good: once a capture is over, its own holds nothing."""
+
     def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None) -> None:
-        self.consume = consume
+        self.consume: Callable[[Captured], T] | None = consume
         self.reads = reads
         self.result: list[T] = []
         self.error: BaseException | None = None
 
     def backend(self, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        assert self.consume is not None
         if self.reads is not None:
             self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
         try:
@@ -122,6 +127,13 @@ class _Capture(Generic[T]):
                 raise
             self.error = exc
         raise _Captured
+
+    def end(self) -> tuple[list[T], BaseException | None]:
+        """Let go of everything; returns what came of it."""
+        result, error = self.result, self.error
+        self.consume = self.reads = self.error = None
+        self.result = []
+        return result, error
 
 
 def _read_by(guard: Any) -> str:
@@ -182,11 +194,13 @@ def capture(
         except Exception as exc:
             if job.error is None:
                 raise CaptureError(why(exc)) from exc
-    if job.error is not None:
-        raise job.error
-    if not job.result:
+        finally:
+            result, error = job.end()
+    if error is not None:
+        raise error
+    if not result:
         raise CaptureError("the function has no tensor computation to capture")
-    return job.result[0]
+    return result[0]
 
 
 def _traces() -> AbstractContextManager[Any]:

@@ -141,6 +141,11 @@ class Builder:
         return served
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the address of the latest program was made of, by name."""
+        return self._stored.manifests.facts if self._stored is not None else {}
+
+    @property
     def distributed(self) -> bool:
         """Whether several processes run the model together."""
         return self.processes is not None or self._refused is not None

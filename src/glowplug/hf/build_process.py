@@ -1,17 +1,20 @@
 """A build in a process of its own: `python -m glowplug.hf.build_process '<json>'`. Leaves `result.json` in the folder
-that it is given, beside the model's configuration.
+that it is given, beside the model's configuration and the switches of the process that asks for it.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from glowplug.hf.background import attempt
+from glowplug.compilers.environment import set_switches
+from glowplug.hf.background import CONFIG, SWITCHES, attempt
 from glowplug.hf.bake import bake
 from glowplug.hf.build import Builder
 from glowplug.hf.weightless import read_config, weightless_model
@@ -25,8 +28,9 @@ def main(arguments: list[str]) -> int:
     folder = Path(asked["folder"])
 
     def build() -> Builder:
+        set_switches((folder / SWITCHES).read_bytes())
         model = weightless_model(
-            read_config(folder),
+            _config(folder),
             dtype=getattr(torch, asked["dtype"]),
             device=torch.device(asked["device"]),
             **asked["settings"],
@@ -35,6 +39,14 @@ def main(arguments: list[str]) -> int:
 
     attempt(build, folder)
     return 0
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    try:
+        found: PreTrainedConfig = pickle.loads((folder / CONFIG).read_bytes())
+        return found
+    except Exception:  # its class is not to be had here, or it has no such form
+        return read_config(folder)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import os
 from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from glowplug.compilers import get_compiler
+from glowplug.forks import Scratch
 from glowplug.hf.background import Elsewhere, Forked, Outcome, can_fork, spawn
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature
@@ -23,8 +24,8 @@ def with_store(options: Options) -> tuple[Options, Any]:
     """Options with a store, and what keeps it there: one of this process alone, if there is none."""
     if open_store(options.cache_dir) is not None:
         return options, None
-    folder = tempfile.TemporaryDirectory(prefix="glowplug-store-", ignore_cleanup_errors=True)
-    return dataclasses.replace(options, cache_dir=folder.name), folder
+    folder = Scratch("store")
+    return dataclasses.replace(options, cache_dir=folder.path), folder
 
 
 def rebuild(model: PreTrainedModel, options: Options, call: Call) -> Elsewhere | None:
@@ -78,7 +79,15 @@ class Background:
         self.model = model
         self.options = options
         self.report = report
-        self._builds: dict[Signature, Elsewhere | str] = {}
+        self._begun: dict[Signature, Elsewhere | str] = {}
+        self._process = os.getpid()
+
+    @property
+    def _builds(self) -> dict[Signature, Elsewhere | str]:
+        """The builds of this process. A fork of it has none: it finds what they make in the store, or begins others."""
+        if self._process != os.getpid():
+            self._begun, self._process = {}, os.getpid()
+        return self._begun
 
     @property
     def begun(self) -> Collection[Signature]:

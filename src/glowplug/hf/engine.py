@@ -8,7 +8,6 @@ import copy
 import functools
 import inspect
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
+from glowplug.forks import make_lock
 from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
 from glowplug.hf.call import Call, Signature, read_call
@@ -85,7 +85,7 @@ class Engine:
         self._make_builder = functools.partial(Builder, model, self.options, compiler, self.report, store)
         self._rebuild = functools.partial(rebuild, model, options)
         self._builder: Builder | None = None
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._served: dict[Signature, Served | Refusal] = {}
         self._refusals: Counter[Signature] = Counter()
         self._watch: Watch | None = None
@@ -215,8 +215,7 @@ class Engine:
             else:
                 found = self.builder.find_stored(call)
                 if found is None and outcome is not None:
-                    problems = self.builder.store.problems if self.builder.store is not None else []
-                    found = f"what another process built can't be used: {problems[-1] if problems else 'it is gone'}"
+                    found = f"what another process built can't be used: {outcome.unused(self.builder)}"
             return self._keep(call.signature, found) if found is not None else None
 
     def settle(self, timeout_s: float) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import pickle
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.fork import Beside, leave, orphaned
 from glowplug.errors import CaptureError
+from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
@@ -118,12 +118,12 @@ class Insides:
         self._unjudged: list[tuple[Kind, Made]] = []
         self.beside: Beside | None = None
         self.in_use = InUse()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
 
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return bool(self._unjudged) or (self.beside is not None and self.beside.pending)
+        return bool(self._unjudged) or (self.beside is not None and (self.beside.pending or self.beside.lost))
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -204,6 +204,9 @@ class Insides:
             return  # another thread tries them; serving goes on
         try:
             self._judge_stored()
+            if self.beside is not None and self.beside.lost:
+                self.beside = None
+                self.compile_beside()
             if self.beside is not None:
                 self.beside.finish(self._take, deadline)
         finally:

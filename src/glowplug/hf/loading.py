@@ -51,9 +51,10 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     told = ElsewhereReport(load_seconds=round(time.perf_counter() - start, 3))
     if isinstance(build, str):
         told.seconds, told.reason = 0.0, build
+        outcome = None
     else:
         start = time.perf_counter()
-        outcome = build.outcome(math.inf)
+        outcome = build.outcome(math.inf)  # one that takes too long is given up
         told.waited_seconds = round(time.perf_counter() - start, 3)
         if outcome is not None:
             told.seconds, told.reason = outcome.seconds, outcome.reason
@@ -63,6 +64,8 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     engine.keeps = kept, build  # which may still compile ends
     engine.report.elsewhere = told
     engine.prepare()
+    if outcome is not None and outcome.reason is None and engine.report.start == "cold":
+        told.reason = outcome.unused(engine.builder)
     return model
 
 

@@ -101,6 +101,9 @@ class Manifests:
         store: where programs are kept.
         pieces: its compiled pieces.
         processes: those that run the model together, if it is not this one alone.
+
+    Attributes:
+        facts: what the latest address was made of, by name.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Manifests:
         self.options = options
         self.store = store
         self.pieces = pieces
+        self.facts: dict[str, Any] = {}
 
     def key(self, signature: Signature, plan: ExpertsPlan) -> str:
         """The address of the program for calls of a signature.
@@ -123,17 +127,17 @@ class Manifests:
         Raises:
             NotStorableError: the model can't be described.
         """
-        facts = [
-            structure_of(self.model, SKIP, followed=rotary_layers(self.model).values()),
-            self.pieces.environment,
-            transformers.__version__,
-            repr(replace(signature, device=torch.device(signature.device.type))),
-            signature.device.index or 0,  # pieces hold the device that they run on
-            world_text(self.processes),
-            [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
-            [self.options.resolved_identity, self.options.stamp],
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self.facts = {
+            "structure of the model": structure_of(self.model, SKIP, followed=rotary_layers(self.model).values()),
+            "environment": self.pieces.environment,
+            "transformers": transformers.__version__,
+            "call": repr(replace(signature, device=torch.device(signature.device.type))),
+            "number of the device": signature.device.index or 0,  # pieces hold the device that they run on
+            "processes": world_text(self.processes),
+            "experts": [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
+            "options": [self.options.resolved_identity, self.options.stamp],
+        }
+        return hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()
 
     def read(self, key: str) -> Manifest | None:
         """The stored manifest, if everything that it relies on is as it was."""

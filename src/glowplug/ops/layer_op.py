@@ -6,6 +6,7 @@ for no autograd wrapper.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,13 @@ from glowplug.layers.registry import (
 )
 from glowplug.ops.tape import current_tape
 
-_libraries: dict[str, torch.library.Library] = {}
+
+@functools.cache
+def _library(namespace: str) -> torch.library.Library:
+    """One for each namespace, for good."""
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
 _by_overload: dict[Any, LayerOp] = {}
 _by_name: dict[str, LayerOp] = {}
 
@@ -116,7 +123,7 @@ def layer_op(
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
         signature, layer_type = _without_layer(fn, name)
         schema = _schema(signature, name, tuple(mutates))
-        library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+        library = _library(namespace)
         record = LayerOp(name, fn, splitting, layer_type)
 
         parameters = list(signature.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -89,7 +90,10 @@ class _Ready(nn.Module):
         return self.output.view(*hidden_states.shape[:-1], self.output.shape[-1])
 
 
-_side_streams: dict[torch.device, Any] = {}
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """One for each device, for good."""
+    return torch.cuda.Stream(device)
 
 
 def _with_shared_on_side_stream(layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def _with_shared_on_side_stream(layer: nn.Module, hidden_states: Tensor) -> Tens
     shared = layer._modules[name]
     assert shared is not None
     device = hidden_states.device
-    side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         output = shared(hidden_states)

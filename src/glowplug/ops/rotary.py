@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import os
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
+from glowplug.forks import make_lock
 from glowplug.ops.layer_op import layer_op
 
 
@@ -52,18 +51,8 @@ def _fake_rotary(x: Tensor, positions: Tensor, form: str) -> list[Tensor]:
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in read_form(form).of(x, positions)]
 
 
-_lock = threading.Lock()
+_lock = make_lock()
 """A module works out its tables in steps that no other thread must come between."""
-
-
-def _renew_lock() -> None:
-    """In a fork the thread that held it is gone."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @layer_op("glowplug::rotary", fake=_fake_rotary, splitting=True)

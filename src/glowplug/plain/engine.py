@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import threading
 import time
 import types
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import nn
 from glowplug.backend import glowplug_backend
 from glowplug.compilers import get_compiler, why_unable
 from glowplug.errors import GlowplugError, NotServableError
+from glowplug.forks import make_lock
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
@@ -70,7 +70,7 @@ class ModuleEngine:
         self._compiled: Any = None
         self._unfit: str | None = None
         self._stampers: list[Stamper] = []
-        self._lock = threading.RLock()
+        self._lock = make_lock()
 
     def _start(self) -> None:
         """Register the layers, at the first call: a copy is made, or unpickled, before its submodules are."""

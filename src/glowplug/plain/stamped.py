@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from glowplug.errors import (
     NotServableError,
     NotStampableError,
 )
+from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.layers.context import ForwardContext, forward_context
@@ -126,7 +126,7 @@ class Stamper:
         self.options = options
         self.compiler = compiler
         self.report = report
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._pieces = PieceCache()
         self._reads: set[str] = set()
         self._watch: Watch | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from keyword import iskeyword
@@ -19,6 +21,7 @@ from glowplug.program.program import Program
 Runners = Mapping[Fingerprint, Callable[..., Any]]
 """The callable of each distinct piece."""
 
+_numbers = itertools.count(1)
 _GLOBALS = re.compile(r"piece(_\w*)?$|run$")
 
 
@@ -129,10 +132,11 @@ class Emitter:
         """Compile the text."""
         result = "".join(f"{name}, " for name in returned)
         text = "\n".join([f"def run({', '.join(parameters)}):", *self.lines, f"    return ({result})", ""])
-        filename = f"<glowplug program {id(self):x}>"
-        linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+        filename = f"<glowplug program {next(_numbers)}>"
         names = dict(self.objects)
         exec(compile(text, filename, "exec"), names)
+        linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+        weakref.finalize(names["run"], linecache.cache.pop, filename, None).atexit = False
         return Program(names["run"], tuple(arguments.values()), text, self.objects)
 
 
@@ -190,15 +194,15 @@ def emit_steps(emitter: Emitter, steps: Sequence[Step], prints: Sequence[Fingerp
 
 
 def find_layer(emitter: Emitter, step: OpStep, bound: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
-    """The text for an op's layer, and the arguments left."""
+    """The text for an op's layer, and the arguments left. The layer is looked up at each call, and not held: torch
+    keeps what it compiled longer than the model lives."""
     first, *rest = step.args
     if isinstance(first, Value):
         first = bound[first.name]
         assert isinstance(first, LayerHandle)
     resolve, left = step.op.resolve(step.overload, (first, *rest))
-    if step.overload is step.op.overloads["ordered"]:
-        return f"{emitter.give('NEXT_LAYER', resolve)}()", left
-    return emitter.give("LAYER", resolve()), left
+    ordered = step.overload is step.op.overloads["ordered"]
+    return f"{emitter.give('NEXT_LAYER' if ordered else 'LAYER', resolve)}()", left
 
 
 def _last_use(steps: Sequence[Step], kept: set[str]) -> dict[str, int]:

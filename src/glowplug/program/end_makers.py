@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from glowplug.program.piece_store import PieceStore
 
 _LOCKS_S = 30.0
 """How long a fork may take to begin."""
+_FINISH_S = 600.0
+"""How long a fork may take to end."""
 
 
 class ForkMaker:
@@ -40,9 +41,12 @@ class ForkMaker:
         self.store = store
         self.jobs = dict(jobs)
         self.beside: Beside = compile_beside(compiler, list(self.jobs.values()), relations)
+        self._others: StoreMaker | None = None
 
     def collect(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
         """See `Maker.collect`."""
+        if self.beside.lost:
+            return self._collect_stored(deadline)
         found: dict[Fingerprint, Delivered] = {}
 
         def take(folder: Path) -> None:
@@ -64,8 +68,16 @@ class ForkMaker:
         self.beside.wait_for(LOCKED, time.monotonic() + _LOCKS_S)
 
     def finish(self) -> None:
-        """Wait for the fork, and leave what it makes to others."""
-        self.beside.finish(lambda _: None, math.inf)
+        """Wait for the fork, and leave what it makes to others; a fork that does not end is given up."""
+        self.beside.finish(lambda _: None, time.monotonic() + _FINISH_S)
+        self.beside.give_up()
+
+    def _collect_stored(self, deadline: float | None) -> Mapping[Fingerprint, Delivered] | None:
+        """The same in a fork of the process that had them compiled: through the store, or not at all."""
+        if self.store is None:
+            return {}
+        self._others = self._others or StoreMaker(self.store, {piece: piece.digest for piece in self.jobs})
+        return self._others.collect(deadline)
 
 
 class Build(Protocol):

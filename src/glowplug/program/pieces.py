@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.compilers.fork import reap
 from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.errors import CompileError
+from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece
@@ -50,7 +50,7 @@ class PieceCache:
     store: PieceStore | None = None
     addresses: dict[Fingerprint, str] = field(default_factory=dict)
     count: int = 0
-    lock: Any = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=make_lock)
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
         """Take what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.layers.handle import LayerHandle
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def _describe(value: Any) -> str:
         return f"{len(value)} weights: {', '.join(map(_form, value))}"
     if isinstance(value, torch.nn.Module):
         return type(value).__name__
+    if isinstance(getattr(value, "__self__", None), LayerHandle):
+        return f"finds {value.__self__.name}"
     return getattr(value, "__name__", "a compiled piece")
 
 
