@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
+from glowplug.hf.caches import new_cache, seen_tokens
+
 Masks = Tensor | None | dict[str, Tensor | None]
 
 
@@ -35,10 +37,13 @@ def make_masks(
         cache: the cache before this step.
 
     Returns:
-        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type.
+        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type. Of a model whose cache holds
+        states and no keys: what the caller gave.
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    if seen_tokens(cache if cache is not None else new_cache(model)) is None:
+        return attention_mask  # its layers take this
     arguments: dict[str, Any] = {
         "config": model.config,
         "inputs_embeds": torch.empty((batch, tokens, 0), dtype=dtype, device=device),
