@@ -40,7 +40,6 @@ from glowplug.program.template import Template
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
 
-
 Way = Literal["cut", "whole", "own masks"]
 _WAYS: tuple[Way, ...] = ("cut", "whole", "own masks")
 """How a trace sees attention: cut out of its layers; as whole modules; or as whole modules that get masks which the

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 
-def new_cache(model: PreTrainedModel) -> Cache:
+def new_cache(model: Any) -> Cache:
     """An empty cache, of the class that the model's forward makes when it is given none."""
     own = own_cache_class(model)
     return own() if own is not None else DynamicCache(config=model.config.get_text_config())

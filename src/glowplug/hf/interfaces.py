@@ -58,7 +58,7 @@ class CaptureCache(Cache):
         layers: layer index -> attention module.
         extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
         past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
-        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where masks are
+        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where they are
             made outside.
     """
 

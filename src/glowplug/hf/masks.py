@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
@@ -42,8 +42,8 @@ def make_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    if seen_tokens(cache if cache is not None else new_cache(model)) is None:
-        return attention_mask  # its layers take this
+    if takes_padding(model, cache):
+        return attention_mask
     arguments: dict[str, Any] = {
         "config": model.config,
         "inputs_embeds": torch.empty((batch, tokens, 0), dtype=dtype, device=device),
@@ -87,10 +87,19 @@ def mask_sources(masks: Masks) -> dict[str, str | None]:
     return {"L['masks']": None}
 
 
-def stand_ins(masks: Masks, batch: int, tokens: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+def stand_ins(
+    model: nn.Module, masks: Masks, batch: int, tokens: int, device: torch.device
+) -> Tensor | dict[str, Tensor]:
     """Masks for a capture: of the right structure, distinct objects, never computed with."""
+    raw = takes_padding(model)
 
     def one() -> Tensor:
-        return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device)
+        sizes = (batch, tokens) if raw else (batch, 1, tokens, tokens)
+        return torch.ones(sizes, dtype=torch.bool, device=device)
 
     return {key: one() for key in masks} if isinstance(masks, dict) else one()
+
+
+def takes_padding(model: nn.Module, cache: Cache | None = None) -> bool:
+    """Whether a model's cache holds states and no keys, so that its layers take the mask that says what is padding."""
+    return seen_tokens(cache if cache is not None else new_cache(model)) is None

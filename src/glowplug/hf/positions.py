@@ -1,5 +1,5 @@
-"""The `position_ids` that a call leaves out: each model fills them in by a rule of its own, by counting tokens or from its
-attention mask. A program takes them from outside, so the model's own forward is asked which rule it has."""
+"""The `position_ids` that a call leaves out: each model fills them in by a rule of its own, by counting tokens or from
+its attention mask. A program takes them from outside, so the model's own forward is asked which rule it has."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def _from_mask(mask: Tensor, seen: Any, tokens: int, at_padding: int | None) -> 
 
 RULES: dict[str, Rule] = {
     "counted": _counted,
+    "counted anew": lambda mask, seen, tokens: _counted(mask, 0, tokens),
     "from the mask": lambda mask, seen, tokens: _from_mask(mask, seen, tokens, None),
     "from the mask, 0 at padding": lambda mask, seen, tokens: _from_mask(mask, seen, tokens, 0),
     "from the mask, 1 at padding": lambda mask, seen, tokens: _from_mask(mask, seen, tokens, 1),
 }
 """The rules that models have, the most common first."""
+_UNMASKED = ("counted", "counted anew")
+"""Those for calls without a mask."""
 
 _STEPS = (5, 2)
 """Tokens of each step of the calls that a model is asked with."""
@@ -53,12 +56,12 @@ class _Found:
     """What a model does with a call without positions.
 
     Attributes:
-        counts: whether it counts tokens when there is no mask, either.
-        rule: how it fills positions in when there is a mask; None for a way that glowplug does not know.
+        unmasked: how it fills positions in when there is no mask; None for a way that glowplug does not know.
+        masked: the same when there is one.
     """
 
-    counts: bool
-    rule: str | None
+    unmasked: str | None
+    masked: str | None
 
 
 class Positions:
@@ -87,13 +90,11 @@ class Positions:
         seen = seen_tokens(call.cache)
         if seen is None:
             return "the cache can't say how many tokens it holds; pass position_ids"
-        rule = "counted" if call.padding is None and self.found.counts else self.found.rule
+        rule = self.found.unmasked if call.padding is None else self.found.masked
         if rule is None:
             return "this model works out missing position_ids in a way of its own; pass position_ids"
-        mask = call.padding
-        if rule == "counted":
-            mask = call.inputs
-        elif not isinstance(mask, Tensor) or mask.dim() != 2 or call.padding is None:
+        mask = call.inputs if rule in _UNMASKED else call.padding
+        if rule not in _UNMASKED and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return "this model works out missing position_ids from a mask of [batch, tokens]; pass position_ids"
         filled = RULES[rule](mask.to(call.inputs.device), seen, tokens).expand(batch, -1)
         if filled.shape[1] != tokens:
@@ -103,7 +104,7 @@ class Positions:
     def _ask(self) -> _Found:
         """Ask a part of the model that has every kind of its layers, as what is worked out before the layers does not
         depend on their number; the whole model where that part can't run."""
-        found = _Found(False, None)
+        found = _Found(None, None)
         for model in (_part(self.model), self.model):
             try:
                 found = _rule_of(model)
@@ -111,9 +112,9 @@ class Positions:
             except Exception:  # nor does the model's own forward take such calls, if the whole model is refused, too
                 continue
         if self._agree is not None:  # what the first process found is what all did
-            told = self._agree(f"{found.counts}|{found.rule}") or ""
-            counts, _, name = told.rpartition(": ")[2].partition("|")
-            found = _Found(counts == "True", name if name in RULES else None)
+            told = self._agree(f"{found.unmasked}|{found.masked}") or ""
+            unmasked, _, masked = told.partition(": ")[2].partition("|")
+            found = _Found(*(name if name in RULES else None for name in (unmasked, masked)))
         return found
 
 
@@ -135,16 +136,19 @@ def _rule_of(model: PreTrainedModel) -> _Found:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # on the left
     mask[1, _STEPS[0] - 2 : _STEPS[0]] = 0  # on the right
-    counts = _apart(_logits(model, ids, None, None), _logits(model, ids, None, "counted"))
+    return _Found(_rule(model, ids, None, _UNMASKED), _rule(model, ids, mask, tuple(RULES)))
+
+
+def _rule(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, names: tuple[str, ...]) -> str | None:
+    """The rule that gives a model the logits which it gives without positions."""
     own = _logits(model, ids, mask, None)
     apart: dict[str, float] = {}
-    for name in RULES:
+    for name in names:
         apart[name] = _apart(own, _logits(model, ids, mask, name))
         if apart[name] == 0:
             break
     best = min(apart, key=lambda name: apart[name])
-    allowed = _CLOSE.get(model.dtype, 0.01)
-    return _Found(counts <= allowed, best if apart[best] <= allowed else None)
+    return best if apart[best] <= _CLOSE.get(model.dtype, 0.01) else None
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ from glowplug.errors import NotServableError
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.hf.caches import mask_extent, seen_tokens
 from glowplug.hf.call import Call
-from glowplug.hf.masks import mask_sources
+from glowplug.hf.masks import mask_sources, takes_padding
 from glowplug.hf.positions import Positions
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
@@ -126,7 +126,7 @@ class Served:
                 return filled
             call.position_ids = filled
         if self._reads(PADDING):
-            return _make_padding(call)
+            return _make_padding(call, takes_padding(self.positions.model, call.cache))
         if self._reads("L['cache'].past") and seen_tokens(call.cache) is None:
             return "the cache can't say how many tokens it holds"
         return None
@@ -135,14 +135,18 @@ class Served:
         return any(read.startswith(source) for read in self.program.arguments)
 
 
-def _make_padding(call: Call) -> str | None:
-    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't."""
+def _make_padding(call: Call, states: bool) -> str | None:
+    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't. Of `states`
+    in the place of keys, a mask says nothing of earlier tokens, and the only token of a step is never left out."""
     batch, tokens = call.inputs.shape[:2]
-    extent, mask = mask_extent(call.cache, tokens), call.padding
+    mask = call.padding
+    extent = tokens if states else mask_extent(call.cache, tokens)
     if extent is None:
         return "the model makes its own masks, and the cache's layers don't all keep every token"
+    if states and isinstance(mask, Tensor):
+        mask = mask[:, -tokens:] if tokens > 1 else None
     if mask is None:
-        mask = torch.ones(batch, extent, dtype=torch.long, device=call.inputs.device)
+        mask = torch.ones((batch, extent), dtype=torch.long, device=call.inputs.device)
     elif not isinstance(mask, Tensor) or mask.dtype.is_floating_point or tuple(mask.shape) != (batch, extent):
         return f"the model makes its own masks, of a mask of integers of [{batch}, {extent}], and was given another"
     call.padding = mask.to(call.inputs.device, torch.long).contiguous()

@@ -14,7 +14,7 @@ from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
 from glowplug.hf.call import Call, Signature, cache_argument
-from glowplug.hf.masks import stand_ins
+from glowplug.hf.masks import stand_ins, takes_padding
 from glowplug.hf.served import PADDING, SIZE
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
@@ -53,14 +53,14 @@ def example(
     extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST, device=device)
     for tensor in (extent, past, *((keep,) if keep is not None else ())):
         torch._dynamo.mark_dynamic(tensor, 0)
-    padding = None
+    states, padding = takes_padding(model), None
     if own_masks:
-        padding = torch.ones(_BATCH, _EXTENT, dtype=torch.long, device=device)
+        padding = torch.ones(_BATCH, _TOKENS if states else _EXTENT, dtype=torch.long, device=device)
         torch._dynamo.mark_dynamic(padding, 0)
         torch._dynamo.mark_dynamic(padding, 1)
     cache = interfaces.capture_cache(model, layers, extent, past, padding)
-    masks = None if own_masks else stand_ins(call.masks, _BATCH, _TOKENS, device)
-    names = ("inputs_embeds" if signature.embeds else "input_ids", cache_argument(model))
+    masks = None if own_masks else stand_ins(model, call.masks, _BATCH, _TOKENS, device)
+    names = ("inputs_embeds" if signature.embeds else "input_ids", cache_argument(model), states)
     return _forward, (model, inputs, positions, masks, cache, keep, names)
 
 
@@ -73,10 +73,12 @@ def _inputs(signature: Signature, call: Call, device: torch.device) -> Tensor:
 
 
 def _forward(
-    model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any, names: tuple[str, str]
+    model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any, names: tuple[str, str, bool]
 ) -> Tensor:
     given = {names[0]: inputs, names[1]: cache, "position_ids": position_ids, "use_cache": True}
     given["attention_mask"] = cache.padding if masks is None else masks
+    if masks is None and names[2]:  # of states, masks say nothing of earlier tokens
+        torch._check(cache.padding.shape[1] == inputs.shape[1])
     if keep is not None:
         given["logits_to_keep"] = keep
     return type(model).forward(model, **given).logits  # type: ignore[no-any-return]

@@ -267,8 +267,8 @@ def _ask_pieces(
 def _sequence(
     model: PreTrainedModel, call: Call, batch: int, steps: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Seeded text, its mask and its positions. Of several sequences the first is padded on the left, and the second on
-    the right of its first step."""
+    """Seeded text, its mask and its positions. Of several sequences the first is padded on the left, the second on the
+    right of its first step, and the third behind it."""
     signature: Signature = call.signature
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(batch)
@@ -283,6 +283,7 @@ def _sequence(
     if batch > 1:
         mask[0, :2] = 0
         mask[1, steps[0] - 2 : steps[0]] = 0
+        mask[2, steps[0] :] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(*signature.position_lead, batch, tokens)
     return whole, mask, positions
 
