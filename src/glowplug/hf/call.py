@@ -147,7 +147,7 @@ def _masks_usable(masks: Any) -> bool:
 
 def cache_argument(model: nn.Module) -> str:
     """The name under which a model's forward takes its cache and gives it back: another one in state-space models."""
-    names = forward_parameters(type(model))
+    names = forward_parameters(type(model))  # type: ignore[arg-type]
     return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def make_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    if takes_padding(model, cache):
+    if takes_padding(model):
         return attention_mask
     arguments: dict[str, Any] = {
         "config": model.config,
@@ -57,6 +58,10 @@ def make_masks(
         if isinstance(masks, dict) and make is create_masks_for_generate:
             masks |= _renamed(arguments)
         return masks
+    except AttributeError:
+        if cache is not None or make is create_masks_for_generate:
+            raise
+        return create_masks_for_generate(**arguments)  # type: ignore[no-any-return]  # its own needs generate's cache
     except TypeError:
         # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
         config = model.config.get_text_config()
@@ -100,6 +105,11 @@ def stand_ins(
     return {key: one() for key in masks} if isinstance(masks, dict) else one()
 
 
-def takes_padding(model: nn.Module, cache: Cache | None = None) -> bool:
+_TAKE_PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def takes_padding(model: nn.Module) -> bool:
     """Whether a model's cache holds states and no keys, so that its layers take the mask that says what is padding."""
-    return seen_tokens(cache if cache is not None else new_cache(model)) is None
+    if model not in _TAKE_PADDING:
+        _TAKE_PADDING[model] = seen_tokens(new_cache(model)) is None
+    return _TAKE_PADDING[model]

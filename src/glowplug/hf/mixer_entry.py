@@ -61,6 +61,8 @@ def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:
     if found is None:
         if inspect.signature(cls.forward).return_annotation is inspect.Signature.empty:
             returned = _returned(cls, 0)
+            if returned > 1:
+                raise CaptureError(f"{cls.__name__} hands on what glowplug can't tell besides its output")
             return (False,) * returned or None
         text = str(inspect.signature(cls.forward).return_annotation).lower()
         return (False,) if "tuple" in text else None

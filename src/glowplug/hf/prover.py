@@ -137,7 +137,6 @@ class Prover:
             served.output_type = found
 
         # Positions of several axes are given; what a model makes of a call without them, it is asked beforehand.
-        unsaid = (
-            classes is verify.CLASSES and not call.signature.position_lead and self.positions.found.unmasked is not None
-        )
+        asked = classes is verify.CLASSES and not call.signature.position_lead
+        unsaid = asked and self.positions.found.unmasked is not None
         return verify.compare(self.model, call, candidates, note, classes, self._agree, unsaid)

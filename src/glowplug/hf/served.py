@@ -126,7 +126,7 @@ class Served:
                 return filled
             call.position_ids = filled
         if self._reads(PADDING):
-            return _make_padding(call, takes_padding(self.positions.model, call.cache))
+            return _make_padding(call, takes_padding(self.positions.model))
         if self._reads("L['cache'].past") and seen_tokens(call.cache) is None:
             return "the cache can't say how many tokens it holds"
         return None
@@ -136,8 +136,8 @@ class Served:
 
 
 def _make_padding(call: Call, states: bool) -> str | None:
-    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't. Of `states`
-    in the place of keys, a mask says nothing of earlier tokens, and the only token of a step is never left out."""
+    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't. For
+    `states` in the place of keys, a mask says nothing of earlier tokens, and the only token of a step always counts."""
     batch, tokens = call.inputs.shape[:2]
     mask = call.padding
     extent = tokens if states else mask_extent(call.cache, tokens)

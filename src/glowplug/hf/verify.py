@@ -40,8 +40,8 @@ Agree = Callable[[str | None], str | None]
 Classes = Sequence[tuple[int, tuple[int, ...]]]
 """(sequences, tokens of each step) of each comparison."""
 CLASSES: Classes = ((3, (3, 1)), (1, (1, 3)))
-"""Several sequences and one, several tokens and one, an empty cache and a filled. Several are padded, one on the left and
-one on the right, and have positions as `generate` makes them; one has neither mask nor positions."""
+"""Several sequences and one, several tokens and one, an empty cache and a filled. Several are padded on the left and on
+the right, and have positions as `generate` makes them; one has neither mask nor positions."""
 _BEYOND_A_WINDOW = (2 * WINDOW - 1, 1)
 """Tokens of each step of the first comparison of a model with windows: some lie within, some beyond."""
 GLANCE: Classes = ((1, (3,)),)
