@@ -1,4 +1,4 @@
-"""Whatever glowplug asks of a cache can be refused by it: then the plain model still answers, and so does the compiled."""
+"""What glowplug asks of a cache can be refused by it. Where the plain model still answers, so does the compiled one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls without `position_ids`: whatever a model makes of its mask and its cache, the compiled one makes the same of."""
+"""Calls without `position_ids`: a compiled model makes of its mask and its cache what the plain one does."""
 
 from __future__ import annotations
 

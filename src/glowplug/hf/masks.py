@@ -61,7 +61,7 @@ def make_masks(
     except AttributeError:
         if cache is not None or make is create_masks_for_generate:
             raise
-        return create_masks_for_generate(**arguments)  # type: ignore[no-any-return]  # its own needs generate's cache
+        return create_masks_for_generate(**arguments)  # its own needs generate's cache
     except TypeError:
         # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
         config = model.config.get_text_config()
