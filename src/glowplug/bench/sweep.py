@@ -144,7 +144,7 @@ def markdown(rows: list[Row], versions: str) -> str:
     stamped, depth = sum(row.strategy == "stamped" for row in rows), min(row.depth for row in rows)
     deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
-        "# Every MoE family of transformers",
+        "# Every MoE family of transformers, and dense ones of their own ways",
         "",
         f"{stamped} of {len(rows)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}, tiny widths, "
         f"uncompiled pieces; {versions}.",
