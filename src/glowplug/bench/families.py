@@ -1,5 +1,5 @@
-"""Every MoE family of transformers that writes text, and dense ones whose attention goes ways of its own, at tiny widths:
-the default config, with its sizes made small."""
+"""Every MoE family of transformers that writes text, and dense ones whose attention goes ways of its own, at tiny
+widths: the default config, with its sizes made small."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def depth_as_released(kind: str, depth: int) -> int:
 
 
 def families() -> dict[str, str]:
-    """Model type -> class name, of every family whose config speaks of experts, and of some dense ones. Of two alike, the
-    text-only one."""
+    """Model type -> class name, of every family whose config speaks of experts, and of some dense ones. Of two alike,
+    the text-only one."""
     found = {}
     for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind.endswith("_assistant"):
