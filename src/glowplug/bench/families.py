@@ -1,4 +1,5 @@
-"""Every MoE family of transformers that writes text, at tiny widths: the default config, with its sizes made small."""
+"""Every MoE family of transformers that writes text, and dense ones whose attention goes ways of its own, at tiny
+widths: the default config, with its sizes made small."""
 
 from __future__ import annotations
 
@@ -115,6 +116,20 @@ _LAYERS: dict[str, dict[str, Any]] = {
 }
 """What a family needs besides; lists say something of each layer, and are cut to the depth."""
 
+_DENSE: dict[str, dict[str, Any]] = {
+    "bloom": {"n_head": 4},
+    "codegen": {"n_head": 4, "n_embd": 64, "n_positions": 512, "rotary_dim": 8},
+    "falcon": {"alibi": True},
+    "gpt_neo": {"num_heads": 4, "window_size": 8, "attention_layers": _every(2, "local", "global")},
+    "mpt": {"n_heads": 4, "d_model": 64, "max_seq_len": 512},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+}
+"""Families without experts that are tried besides: attention that keeps to no interface (with alibi, or masks of its
+own), and positions worked out from the mask. And the sizes that their configs have names of their own for."""
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""What configs call the number of layers."""
+
 _PERIODS = {"flint": 4}
 """Layers after which a family's pattern repeats, where the last layer is one of its own wherever the pattern is: how
 the last layers follow each other then depends on the depth."""
@@ -159,7 +174,8 @@ def depth_as_released(kind: str, depth: int) -> int:
 
 
 def families() -> dict[str, str]:
-    """Model type -> class name, of every family whose config speaks of experts. Of two alike, the text-only one."""
+    """Model type -> class name, of every family whose config speaks of experts, and of some dense ones. Of two alike,
+    the text-only one."""
     found = {}
     for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind.endswith("_assistant"):
@@ -170,7 +186,8 @@ def families() -> dict[str, str]:
             continue
         if any("expert" in name for name in names) and isinstance(name, str):
             found[kind] = name
-    return {kind: name for kind, name in found.items() if f"{kind}_text" not in found}
+    found = {kind: name for kind, name in found.items() if f"{kind}_text" not in found}
+    return found | {kind: str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]) for kind in _DENSE}
 
 
 def _names(cls: type[PreTrainedConfig]) -> set[str]:
@@ -204,10 +221,10 @@ def build_family(kind: str, depth: int) -> PreTrainedModel:
     rope, kind = _ROPES.get(kind), _kind(kind) if kind in _ROPES else kind
     if rope is None and kind not in known:
         raise UsageError(f"no MoE family {kind!r} in this transformers; there are {', '.join(known)}")
-    config = _tiny_config(CONFIG_MAPPING[kind], depth, _LAYERS.get(kind, {}))
+    shape = _LAYERS.get(kind) or _DENSE.get(kind, {})
+    config = _tiny_config(CONFIG_MAPPING[kind], depth, shape)
     if rope is not None:
-        layers = {**_LAYERS.get(kind, {}), **_rope(config.get_text_config(), rope)}
-        config = _tiny_config(CONFIG_MAPPING[kind], depth, layers)
+        config = _tiny_config(CONFIG_MAPPING[kind], depth, {**shape, **_rope(config.get_text_config(), rope)})
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])(config)
     model.eval().requires_grad_(False)
@@ -245,7 +262,7 @@ def _tiny_config(cls: type[PreTrainedConfig], depth: int, layers: Mapping[str, A
     names = _own_names(cls)
     aliases = set(getattr(cls, "attribute_map", {}))
     sizes = {name: value for name, value in _SIZES.items() if name in names and name not in aliases}
-    sizes |= {"num_hidden_layers" if "num_hidden_layers" in names else "num_layers": depth}
+    sizes[next((name for name in _DEPTHS if name in names), "num_layers")] = depth
     if "kv_lora_rank" in names:  # latent attention has as many keys as queries
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if "is_moe" in names:

@@ -139,7 +139,8 @@ def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
             if layer_of is None:
                 _close_gap(segments)
             segments += [segment, _Segment(layer=layer)]
-            unpacked[node] = segment
+            if not isinstance(node.meta.get("example_value"), torch.Tensor):  # an item of a tensor is computed with
+                unpacked[node] = segment
         elif node.target is operator.getitem and node.args[0] in unpacked:
             unpacked[node.args[0]].nodes.append(node)
         else:

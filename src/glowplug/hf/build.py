@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -27,18 +28,19 @@ from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import interfaces, trace, verify
 from glowplug.hf.attention_kinds import attention_kinds
-from glowplug.hf.call import Call
+from glowplug.hf.call import Call, cache_argument
 from glowplug.hf.insides import Insides, InUse
 from glowplug.hf.kinds import Slots, experts_kinds, read_slots
 from glowplug.hf.masks import mask_sources
 from glowplug.hf.prover import Prover
-from glowplug.hf.served import Recipe, Served
+from glowplug.hf.served import PADDING, Recipe, Served
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
+from glowplug.ops.attention import layer_index
 from glowplug.options import Options
 from glowplug.program import Build, PieceCache, build_program
 from glowplug.program import template as templates
@@ -46,6 +48,11 @@ from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
+
+Way = Literal["cut", "whole", "own masks"]
+_WAYS: tuple[Way, ...] = ("cut", "whole", "own masks")
+"""How a trace sees attention: cut out of its layers; as whole modules; or as whole modules that get masks which the
+model makes inside the trace, of one that says what is padding."""
 
 
 class Builder:
@@ -79,7 +86,7 @@ class Builder:
         self.compiler = compiler
         self.report = report
         self.registry: LayerRegistry | None = None
-        self.whole = False
+        self._way: Way = "cut"
         self.for_others = weightless(model)
         self.bakes_insides = True
         self.rebuild: Callable[[Call], Build | None] | None = None
@@ -225,7 +232,13 @@ class Builder:
         report = self.report
         with report.phase("load"):
             found = find(
-                warm, key, self.model, self.layers, wait=not self._defers_ends, rebuild=self._rebuild_for(call)
+                warm,
+                key,
+                self.model,
+                self.layers,
+                self.prover.positions,
+                wait=not self._defers_ends,
+                rebuild=self._rebuild_for(call),
             )
         if found is None:
             return None
@@ -297,17 +310,17 @@ class Builder:
         warm_up(self.compiler, call.inputs.device.type)
         self.report.start = "cold"
         refused: CaptureError | LayerLookupError | None = None
-        for attempt, whole in ((self._stamped, False), (self._stamped, True), (self._full, False), (self._full, True)):
-            if whole and (refused is None or self.options.resolved_identity == "ordered"):
+        for attempt, way in itertools.product((self._stamped, self._full), _WAYS):
+            if way != "cut" and (refused is None or self.options.resolved_identity == "ordered"):
                 continue
-            self.whole = whole
+            self._way = way
             try:
                 served = attempt(call, plan)
             except (CaptureError, LayerLookupError) as exc:
                 refused = refused or exc
                 continue
             if served is not None:
-                self.report.attention = "whole" if whole else "cut"
+                self.report.attention = "cut" if way == "cut" else "whole"
                 return served
         assert refused is not None
         raise refused
@@ -378,7 +391,8 @@ class Builder:
 
     def _capture(self, call: Call, plan: hf_experts.ExpertsPlan, template: Template | None) -> Served:
         model, report, registry = self.model, self.report, self.layers
-        mask_names = set(mask_sources(call.masks))
+        own_masks = self._way == "own masks"
+        mask_names = set() if own_masks else set(mask_sources(call.masks))
         reads: set[str] = set()
         start = time.perf_counter()
 
@@ -399,28 +413,31 @@ class Builder:
                 cache=self._pieces,
                 arguments=arguments,
                 bound=bound,
-                check=lambda steps, graph: trace.check_steps(steps, graph, mask_names),
+                check=lambda steps, graph: trace.check_steps(steps, graph, None if own_masks else mask_names),
                 stamping=how,
                 drop_unused=True,
                 both=self.options.verify == "once",
                 defer_ends=self._defers_ends,
             )
-            unread = frozenset(e.node for e in captured.inputs if e.source.startswith("L['cache']"))
+            lengths = [e for e in captured.inputs if e.source.startswith("L['cache']") and e.source != PADDING]
+            unread = frozenset(entry.node for entry in lengths)
             return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))
 
-        if not self.whole:
+        if self._way == "cut":
             interfaces.give_attention_functions(model)
         shadow = Shadow(templates.short_model(model, template) if template is not None else model)
         interfaces.put_in_force(
-            shadow, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self.whole
+            shadow, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self._way != "cut"
         )
         layers: dict[int, Any] = {}
         for layer in interfaces.attention_layers(shadow.root).values():
-            layers[layer.layer_idx] = layer  # type: ignore[index]
-        recipe, assumptions = capture(*trace.example(shadow.root, call, layers), consume, reads)
+            layers[layer_index(layer)] = layer  # type: ignore[index]
+        traced = trace.example(shadow.root, call, layers, own_masks=own_masks)
+        recipe, assumptions = capture(*traced, consume, reads)
         self._reads |= reads
         built = recipe.built
-        made = Served(built.program, assumptions, verify.output_type(model), built.ends)
+        names = self.prover.positions, cache_argument(model)
+        made = Served(built.program, assumptions, *names, verify.output_type(model), built.ends)
         made.uncompiled, made.recipe = built.uncompiled, recipe
         return made
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -20,6 +20,7 @@ _SERVED = {
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache_params",
     "use_cache",
     "logits_to_keep",
     "return_dict",
@@ -56,7 +57,8 @@ class Call:
     Attributes:
         signature: selects the program.
         inputs: `[batch, tokens]` token ids or `[batch, tokens, hidden]` embeddings.
-        position_ids: `[..., batch, tokens]`.
+        position_ids: `[..., batch, tokens]`; None where the call leaves them to the model.
+        padding: the attention mask as it was given.
         masks: one mask, or one a layer type.
         keep: positions whose logits are wanted, `[kept]`; None when the forward can't choose.
         cache: the cache to write to; None for a call without one.
@@ -65,7 +67,8 @@ class Call:
 
     signature: Signature
     inputs: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
+    padding: Any
     masks: Masks
     keep: Tensor | None
     cache: Cache | None
@@ -105,15 +108,18 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     keep = _keep(names, given, tokens, inputs.device)
     if isinstance(keep, str):
         return keep
-    masks = make_masks(
-        model,
-        batch=batch,
-        tokens=tokens,
-        dtype=model.dtype if embeds is None else embeds.dtype,
-        device=inputs.device,
-        attention_mask=given.get("attention_mask"),
-        cache=cache,
-    )
+    try:
+        masks = make_masks(
+            model,
+            batch=batch,
+            tokens=tokens,
+            dtype=model.dtype if embeds is None else embeds.dtype,
+            device=inputs.device,
+            attention_mask=given.get("attention_mask"),
+            cache=cache,
+        )
+    except Exception as exc:  # a cache, or a mask, that the model's own forward may know how to use
+        return f"transformers makes no masks for this call ({type(exc).__name__}: {str(exc)[:200]})"
     if not _masks_usable(masks):
         return f"masks of type {type(masks).__name__} can't be handed to the compiled program"
     if isinstance(masks, dict):  # transformers makes them in the order of a set, which each process has its own of
@@ -121,15 +127,17 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     signature = Signature(
         embeds=embeds is not None,
         dtype=inputs.dtype,
-        position_lead=tuple(position_ids.shape[:-2]),
+        position_lead=tuple(position_ids.shape[:-2]) if position_ids is not None else (),
         masks=tuple(masks) if isinstance(masks, dict) else None,
         keeps=keep is not None,
         device=inputs.device,
     )
     # Compiled pieces rely on the strides of the trace.
-    inputs, position_ids = inputs.contiguous(), position_ids.contiguous()
+    inputs = inputs.contiguous()
+    position_ids = position_ids.contiguous() if position_ids is not None else None
     keep = keep.contiguous() if keep is not None else None
-    return Call(signature, inputs, position_ids, masks, keep, cache, given.get("return_dict") is False)
+    padding, return_tuple = given.get("attention_mask"), given.get("return_dict") is False
+    return Call(signature, inputs, position_ids, padding, masks, keep, cache, return_tuple)
 
 
 def _masks_usable(masks: Any) -> bool:
@@ -137,33 +145,53 @@ def _masks_usable(masks: Any) -> bool:
     return all(mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)) for mask in values)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model's forward takes its cache and gives it back: another one in state-space models."""
+    names = forward_parameters(type(model))  # type: ignore[arg-type]
+    return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
+
+
 def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:
-    cache = given.get("past_key_values")
-    if cache is not None:
-        return (
-            cache if isinstance(cache, Cache) else f"a cache of type {type(cache).__name__} is not a transformers Cache"
-        )
-    use_cache = given.get("use_cache")
-    config = model.config.get_text_config()
+    name = cache_argument(model)
+    other = ({"cache_params", "past_key_values"} - {name}).pop()
+    if given.get(other) is not None:
+        return f"the argument {other!r} is not one that the compiled program takes"
+    cache, use_cache = given.get(name), given.get("use_cache")
     if use_cache is None:
-        use_cache = getattr(config, "use_cache", False)
-    return new_cache(model) if use_cache else None
+        use_cache = getattr(model.config.get_text_config(), "use_cache", False)
+    if cache is None:
+        return new_cache(model) if use_cache else None
+    if not isinstance(cache, Cache):
+        return f"a cache of type {type(cache).__name__} is not a transformers Cache"
+    return cache if use_cache else "a cache was given with use_cache=False, which each model takes in its own way"
 
 
-def _positions(model: PreTrainedModel, given: dict[str, Any], inputs: Tensor, cache: Cache | None) -> Tensor | str:
+def _positions(
+    model: PreTrainedModel, given: dict[str, Any], inputs: Tensor, cache: Cache | None
+) -> Tensor | str | None:
     position_ids = given.get("position_ids")
     batch, tokens = inputs.shape[:2]
     if position_ids is None:
         prepare = "_prepare_position_ids_for_generation"
         if getattr(type(model), prepare, None) is not getattr(GenerationMixin, prepare, None):
             return "this model works out position_ids of its own; pass position_ids, or call generate()"
-        seen = cache.get_seq_length() if cache is not None else 0
-        position_ids = torch.arange(tokens, device=inputs.device).unsqueeze(0) + seen
-    elif cache is None and given.get("attention_mask") is None and not _consecutive(position_ids):
+        return None
+    if not _are_indices(position_ids) or position_ids.dim() < 2 or position_ids.shape[-1] != tokens:
+        return "position_ids must be integers, and one for each token of each sequence"
+    if cache is None and given.get("attention_mask") is None and not _consecutive(position_ids):
         return "packed position_ids without a cache or an attention mask"
+    position_ids = position_ids.to(inputs.device, torch.long)
     if position_ids.shape[-2] != batch:
         position_ids = position_ids.expand(*position_ids.shape[:-2], batch, tokens)
     return position_ids
+
+
+def _are_indices(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is not torch.bool
+        and not (value.is_floating_point() or value.is_complex())
+    )
 
 
 def _consecutive(position_ids: Tensor) -> bool:
@@ -175,7 +203,9 @@ def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: to
         return None
     keep = given.get("logits_to_keep")
     if isinstance(keep, Tensor):
-        return keep if keep.dim() == 1 else "logits_to_keep must be an integer or a tensor of one dimension"
+        if keep.dim() != 1 or not _are_indices(keep):
+            return "logits_to_keep must be an integer or a tensor of integers of one dimension"
+        return keep.to(device, torch.long)
     keep = int(keep or 0)
     if keep < 0:
         return "a negative logits_to_keep"

@@ -24,6 +24,7 @@ from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
 from glowplug.forks import make_lock
 from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
+from glowplug.hf.caches import has_begun
 from glowplug.hf.call import Call, Signature, read_call
 from glowplug.hf.elsewhere import Background, rebuild, with_store
 from glowplug.hf.rotary_entry import rotary_layers
@@ -317,7 +318,7 @@ def _name(forward: Any) -> str:
 
 def _begun(call: Call) -> bool:
     """Whether the call goes on with a sequence."""
-    return call.cache is not None and int(call.cache.get_seq_length()) > 0
+    return has_begun(call.cache)
 
 
 def attach(model: PreTrainedModel, options: Options) -> None:

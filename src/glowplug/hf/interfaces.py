@@ -27,11 +27,11 @@ from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import entry_of, sharded_modules
 from glowplug.layers.watch import without_inert
 from glowplug.ops.arguments import encode
-from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update
+from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update, layer_index
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 NAME = "glowplug"
-_CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value"}
+_CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value", "layer_past"}
 
 
 def _attention_entry(
@@ -60,16 +60,23 @@ class CaptureCache(Cache):
         layers: layer index -> attention module.
         extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
         past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
+        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where they are
+            made outside.
     """
 
-    def __init__(self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> None:
+    def __init__(
+        self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
+    ) -> None:
         self.layers: Any = _NoLayers()
         self.attention_layers = layers
         self.extent = extent
         self.past = past
+        self.padding = padding
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Trace the update of one layer."""
+        if layer_idx not in self.attention_layers:
+            raise CaptureError("a layer that glowplug does not know for attention writes to the cache")
         return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states, self.extent)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -77,15 +84,19 @@ class CaptureCache(Cache):
         return self.past.shape[0]
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
-        """Refused: masks are made outside the program."""
-        raise CaptureError("the model asks the cache for mask sizes inside its forward")
+        """The symbolic length of what each layer attends to, where masks are not made outside the program."""
+        if self.padding is None:
+            raise CaptureError("the model asks the cache for mask sizes inside its forward")
+        return self.padding.shape[1], 0
 
 
-def capture_cache(model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor) -> CaptureCache:
+def capture_cache(
+    model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
+) -> CaptureCache:
     """A `CaptureCache` for a model; of the model's own class of caches as well, if it has one and asks for it."""
     own = own_cache_class(model)
     made = CaptureCache if own is None else _capturing(own)  # type: ignore[arg-type]
-    return made(layers, extent, past)
+    return made(layers, extent, past, padding)
 
 
 @functools.lru_cache(maxsize=16)
@@ -121,15 +132,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _indexed(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules that know which layer they are, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(_own(module, "layer_idx"), int)}
-
-
-def _own(module: nn.Module, name: str) -> Any:
-    """An attribute of a module or of its class; None when there is none. It is not looked for among the weights, which
-    is what takes `getattr` long."""
-    if name in module.__dict__ or not hasattr(type(module), name):
-        return module.__dict__.get(name)
-    return getattr(module, name, None)
+    return {name: module for name, module in model.named_modules() if layer_index(module) is not None}
 
 
 def _attention_of(indexed: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

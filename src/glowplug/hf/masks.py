@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
+
+from glowplug.hf.caches import new_cache, seen_tokens
 
 Masks = Tensor | None | dict[str, Tensor | None]
 
@@ -35,9 +38,12 @@ def make_masks(
         cache: the cache before this step.
 
     Returns:
-        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type.
+        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type. Of a model whose cache holds
+        states and no keys: what the caller gave.
     """
     if isinstance(attention_mask, dict):
+        return attention_mask
+    if takes_padding(model):
         return attention_mask
     arguments: dict[str, Any] = {
         "config": model.config,
@@ -52,6 +58,10 @@ def make_masks(
         if isinstance(masks, dict) and make is create_masks_for_generate:
             masks |= _renamed(arguments)
         return masks
+    except AttributeError:
+        if cache is not None or make is create_masks_for_generate:
+            raise
+        return create_masks_for_generate(**arguments)  # its own needs generate's cache
     except TypeError:
         # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
         config = model.config.get_text_config()
@@ -82,10 +92,24 @@ def mask_sources(masks: Masks) -> dict[str, str | None]:
     return {"L['masks']": None}
 
 
-def stand_ins(masks: Masks, batch: int, tokens: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+def stand_ins(
+    model: nn.Module, masks: Masks, batch: int, tokens: int, device: torch.device
+) -> Tensor | dict[str, Tensor]:
     """Masks for a capture: of the right structure, distinct objects, never computed with."""
+    raw = takes_padding(model)
 
     def one() -> Tensor:
-        return torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device)
+        sizes = (batch, tokens) if raw else (batch, 1, tokens, tokens)
+        return torch.ones(sizes, dtype=torch.bool, device=device)
 
     return {key: one() for key in masks} if isinstance(masks, dict) else one()
+
+
+_TAKE_PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def takes_padding(model: nn.Module) -> bool:
+    """Whether a model's cache holds states and no keys, so that its layers take the mask that says what is padding."""
+    if model not in _TAKE_PADDING:
+        _TAKE_PADDING[model] = seen_tokens(new_cache(model)) is None
+    return _TAKE_PADDING[model]

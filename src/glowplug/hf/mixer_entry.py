@@ -32,6 +32,8 @@ def mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
         given.update(kwargs)
+        if "hidden_states" not in given:
+            raise CaptureError(f"the forward of {cls.__name__} takes no hidden_states")
         hidden_states, mask = given.pop("hidden_states"), given.get("attention_mask")
         if isinstance(mask, Tensor):
             del given["attention_mask"]
@@ -57,6 +59,11 @@ def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:
     choices = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     found = next((choice for choice in choices if typing.get_origin(choice) is tuple), None)
     if found is None:
+        if inspect.signature(cls.forward).return_annotation is inspect.Signature.empty:
+            returned = _returned(cls, 0)
+            if returned > 1:
+                raise CaptureError(f"{cls.__name__} hands on what glowplug can't tell besides its output")
+            return (False,) * returned or None
         text = str(inspect.signature(cls.forward).return_annotation).lower()
         return (False,) if "tuple" in text else None
     outputs = typing.get_args(found)[1:]

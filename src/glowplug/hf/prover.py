@@ -12,6 +12,7 @@ from glowplug.hf import verify
 from glowplug.hf.attention_kinds import Forms, observed
 from glowplug.hf.call import Call
 from glowplug.hf.locate import first_layer
+from glowplug.hf.positions import Positions
 from glowplug.hf.rotary_entry import rotary_layers, rotary_state_kept
 from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes
@@ -36,6 +37,7 @@ class Prover:
     Attributes:
         watch: finds changes of the model since a program was last compared.
         check_order: with `identity="ordered"`, whether a wrong order raises.
+        positions: fills in those that calls leave out, as the model does.
         forms: how the model's own attention functions were called, by layer.
     """
 
@@ -55,6 +57,7 @@ class Prover:
         self.forms: Forms = {}
         self._reads = reads
         self._agree = processes.agree if processes is not None else None
+        self.positions = Positions(model, self._agree)
 
     def start_watching(self) -> Watch:
         """Find changes from here on: they make programs stale."""
@@ -133,4 +136,7 @@ class Prover:
         def note(found: type) -> None:
             served.output_type = found
 
-        return verify.compare(self.model, call, candidates, note, classes, self._agree)
+        # Positions of several axes are given; what a model makes of a call without them, it is asked beforehand.
+        asked = classes is verify.CLASSES and not call.signature.position_lead
+        unsaid = asked and self.positions.found.unmasked is not None
+        return verify.compare(self.model, call, candidates, note, classes, self._agree, unsaid)

@@ -8,18 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
+from glowplug.errors import NotServableError
 from glowplug.graph.shapes import ShapeAssumptions
+from glowplug.hf.caches import mask_extent, seen_tokens
 from glowplug.hf.call import Call
 from glowplug.hf.insides import InUse
-from glowplug.hf.masks import mask_sources
+from glowplug.hf.masks import mask_sources, takes_padding
+from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
 from glowplug.program import Built, Ends, Program, Stamping, try_pieces
 
-SIZE = re.compile(r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.past\.size\(\)\[0\]")
+PADDING = "L['cache'].padding"
+"""Source of the mask that a model makes all others of inside its trace."""
+SIZE = re.compile(
+    r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.(past\.size\(\)\[0\]|padding\.size\(\)\[[01]\])"
+)
 """Sources of sizes that a call gives."""
 
 
@@ -47,6 +55,8 @@ class Served:
     Attributes:
         program: the program.
         assumptions: what its trace assumed of sizes.
+        positions: fills in those that calls leave out.
+        cache_argument: the name that the model's forward has for its cache.
         output_type: the class of the model's output.
         ends: its pieces that run uncompiled for now, if any.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
@@ -60,11 +70,13 @@ class Served:
 
     program: Program
     assumptions: ShapeAssumptions
+    positions: Positions
+    cache_argument: str
     output_type: type
     ends: Ends | None = None
     uncompiled: Program | None = None
     find_uncompiled: Callable[[], Program | None] | None = None
-    checked: dict[tuple[int, ...], str | None] = field(default_factory=dict)
+    checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
     key: str | None = None
     proved: bool = False
@@ -102,23 +114,71 @@ class Served:
             program: another form of the program; None: the latest.
             insides: id of a layer -> the compiled inside that its op runs.
             check_order: see `ForwardContext`.
+
+        Raises:
+            NotServableError: it can't serve it, see `broken_by`.
         """
+        reason = self._incomplete(call)
+        if reason is not None:
+            raise NotServableError(reason)
         program = program or self.program
         with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, insides or {})):
             (logits,) = program.run(*_arguments(program.arguments, call))
-        output = self.output_type(logits=logits, past_key_values=call.cache)
+        output = self.output_type(logits=logits, **{self.cache_argument: call.cache})
         return output.to_tuple() if call.return_tuple else output
 
     def broken_by(self, call: Call) -> str | None:
-        """Why the sizes of a call can't be served; None when they can."""
-        kept = call.keep.shape[0] if call.keep is not None else 0
-        key = (*call.inputs.shape, kept)
+        """Why a call can't be served; None when it can."""
+        incomplete = self._incomplete(call)
+        if incomplete is not None:
+            return incomplete
+        batch, tokens = call.inputs.shape[:2]
+        shapes = {
+            "L['inputs']": tuple(call.inputs.shape),
+            "L['position_ids']": (*call.signature.position_lead, batch, tokens),
+        }
+        if call.keep is not None:
+            shapes["L['keep']"] = tuple(call.keep.shape)
+        if self._reads(PADDING):
+            shapes[PADDING] = tuple(call.padding.shape)
+        key = tuple(shapes.values())
         if key not in self.checked:
-            shapes = {"L['inputs']": tuple(call.inputs.shape), "L['position_ids']": tuple(call.position_ids.shape)}
-            if call.keep is not None:
-                shapes["L['keep']"] = tuple(call.keep.shape)
             self.checked[key] = self.assumptions.broken_by(shapes)
         return self.checked[key]
+
+    def _incomplete(self, call: Call) -> str | None:
+        """Work out what the program reads and the call does not say; or why that can't be done."""
+        if call.position_ids is None and self._reads("L['position_ids']"):
+            filled = self.positions.fill(call)
+            if isinstance(filled, str):
+                return filled
+            call.position_ids = filled
+        if self._reads(PADDING):
+            return _make_padding(call, takes_padding(self.positions.model))
+        if self._reads("L['cache'].past") and seen_tokens(call.cache) is None:
+            return "the cache can't say how many tokens it holds"
+        return None
+
+    def _reads(self, source: str) -> bool:
+        return any(read.startswith(source) for read in self.program.arguments)
+
+
+def _make_padding(call: Call, states: bool) -> str | None:
+    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't. For
+    `states` in the place of keys, a mask says nothing of earlier tokens, and the only token of a step always counts."""
+    batch, tokens = call.inputs.shape[:2]
+    mask = call.padding
+    extent = tokens if states else mask_extent(call.cache, tokens)
+    if extent is None:
+        return "the model makes its own masks, and the cache's layers don't all keep every token"
+    if states and isinstance(mask, Tensor):
+        mask = mask[:, -tokens:] if tokens > 1 else None
+    if mask is None:
+        mask = torch.ones((batch, extent), dtype=torch.long, device=call.inputs.device)
+    elif not isinstance(mask, Tensor) or mask.dtype.is_floating_point or tuple(mask.shape) != (batch, extent):
+        return f"the model makes its own masks, of a mask of integers of [{batch}, {extent}], and was given another"
+    call.padding = mask.to(call.inputs.device, torch.long).contiguous()
+    return None
 
 
 def _arguments(sources: Sequence[str], call: Call) -> list[Any]:
@@ -129,6 +189,7 @@ _READERS: dict[str, Any] = {
     "L['inputs']": lambda call: call.inputs,
     "L['position_ids']": lambda call: call.position_ids,
     "L['keep']": lambda call: call.keep,
+    PADDING: lambda call: call.padding,
     "L['inputs'].size()[0]": lambda call: call.inputs.shape[0],
     "L['inputs'].size()[1]": lambda call: call.inputs.shape[1],
     "L['keep'].size()[0]": lambda call: call.keep.shape[0],
@@ -136,8 +197,10 @@ _READERS: dict[str, Any] = {
 
 
 def _read_other(source: str, call: Call) -> Any:
+    if source.startswith(PADDING):
+        return call.padding.shape[int(source[-2])]
     if source.startswith("L['cache']"):
-        return int(call.cache.get_seq_length()) if call.cache is not None else 0
+        return int(seen_tokens(call.cache) or 0)
     size = SIZE.fullmatch(source)
     if size is not None:
         return getattr(call, size[1]).shape[int(size[2])]

@@ -13,9 +13,9 @@ from glowplug.graph.capture import Captured
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
-from glowplug.hf.call import Call, Signature
-from glowplug.hf.masks import stand_ins
-from glowplug.hf.served import SIZE
+from glowplug.hf.call import Call, Signature, cache_argument
+from glowplug.hf.masks import stand_ins, takes_padding
+from glowplug.hf.served import PADDING, SIZE
 from glowplug.reasons import named
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
@@ -26,17 +26,20 @@ _MASK_AT = {"glowplug::attention": 4, "glowplug::mixer": 2, "glowplug::mixer_han
 _HANDING_ON = "glowplug::mixer_handing_on"
 _MIXERS = frozenset({"glowplug::mixer", _HANDING_ON})
 
-VARYING = frozenset({"L['inputs']", "L['position_ids']", "L['keep']"})
+VARYING = frozenset({"L['inputs']", "L['position_ids']", "L['keep']", PADDING})
 """Sources of the tensors that change from call to call, besides masks."""
 
 
-def example(model: nn.Module, call: Call, layers: dict[int, nn.Module]) -> tuple[Any, tuple[Any, ...]]:
+def example(
+    model: nn.Module, call: Call, layers: dict[int, nn.Module], *, own_masks: bool = False
+) -> tuple[Any, tuple[Any, ...]]:
     """The function to trace and its example arguments.
 
     Args:
         model: the model, or a short model of its template.
         call: a call that the program is to serve.
         layers: layer index -> attention module.
+        own_masks: whether the model makes its masks inside the trace, of one that says what is padding.
 
     Raises:
         CaptureError: no function fits the call.
@@ -51,11 +54,15 @@ def example(model: nn.Module, call: Call, layers: dict[int, nn.Module]) -> tuple
     extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST, device=device)
     for tensor in (extent, past, *((keep,) if keep is not None else ())):
         torch._dynamo.mark_dynamic(tensor, 0)
-    cache = interfaces.capture_cache(model, layers, extent, past)
-    if signature.embeds and not signature.keeps:
-        raise CaptureError("inputs_embeds for a model without logits_to_keep")
-    traced = _embeds if signature.embeds else (_ids if signature.keeps else _ids_all)
-    return traced, (model, inputs, positions, stand_ins(call.masks, _BATCH, _TOKENS, device), cache, keep)
+    states, padding = takes_padding(model), None
+    if own_masks:
+        padding = torch.ones(_BATCH, _TOKENS if states else _EXTENT, dtype=torch.long, device=device)
+        torch._dynamo.mark_dynamic(padding, 0)
+        torch._dynamo.mark_dynamic(padding, 1)
+    cache = interfaces.capture_cache(model, layers, extent, past, padding)
+    masks = None if own_masks else stand_ins(model, call.masks, _BATCH, _TOKENS, device)
+    names = ("inputs_embeds" if signature.embeds else "input_ids", cache_argument(model), states)
+    return _forward, (model, inputs, positions, masks, cache, keep, names)
 
 
 def _inputs(signature: Signature, call: Call, device: torch.device) -> Tensor:
@@ -66,51 +73,16 @@ def _inputs(signature: Signature, call: Call, device: torch.device) -> Tensor:
     return made
 
 
-def _ids(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
-    return (
-        type(model)
-        .forward(
-            model,
-            input_ids=inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        .logits
-    )
-
-
-def _embeds(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
-    return (
-        type(model)
-        .forward(
-            model,
-            inputs_embeds=inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        .logits
-    )
-
-
-def _ids_all(model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any) -> Tensor:
-    return (
-        type(model)
-        .forward(
-            model,
-            input_ids=inputs,
-            attention_mask=masks,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        .logits
-    )
+def _forward(
+    model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any, names: tuple[str, str, bool]
+) -> Tensor:
+    given = {names[0]: inputs, names[1]: cache, "position_ids": position_ids, "use_cache": True}
+    given["attention_mask"] = cache.padding if masks is None else masks
+    if masks is None and names[2]:  # of states, masks say nothing of earlier tokens
+        torch._check(cache.padding.shape[1] == inputs.shape[1])
+    if keep is not None:
+        given["logits_to_keep"] = keep
+    return type(model).forward(model, **given).logits
 
 
 def sort_inputs(captured: Captured, masks: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -132,14 +104,15 @@ def check_outputs(captured: Captured) -> None:
         raise CaptureError("the model's forward keeps tensors outside of its output, which a program would not do")
 
 
-def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> None:
+def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str] | None) -> None:
     """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention. And
-    one that computes with what a layer's attention hands on to that of the next."""
+    one that computes with what a layer's attention hands on to that of the next. `masks`: their sources; None where the
+    model makes them inside the trace."""
     handed = {step.outputs[1] for step in steps if isinstance(step, OpStep) and step.op.name == _HANDING_ON}
     for step in steps:
         if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and handed & set(reads(step)):
             raise CaptureError("the model computes with what its attention hands on from layer to layer")
-    mask_nodes = {entry.node for entry in captured.inputs if entry.source in masks}
+    mask_nodes = {entry.node for entry in captured.inputs if masks and entry.source in masks}
     sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not SIZE.fullmatch(e.source)}
     for step in steps:
         if isinstance(step, Piece):
@@ -148,6 +121,6 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str]) -> N
                 raise CaptureError(f"a piece depends on a size that no tensor of it has: {named(sizes[name])}")
         else:
             mask = step.args[_MASK_AT[step.op.name]] if step.op.name in _MASK_AT else None
-            used = mask is not None and getattr(mask, "name", None) not in mask_nodes
+            used = masks is not None and mask is not None and getattr(mask, "name", None) not in mask_nodes
         if used:
             raise CaptureError("the model computes with its attention mask inside its layers")

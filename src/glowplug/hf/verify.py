@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 
 from glowplug.closeness import distance
 from glowplug.errors import GlowplugError, NotServableError
-from glowplug.hf.caches import new_cache
-from glowplug.hf.call import Call, Signature, read_call
+from glowplug.hf.caches import new_cache, seen_tokens
+from glowplug.hf.call import Call, Signature, cache_argument, read_call
 from glowplug.hf.windows import WINDOW, with_short_windows
 from glowplug.reasons import said
 
@@ -40,8 +40,9 @@ _EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 Agree = Callable[[str | None], str | None]
 Classes = Sequence[tuple[int, tuple[int, ...]]]
 """(sequences, tokens of each step) of each comparison."""
-CLASSES: Classes = ((2, (3, 1)), (1, (1, 3)))
-"""Several sequences and one, several tokens and one, an empty cache and a filled."""
+CLASSES: Classes = ((3, (3, 1)), (1, (1, 3)))
+"""Several sequences and one, several tokens and one, an empty cache and a filled. Several are padded on the left and on
+the right, and have positions as `generate` makes them; one has neither mask nor positions."""
 _BEYOND_A_WINDOW = (2 * WINDOW - 1, 1)
 """Tokens of each step of the first comparison of a model with windows: some lie within, some beyond."""
 GLANCE: Classes = ((1, (3,)),)
@@ -100,8 +101,10 @@ def compare(
     on_output: Callable[[type], None],
     classes: Classes = CLASSES,
     agree: Agree | None = None,
+    unsaid: bool = False,
 ) -> Problem | None:
-    """Compare the logits of short sequences, in every class of sizes; left padding; all logits and only the last.
+    """Compare the logits of short sequences, in every class of sizes; padding on both sides; all logits and only the
+    last.
 
     Args:
         model: the model; its own forward is run.
@@ -110,11 +113,12 @@ def compare(
         on_output: is told the class of the model's output.
         classes: the sizes to compare.
         agree: of a model that several processes run together: makes what one finds the finding of all.
+        unsaid: whether one sequence may be given neither mask nor positions.
 
     Returns:
         Why a program must not serve, or None.
     """
-    comparison = _Comparison(model, call, on_output, agree)
+    comparison = _Comparison(model, call, on_output, agree, unsaid)
     with torch.no_grad():
         for number, (batch, steps) in enumerate(classes):
             chosen = [candidate for candidate in candidates if number == 0 or not candidate.exact]
@@ -133,6 +137,7 @@ class _Comparison:
     call: Call
     on_output: Callable[[type], None]
     agree: Agree | None
+    unsaid: bool
 
     def in_windows(self, candidates: Sequence[Candidate], batch: int, steps: tuple[int, ...]) -> Problem | None:
         """Compare with a short window, if the model has one and its forward can do it."""
@@ -155,23 +160,31 @@ class _Comparison:
         """Compare the logits of each step of some sequences."""
         model, call = self.model, self.call
         signature = call.signature
-        whole, mask, positions = _sequence(model, call, batch, sum(steps))
-        expected_cache = new_cache(model)
+        whole, mask, positions = _sequence(model, call, batch, steps)
+        if batch == 1 and self.unsaid:
+            mask = positions = None
+        expected_cache, name = new_cache(model), cache_argument(model)
+        keeps_keys = seen_tokens(expected_cache) is not None
         caches = [new_cache(model) for _ in candidates]
         start = 0
         for step in steps:
             stop = start + step
             kwargs: dict[str, Any] = {
                 "inputs_embeds" if signature.embeds else "input_ids": whole[:, start:stop].contiguous(),
-                "attention_mask": mask[:, :stop],
-                "position_ids": positions[..., start:stop].contiguous(),
                 "use_cache": True,
             }
+            if mask is not None and (keeps_keys or start == 0):  # as generate does
+                kwargs["attention_mask"] = mask[:, :stop]
+            if positions is not None:
+                kwargs["position_ids"] = positions[..., start:stop].contiguous()
             if signature.keeps and start > 0:
                 kwargs["logits_to_keep"] = 1
             before = copy.deepcopy(expected_cache)
-            expected = type(model).forward(model, **kwargs, past_key_values=expected_cache)
-            extra = [name for name in expected if name not in ("logits", "past_key_values")]
+            try:
+                expected = type(model).forward(model, **kwargs, **{name: expected_cache})
+            except Exception as exc:
+                return Problem(f"the model's own forward raised {type(exc).__name__}: {str(exc)[:200]}")
+            extra = [found for found in expected if found not in ("logits", name)]
             if extra:
                 return Problem(
                     f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
@@ -199,7 +212,7 @@ class _Comparison:
             what: the call, in words.
         """
         agree = self.agree
-        ready = read_call(self.model, (), {**kwargs, "past_key_values": cache})
+        ready = read_call(self.model, (), {**kwargs, cache_argument(self.model): cache})
         if isinstance(ready, str):
             return Problem(ready)
         logits, reason = _run(candidate, ready, expected, what, raises=agree is None)
@@ -208,15 +221,15 @@ class _Comparison:
             reason = agree(reason)
             compared = reason is None or agree(None if compared else "nothing to compare") is None
         if reason is not None and compared and candidate.by_pieces is not None:
-            ready = read_call(self.model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
+            ready = read_call(self.model, (), {**kwargs, cache_argument(self.model): copy.deepcopy(before)})
             assert not isinstance(ready, str)
             reason = _ask_pieces(candidate.by_pieces, ready, expected, what, reason)
             reason = agree(reason) if agree is not None else reason
         if reason is None or not compared or agree is not None:
             return Problem(reason) if reason is not None else None
-        ready = read_call(self.model, (), {**kwargs, "past_key_values": copy.deepcopy(before)})
+        ready = read_call(self.model, (), {**kwargs, cache_argument(self.model): copy.deepcopy(before)})
         assert not isinstance(ready, str)
-        return Problem(reason, (ready, {**kwargs, "past_key_values": before}), self.model)
+        return Problem(reason, (ready, {**kwargs, cache_argument(self.model): before}), self.model)
 
 
 def _run(
@@ -252,11 +265,15 @@ def _ask_pieces(
     return _differs(output.logits, expected, what, exact=True)
 
 
-def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeded text, its mask (padded on the left when there are several sequences) and its positions."""
+def _sequence(
+    model: PreTrainedModel, call: Call, batch: int, steps: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Seeded text, its mask and its positions. Of several sequences the first is padded on the left, the second on the
+    right of its first step, and the third behind it."""
     signature: Signature = call.signature
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(batch)
+    tokens = sum(steps)
     if signature.embeds:
         whole = torch.randn((batch, tokens, call.inputs.shape[-1]), generator=generator)
         whole = whole * getattr(config, "initializer_range", 0.02)
@@ -266,6 +283,8 @@ def _sequence(model: PreTrainedModel, call: Call, batch: int, tokens: int) -> tu
     mask = torch.ones(batch, tokens, dtype=torch.long, device=signature.device)
     if batch > 1:
         mask[0, :2] = 0
+        mask[1, steps[0] - 2 : steps[0]] = 0
+        mask[2, steps[0] :] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(*signature.position_lead, batch, tokens)
     return whole, mask, positions
 

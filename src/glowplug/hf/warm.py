@@ -16,11 +16,12 @@ from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.hf.call import Signature
+from glowplug.hf.call import Signature, cache_argument
 from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.interfaces import give_attention_functions
 from glowplug.hf.kinds import Slot, Slots
 from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
+from glowplug.hf.positions import Positions
 from glowplug.hf.served import Recipe, Served
 from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
@@ -112,6 +113,7 @@ def find(
     key: str,
     model: PreTrainedModel,
     registry: LayerRegistry,
+    positions: Positions,
     *,
     wait: bool,
     rebuild: Callable[[], Build | None] | None,
@@ -123,6 +125,7 @@ def find(
         key: the address.
         model: the model.
         registry: its layers.
+        positions: fills in those that calls leave out.
         wait: for pieces that another process is compiling, see `Manifests.load_pieces`.
         rebuild: begins to make the program anew, see there.
     """
@@ -136,7 +139,8 @@ def find(
             give_attention_functions(model)
         pending = ends.runners if ends is not None else {}
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
-        served = Served(program, manifest.assumptions, _class(manifest.output_type), ends)
+        names = positions, cache_argument(model)
+        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), ends)
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()

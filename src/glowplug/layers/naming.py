@@ -180,4 +180,4 @@ def _is_cache(node: ast.AST) -> bool:
     """Whether an expression is, or is an attribute of, a variable that is called a cache."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
         node = node.func if isinstance(node, ast.Call) else node.value
-    return isinstance(node, ast.Name) and ("cache" in node.id or "past_key_value" in node.id)
+    return isinstance(node, ast.Name) and ("cache" in node.id or "past" in node.id)

@@ -52,6 +52,17 @@ def attention(
     return output if output.is_contiguous() else output.contiguous()
 
 
+def layer_index(layer: nn.Module) -> int | None:
+    """Which layer of the cache is a module's; None when it has none. The attribute is not looked for among the weights,
+    which is what takes `getattr` long."""
+    for name in ("layer_idx", "layer_id"):
+        own = name in layer.__dict__ or not hasattr(type(layer), name)
+        index = layer.__dict__.get(name) if own else getattr(layer, name, None)
+        if isinstance(index, int):
+            return index
+    return None
+
+
 def _fake_update(key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, _tokens, _ = key.shape
     kv_tokens = extent.shape[0]
@@ -69,7 +80,7 @@ def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor, extent: Tensor
     pass through.
 
     Args:
-        layer: the attention module; its `layer_idx` says which layer of the cache is meant.
+        layer: the attention module; `layer_index` says which layer of the cache is meant.
         key: `[batch, kv_heads, tokens, head_dim]`.
         value: `[batch, kv_heads, tokens, value_dim]`.
         extent: `[kv_tokens]`, any content: in a trace its length, a dynamic dim, stands for the number of cached
@@ -81,5 +92,5 @@ def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor, extent: Tensor
     context = current_context()
     if context is None or context.cache is None:
         return key, value
-    keys, values = context.cache.update(key, value, layer.layer_idx)
+    keys, values = context.cache.update(key, value, layer_index(layer))
     return keys, values
