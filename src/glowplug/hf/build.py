@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,36 +22,26 @@ from glowplug.errors import (
     NotStampableError,
     NotStorableError,
 )
-from glowplug.graph.capture import Captured, capture, traced_files, weightless
-from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import interfaces, trace, verify
+from glowplug.hf import trace, verify
 from glowplug.hf.attention_kinds import attention_kinds
-from glowplug.hf.call import Call, cache_argument
+from glowplug.hf.call import Call
 from glowplug.hf.insides import Insides, InUse
-from glowplug.hf.kinds import Slots, experts_kinds, read_slots
-from glowplug.hf.masks import mask_sources
+from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
-from glowplug.hf.served import PADDING, Recipe, Served
-from glowplug.hf.shadow import Shadow
+from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
 from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
-from glowplug.ops.attention import layer_index
 from glowplug.options import Options
 from glowplug.program import Build, PieceCache, build_program
-from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
-
-Way = Literal["cut", "whole", "own masks"]
-_WAYS: tuple[Way, ...] = ("cut", "whole", "own masks")
-"""How a trace sees attention: cut out of its layers; as whole modules; or as whole modules that get masks which the
-model makes inside the trace, of one that says what is padding."""
 
 
 class Builder:
@@ -86,7 +75,7 @@ class Builder:
         self.compiler = compiler
         self.report = report
         self.registry: LayerRegistry | None = None
-        self._way: Way = "cut"
+        self._way: trace.Way = "cut"
         self.for_others = weightless(model)
         self.bakes_insides = True
         self.rebuild: Callable[[Call], Build | None] | None = None
@@ -310,7 +299,7 @@ class Builder:
         warm_up(self.compiler, call.inputs.device.type)
         self.report.start = "cold"
         refused: CaptureError | LayerLookupError | None = None
-        for attempt, way in itertools.product((self._stamped, self._full), _WAYS):
+        for attempt, way in itertools.product((self._stamped, self._full), trace.WAYS):
             if way != "cut" and (refused is None or self.options.resolved_identity == "ordered"):
                 continue
             self._way = way
@@ -390,56 +379,20 @@ class Builder:
         self.report.fall_back(reason, layers, to="hoisted")
 
     def _capture(self, call: Call, plan: hf_experts.ExpertsPlan, template: Template | None) -> Served:
-        model, report, registry = self.model, self.report, self.layers
-        own_masks = self._way == "own masks"
-        mask_names = set() if own_masks else set(mask_sources(call.masks))
-        reads: set[str] = set()
-        start = time.perf_counter()
-
-        def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
-            if template is not None:
-                templates.check_reads(model, template, reads)
-            report.phases["trace"] += time.perf_counter() - start
-            trace.check_outputs(captured)
-            self._slots |= read_slots(captured)
-            arguments, bound = trace.sort_inputs(captured, mask_names)
-            how = None
-            if template is not None:
-                how = templates.stamping(model, template, captured, arguments, registry)
-            built = build_program(
-                captured,
-                compiler=self.compiler,
-                report=report,
-                cache=self._pieces,
-                arguments=arguments,
-                bound=bound,
-                check=lambda steps, graph: trace.check_steps(steps, graph, None if own_masks else mask_names),
-                stamping=how,
-                drop_unused=True,
-                both=self.options.verify == "once",
-                defer_ends=self._defers_ends,
-            )
-            lengths = [e for e in captured.inputs if e.source.startswith("L['cache']") and e.source != PADDING]
-            unread = frozenset(entry.node for entry in lengths)
-            return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(trace.VARYING))
-
-        if self._way == "cut":
-            interfaces.give_attention_functions(model)
-        shadow = Shadow(templates.short_model(model, template) if template is not None else model)
-        interfaces.put_in_force(
-            shadow, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=self._way != "cut"
+        build = functools.partial(
+            build_program,
+            compiler=self.compiler,
+            report=self.report,
+            cache=self._pieces,
+            both=self.options.verify == "once",
+            defer_ends=self._defers_ends,
         )
-        layers: dict[int, Any] = {}
-        for layer in interfaces.attention_layers(shadow.root).values():
-            layers[layer_index(layer)] = layer  # type: ignore[index]
-        traced = trace.example(shadow.root, call, layers, own_masks=own_masks)
-        recipe, assumptions = capture(*traced, consume, reads)
-        self._reads |= reads
-        built = recipe.built
-        names = self.prover.positions, cache_argument(model)
-        made = Served(built.program, assumptions, *names, verify.output_type(model), built.ends)
-        made.uncompiled, made.recipe = built.uncompiled, recipe
-        return made
+        traced = trace.trace_program(
+            self.model, call, plan, template, self._way, self.layers, self.prover.positions, self.report, build
+        )
+        self._reads |= traced.reads
+        self._slots |= traced.slots
+        return traced.served
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import GlowplugError, LayerOrderError, NotServableError
+from glowplug.errors import LayerOrderError, NotServableError
 from glowplug.forks import make_lock
 from glowplug.hf.background import can_fork
 from glowplug.hf.build import Builder
@@ -292,7 +292,7 @@ class Engine:
                 found = self.builder.build(call)
             except (LayerOrderError, NotServableError):
                 raise
-            except (GlowplugError, OSError) as exc:  # such as a full disk
+            except Exception as exc:  # whatever it is, the model's own forward can be run
                 found = why(exc)
             return self._keep(call.signature, found, for_good=False)
 

@@ -1,22 +1,37 @@
-"""What a capture of a transformers model traces: its forward as a function of tensors, and its example inputs."""
+"""Traces a transformers model: its forward as a function of tensors, with example inputs, and the program of that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from glowplug.errors import CaptureError
-from glowplug.graph.capture import Captured
+from glowplug.graph.capture import Captured, capture, traced_files
+from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
 from glowplug.hf.call import Call, Signature, cache_argument
-from glowplug.hf.masks import stand_ins, takes_padding
-from glowplug.hf.served import PADDING, SIZE
+from glowplug.hf.experts import ExpertsPlan
+from glowplug.hf.kinds import Slots, read_slots
+from glowplug.hf.masks import mask_sources, stand_ins, takes_padding
+from glowplug.hf.positions import Positions
+from glowplug.hf.served import PADDING, SIZE, Recipe, Served
+from glowplug.hf.shadow import Shadow
+from glowplug.hf.verify import output_type
+from glowplug.layers.registry import LayerRegistry
+from glowplug.ops.attention import layer_index
+from glowplug.program import Built
+from glowplug.program import template as templates
+from glowplug.program.template import Template
 from glowplug.reasons import named
+from glowplug.report import Report
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
 """Sizes of the capture: at least 2 and all different, so that none is taken for another."""
@@ -124,3 +139,98 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str] | Non
             used = masks is not None and mask is not None and getattr(mask, "name", None) not in mask_nodes
         if used:
             raise CaptureError("the model computes with its attention mask inside its layers")
+
+
+Way = Literal["cut", "whole", "own masks"]
+WAYS: tuple[Way, ...] = ("cut", "whole", "own masks")
+"""How a trace sees attention: cut out of its layers; as whole modules; or as whole modules that get masks which the
+model makes inside the trace, of one that says what is padding."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What came of tracing a model, or its template.
+
+    Attributes:
+        served: the program.
+        reads: sources of everything in Python that the trace read.
+        slots: what each op of experts is called with.
+    """
+
+    served: Served
+    reads: frozenset[str]
+    slots: Mapping[str, Slots]
+
+
+def trace_program(
+    model: PreTrainedModel,
+    call: Call,
+    plan: ExpertsPlan,
+    template: Template | None,
+    way: Way,
+    registry: LayerRegistry,
+    positions: Positions,
+    report: Report,
+    build: Callable[..., Built],
+) -> Traced:
+    """Trace a model, and build its program.
+
+    Args:
+        model: the model.
+        call: a call that the program is to serve.
+        plan: what happens to its experts.
+        template: the layers that are traced, to be stamped over the others; None: trace all of them.
+        way: how the trace sees attention.
+        registry: the model's layers.
+        positions: fills in those that calls leave out.
+        report: receives the seconds of the trace.
+        build: `build_program`, given all that depends on no trace.
+
+    Raises:
+        CaptureError, CompileError: it can't be traced, or compiled.
+        AttributesReadError, NotStampableError: with a template, which does not show how to run all layers.
+    """
+    own_masks = way == "own masks"
+    mask_names = set() if own_masks else set(mask_sources(call.masks))
+    sources: set[str] = set()
+    slots: dict[str, Slots] = {}
+    start = time.perf_counter()
+
+    def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
+        if template is not None:
+            templates.check_reads(model, template, sources)
+        report.phases["trace"] += time.perf_counter() - start
+        check_outputs(captured)
+        slots.update(read_slots(captured))
+        arguments, bound = sort_inputs(captured, mask_names)
+        how = None
+        if template is not None:
+            how = templates.stamping(model, template, captured, arguments, registry)
+        built = build(
+            captured,
+            arguments=arguments,
+            bound=bound,
+            check=lambda steps, graph: check_steps(steps, graph, None if own_masks else mask_names),
+            stamping=how,
+            drop_unused=True,
+        )
+        lengths = [e for e in captured.inputs if e.source.startswith("L['cache']") and e.source != PADDING]
+        unread = frozenset(entry.node for entry in lengths)
+        return Recipe(built, how, traced_files(), unread), read_assumptions(captured, set(VARYING))
+
+    if way == "cut":
+        interfaces.give_attention_functions(model)
+    shadow = Shadow(templates.short_model(model, template) if template is not None else model)
+    interfaces.put_in_force(
+        shadow, experts=plan.implementation, blocks=plan.blocks, routed=plan.routed, whole=way != "cut"
+    )
+    layers: dict[int, Any] = {}
+    for layer in interfaces.attention_layers(shadow.root).values():
+        layers[layer_index(layer)] = layer  # type: ignore[index]
+    traced = example(shadow.root, call, layers, own_masks=own_masks)
+    recipe, assumptions = capture(*traced, consume, sources)
+    built = recipe.built
+    names = positions, cache_argument(model)
+    served = Served(built.program, assumptions, *names, output_type(model), built.ends)
+    served.uncompiled, served.recipe = built.uncompiled, recipe
+    return Traced(served, frozenset(sources), slots)
