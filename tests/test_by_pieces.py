@@ -112,7 +112,9 @@ def tried(compiled: Callable[[Any, torch.Tensor], torch.Tensor], layer: nn.Modul
 
     def program(piece: Any) -> Program:
         names = {"piece_a": piece}
-        return Program(lambda x: names["piece_a"](x), ("x",), "", names)
+        table = dict(names)
+        exec("def run(x): return piece_a(x)", table)
+        return Program(table["run"], ("x",), "", names)
 
     def plain(x: torch.Tensor) -> tuple[torch.Tensor]:
         return (3 * torch.ops.test_by_pieces.choose.hoisted(layer._glowplug_handle, x),)
@@ -120,7 +122,7 @@ def tried(compiled: Callable[[Any, torch.Tensor], torch.Tensor], layer: nn.Modul
     uncompiled = program(plain)
     inputs = torch.tensor([2.0, -1e-9, 1e-9])
     made = program(lambda x: (compiled(layer, x),))
-    result, problem = try_pieces(made, uncompiled, lambda: uncompiled.run(inputs))
+    result, problem = try_pieces(made, uncompiled, lambda paired: paired.run(inputs))
     assert uncompiled.names["piece_a"] is plain
     return result[0], problem
 

@@ -233,9 +233,9 @@ def test_a_program_that_is_made_anew_need_not_be_compared_anew(tmp_path: Path, m
     asked: list[Any] = []
     own = verify.compare
 
-    def compare(model: Any, call: Any, candidates: Any, on_output: Any, classes: Any, agree: Any) -> Any:
+    def compare(model: Any, call: Any, candidates: Any, on_output: Any, classes: Any, *further: Any) -> Any:
         asked.append(classes)
-        return own(model, call, candidates, on_output, classes, agree)
+        return own(model, call, candidates, on_output, classes, *further)
 
     monkeypatch.setattr(verify, "compare", compare)
     started(tmp_path, StoringGraphs())

@@ -96,7 +96,7 @@ def uncompiled(model: PreTrainedModel) -> int:
     """How many pieces the model's programs would run uncompiled."""
     engine = engine_of(model)
     assert engine is not None
-    names = [served.program.run.__globals__ for served in engine._served.values()]  # type: ignore[union-attr]
+    names = [served.latest.run.__globals__ for served in engine._served.values()]  # type: ignore[union-attr]
     return sum(isinstance(value, Uncompiled) for table in names for value in table.values())
 
 

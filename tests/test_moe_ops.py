@@ -119,7 +119,7 @@ class FakeStream:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def log(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
     """Makes the CUDA path run on a CPU, and returns what happened on its streams."""
     happened: list[str] = []
     main = FakeStream(happened, "main")
@@ -127,7 +127,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: FakeStream(happened, "side"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: happened.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(moe, "_side_streams", {})
+    moe._side_stream.cache_clear()
+    request.addfinalizer(moe._side_stream.cache_clear)
     return happened
 
 

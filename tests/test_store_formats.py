@@ -98,7 +98,7 @@ def test_the_signature_covers_the_header(changes: dict[str, Any]) -> None:
         b"",
         MAGIC,
         MAGIC[:-1],
-        MAGIC.replace(b"1", b"0") + b"{}\n",
+        MAGIC.replace(b"2", b"0") + b"{}\n",
         MAGIC + b"[" * 4000 + b"\n",
         MAGIC + b"{}" + b" " * 9000 + b"\n",
         MAGIC + b"null\n",

@@ -27,7 +27,10 @@ def mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
     behind it (what sparse attention chose, for the next layer) is handed on from op to op, and never computed with.
     """
     names = tuple(name for name in inspect.signature(cls.forward).parameters if name not in ("self", "kwargs", "args"))
-    further = _further_outputs(cls)
+    try:
+        further = _further_outputs(cls)
+    except CaptureError as exc:
+        return _refusal(str(exc))
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
@@ -48,6 +51,15 @@ def mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
         return (output, *(handed if is_tensor else None for is_tensor in further))
 
     return entry
+
+
+def _refusal(reason: str) -> Callable[..., Any]:
+    """A forward that can't be traced. It may never be: a mixer inside of another runs with that one."""
+
+    def refuse(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(reason)
+
+    return refuse
 
 
 def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:

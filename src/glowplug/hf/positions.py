@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from glowplug.closeness import distance
 from glowplug.hf.caches import new_cache, seen_tokens
 from glowplug.hf.call import Call, cache_argument
+from glowplug.hf.rotary_entry import rotary_state_kept
 from glowplug.hf.template import stack_of
 from glowplug.program import template as templates
 from glowplug.program.template import Template
@@ -153,6 +154,11 @@ def _rule(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, names: tuple
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:
     """The logits of each step of some sequences, their positions filled in by a rule; by the model itself, if None."""
+    with rotary_state_kept(model):  # of a rope whose tables change with the length each run is the first
+        return _steps(model, ids, mask, rule)
+
+
+def _steps(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:
     cache = new_cache(model)
     found, seen = [], 0
     for tokens in _STEPS:

@@ -93,9 +93,14 @@ class Served:
 
     def begin(self, cache: Cache | None, insides: InUse) -> Running:
         """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these insides."""
+        return self.sequences.begin(cache, Running(self.latest, insides))
+
+    @property
+    def latest(self) -> Program:
+        """The program with every compiled piece that has arrived."""
         if self.ends is not None and not self.ends.pending:
             self.program, self.ends = self.program.replacing(self.ends.ready), None
-        return self.sequences.begin(cache, Running(self.program, insides))
+        return self.program
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Any
 
@@ -29,6 +30,9 @@ def stack_of(model: nn.Module, told: Collection[str] | None = None) -> LayerStac
 def choose(model: PreTrainedModel, told: Collection[str]) -> Template | None:
     """The template of a model; None when the model is no deeper than its template would be.
 
+    Most models have one where every attribute tells layers apart, which no trace can overthrow. Only where layers differ
+    too much for that are attributes left out that no trace has read.
+
     Args:
         model: the model.
         told: see `glowplug.layers.kinds.tell_apart`.
@@ -36,6 +40,10 @@ def choose(model: PreTrainedModel, told: Collection[str]) -> Template | None:
     Raises:
         NotStampableError: the model is deep, but its layers differ too much, or it has no stack.
     """
+    strict = stack_of(model) if not told else None
+    if strict is not None:
+        with contextlib.suppress(NotStampableError):
+            return templates.choose(strict)
     stack = stack_of(model, told)
     if stack is None:
         if len(token_mixers(model)) <= 4:

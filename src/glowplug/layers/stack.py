@@ -109,8 +109,7 @@ def _describe_stack(
 ) -> LayerStack:
     layers = tuple(stack)
     columns = dict(_columns("the config's ", config, len(layers))) if config is not None else {}
-    if told is not None:
-        columns |= _looked_up(model, path, len(layers), config)
+    columns |= _looked_up(model, path, len(layers), config)
     modules = {id(module) for module in model.modules()}
     facts = LayerFacts(layers, columns, modules, strict=told is None, caches=caches)
     kinds, unread = tell_apart([facts.of(index) for index in range(len(layers))], told)

@@ -41,7 +41,8 @@ class Program:
         """The same steps with other objects: `others` gives them by the id of those that they stand in for. Whoever
         runs this program meanwhile sees nothing of it."""
         names = {name: others.get(id(value), value) for name, value in self.names.items()}
-        run: Any = types.FunctionType(self.run.__code__, dict(names), self.run.__name__)
+        own: Any = self.run
+        run = types.FunctionType(own.__code__, dict(names), own.__name__, own.__defaults__, own.__closure__)
         return replace(self, run=run, names=names)
 
 

@@ -94,7 +94,8 @@ def check_reads(model: nn.Module, template: Template, reads: Collection[str]) ->
     names = "|".join(map(re.escape, sorted(unread.names)))
     mention = re.compile(rf"\.(?:__dict__\[')?({names})\b(?!\()")
     found: set[str] = set()
-    for source in reads:
+    for read in reads:
+        source = read[5:-1] if read.startswith("type(") and read.endswith(")") else read
         for match in mention.finditer(source):
             owner = _evaluate(source[: match.start()], model)
             if owner is None:  # who knows whose it is

@@ -1,10 +1,11 @@
 """The envelope of an artifact: what it is, its checksum, its signature; read and proved before a byte inside is used.
 
-    GLOWPLUG-ARTIFACT 1\\n
+    GLOWPLUG-ARTIFACT 2\\n
     {"kind": ..., "key": ..., "size": ..., "sha256": ..., "made": ..., "about": ..., "signature": ...}\\n
     payload
 
-The signature is an HMAC-SHA256 (RFC 2104) over everything else in the header, the payload's checksum included.
+The checksum is over what the artifact is and its payload, so that a header and a payload of two artifacts don't pass.
+The signature is an HMAC-SHA256 (RFC 2104) over everything else in the header, the checksum included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from glowplug.errors import ArtifactError, UnsignedArtifactError, UsageError
 
-MAGIC = b"GLOWPLUG-ARTIFACT 1\n"
+MAGIC = b"GLOWPLUG-ARTIFACT 2\n"
 _LONGEST_HEADER = 4096
 _SHORTEST_KEY = 16
 _LONGEST_KEY = 2**16
@@ -85,7 +86,7 @@ class Header:
         kind: `"piece"`, `"graph"` (of a piece that is being compiled), `"inside"` or `"manifest"`.
         key: its address.
         size: bytes of the payload.
-        sha256: of the payload, in hex.
+        sha256: the checksum, in hex.
         made: when, in seconds since 1970.
         about: what it is, for people.
         signature: in hex; empty when unsigned.
@@ -104,9 +105,15 @@ class Header:
         return json.dumps([self.kind, self.key, self.size, self.sha256, self.made, self.about])
 
 
+def _checksum(kind: str, key: str, payload: bytes) -> str:
+    found = hashlib.sha256(f"{kind}\n{key}\n".encode(errors="replace"))
+    found.update(payload)
+    return found.hexdigest()
+
+
 def pack(kind: str, key: str, payload: bytes, signing_key: SigningKey | None, about: str = "") -> bytes:
     """Put a payload into an envelope."""
-    header = Header(kind, key, len(payload), hashlib.sha256(payload).hexdigest(), round(time.time(), 3), about[:200])
+    header = Header(kind, key, len(payload), _checksum(kind, key, payload), round(time.time(), 3), about[:200])
     if signing_key is not None:
         header = replace(header, signature=signing_key.sign(header.signed_text()))
     return MAGIC + json.dumps(asdict(header)).encode() + b"\n" + payload
@@ -171,8 +178,7 @@ def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) 
     payload = content[start:]
     if len(payload) != header.size:
         raise ArtifactError(f"it has {len(payload)} of {header.size} bytes")
-    checksum = hashlib.sha256(payload).hexdigest()
-    if not _equal(checksum, header.sha256):
+    if not _equal(_checksum(kind, key, payload), header.sha256):
         raise ArtifactError("its checksum is wrong")
     if signing_key is not None:
         if not header.signature:
