@@ -30,8 +30,8 @@ def stack_of(model: nn.Module, told: Collection[str] | None = None) -> LayerStac
 def choose(model: PreTrainedModel, told: Collection[str]) -> Template | None:
     """The template of a model; None when the model is no deeper than its template would be.
 
-    Most models have one where every attribute tells layers apart, which no trace can overthrow. Only where layers differ
-    too much for that are attributes left out that no trace has read.
+    Most models have one where every attribute tells layers apart, which no trace can overthrow. Only where layers
+    differ too much for that are attributes left out that no trace has read.
 
     Args:
         model: the model.
