@@ -43,14 +43,13 @@ def make_twin(model: nn.Module) -> Twin:
         NotStampableError: something in it can't be copied.
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    forward = model.__dict__.pop("forward", None)  # glowplug's own
+    if "forward" in model.__dict__:  # glowplug's own, which the copy is to lack
+        memo[id(model.__dict__["forward"])] = "none"
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as exc:
         raise NotStampableError(f"the module can't be copied, so nothing can be compared: {said(exc)}") from exc
-    finally:
-        if forward is not None:
-            object.__setattr__(model, "forward", forward)
+    twin.__dict__.pop("forward", None)
     return Twin(twin, register_layers(twin), memo)
 
 
