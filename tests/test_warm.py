@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from families import build, prompt
-from glowplug.hf import build as hf_build
+from glowplug.hf import trace as hf_trace
 from glowplug.hf.manifests import globals_of
 from glowplug.program import PieceStore
 from glowplug.store import ArtifactStore, LocalStore, opening
@@ -38,7 +38,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model is traced")
 
-    monkeypatch.setattr(hf_build, "capture", refuse)
+    monkeypatch.setattr(hf_trace, "capture", refuse)
     counters.clear()
     return monkeypatch
 
