@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 from glowplug.bench.families import build_family
 from glowplug.hf.template import stack_of
 from glowplug.layers.naming import computed_with
-from glowplug.layers.stack import choose_template, find_stack, kinds_of, why_no_template
+from glowplug.layers.stack import choose_template, describe_layers, find_stack, why_no_template
 from glowplug.layers.watch import Watch
+
+
+def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
+    """The kind of each module, as a number."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(text, len(numbers)) for text in describe_layers(layers))
 
 
 class Keeps(nn.Module):

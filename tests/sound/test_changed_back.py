@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from plain_nets import Net
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -207,20 +208,9 @@ class Layer(nn.Module):
         return x + self.linear(x).relu() * self.scale
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def test_a_plain_module_that_is_changed_again_and_again() -> None:
     torch.manual_seed(0)
-    model = Net().eval().requires_grad_(False)
+    model = Net(Layer, 8).eval().requires_grad_(False)
     x = torch.randn(3, 8)
     glowplug.compile(model, compiler="eager")
     before = model(x)
@@ -239,7 +229,7 @@ def test_a_plain_module_that_is_changed_again_and_again() -> None:
 
 def test_a_plain_module_that_trains_in_between() -> None:
     torch.manual_seed(0)
-    model = Net().eval().requires_grad_(False)
+    model = Net(Layer, 8).eval().requires_grad_(False)
     x = torch.randn(3, 8)
     glowplug.compile(model, compiler="eager")
     model.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_nets import Net
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -175,20 +176,9 @@ class Layer(nn.Module):
         return x + self.linear(x).relu()
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def net() -> Net:
     torch.manual_seed(0)
-    return Net().eval().requires_grad_(False)
+    return Net(Layer, 8).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)

@@ -116,12 +116,6 @@ def _describe_stack(
     return LayerStack(path, layers, kinds, unread, facts)
 
 
-def kinds_of(layers: Sequence[nn.Module]) -> tuple[int, ...]:
-    """The kind of each module, as a number: equal numbers mean the same function of (inputs, own weights)."""
-    numbers: dict[str, int] = {}
-    return tuple(numbers.setdefault(text, len(numbers)) for text in describe_layers(layers))
-
-
 def describe_layers(layers: Sequence[nn.Module]) -> list[str]:
     """Of each module everything that its forward can read but for the weights' values, hashed: equal texts mean the
     same function of (inputs, own weights). They hold in this process, while what they describe lives."""
