@@ -222,7 +222,9 @@ def test_what_a_model_raises_in_a_trace_is_the_reason() -> None:
     def counts(x: Tensor, what: Any) -> Tensor:
         return x * len(what)
 
-    with pytest.raises(CaptureError, match=r"^traced, the model raised ValueError: .not enough values"):
+    known = r"^traced, the model raised ValueError: .not enough values"
+    older = r"^test_capture.py:\d+ unpacks something of another length"  # torch 2.11 does not get as far
+    with pytest.raises(CaptureError, match=f"{known}|{older}"):
         capture(unpacks, (torch.ones(2),), lambda captured: None)
     with pytest.raises(CaptureError, match=r"^it can't be counted$"):
         capture(counts, (torch.ones(2), Refusing()), lambda captured: None)
