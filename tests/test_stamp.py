@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.layers.stack import choose_template
-from glowplug.program.write import Run, fold
 
 DEPTHS = {
     "gpt_oss": 12,
@@ -163,12 +162,3 @@ def test_templates(kinds: list[int], length: int | None) -> None:
     assert choose_template(kinds) == length
     if length is not None:
         assert kinds[:length][-2:] == kinds[-2:]
-
-
-def test_folding() -> None:
-    assert fold([0, 1, 2, 1, 2, 1, 2, 3]) == [Run(0, 1, 1), Run(1, 2, 3), Run(7, 1, 1)]
-    assert fold([0, 1, 1]) == [Run(0, 1, 1), Run(1, 1, 1), Run(2, 1, 1)]
-    for sequence in ([0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 4], [0] + [1] * 40 + [2], [5, 4, 5, 4, 5, 4, 1]):
-        runs = fold(sequence)
-        flat = [s for run in runs for s in sequence[run.start : run.start + run.period] * run.times]
-        assert flat == sequence
