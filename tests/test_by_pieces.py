@@ -13,6 +13,7 @@ from torch import fx, nn
 import families
 import glowplug
 from glowplug.bench.presets import build_model
+from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf import verify
 from glowplug.ops.layer_op import layer_op
 from glowplug.ops.tape import Tape
@@ -111,10 +112,7 @@ def tried(compiled: Callable[[Any, torch.Tensor], torch.Tensor], layer: nn.Modul
     """Compare a piece with `plain`."""
 
     def program(piece: Any) -> Program:
-        names = {"piece_a": piece}
-        table = dict(names)
-        exec("def run(x): return piece_a(x)", table)
-        return Program(table["run"], ("x",), "", names)
+        return Program(lambda slots, x: slots[0](x), {Fingerprint("a piece"): piece}, ("x",), "")
 
     def plain(x: torch.Tensor) -> tuple[torch.Tensor]:
         return (3 * torch.ops.test_by_pieces.choose.hoisted(layer._glowplug_handle, x),)
@@ -123,7 +121,7 @@ def tried(compiled: Callable[[Any, torch.Tensor], torch.Tensor], layer: nn.Modul
     inputs = torch.tensor([2.0, -1e-9, 1e-9])
     made = program(lambda x: (compiled(layer, x),))
     result, problem = try_pieces(made, uncompiled, lambda paired: paired.run(inputs))
-    assert uncompiled.names["piece_a"] is plain
+    assert list(uncompiled.slots.values()) == [plain]
     return result[0], problem
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.layers.stack import choose_template
-from glowplug.program.loop import Run, fold
 
 DEPTHS = {
     "gpt_oss": 12,
@@ -91,7 +91,7 @@ def test_the_printed_program_is_the_program(family: str) -> None:
     names: dict[str, Any] = dict(served.program.names)
     (source,) = glowplug.report(model).sources
     exec(source, names)
-    object.__setattr__(served.program, "run", names["run"])
+    object.__setattr__(served.program, "run", functools.partial(names["run"], tuple(served.program.slots.values())))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
     assert source.count("\n") < 80
@@ -162,12 +162,3 @@ def test_templates(kinds: list[int], length: int | None) -> None:
     assert choose_template(kinds) == length
     if length is not None:
         assert kinds[:length][-2:] == kinds[-2:]
-
-
-def test_folding() -> None:
-    assert fold([0, 1, 2, 1, 2, 1, 2, 3]) == [Run(0, 1, 1), Run(1, 2, 3), Run(7, 1, 1)]
-    assert fold([0, 1, 1]) == [Run(0, 1, 1), Run(1, 1, 1), Run(2, 1, 1)]
-    for sequence in ([0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 4], [0] + [1] * 40 + [2], [5, 4, 5, 4, 5, 4, 1]):
-        runs = fold(sequence)
-        flat = [s for run in runs for s in sequence[run.start : run.start + run.period] * run.times]
-        assert flat == sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -36,12 +37,8 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
     served = [value for value in engine._served.values() if isinstance(value, Served)] if engine is not None else []
     if len(served) != 1:
         return {}
-    names: dict[str, Any] = getattr(served[0].program.run, "__globals__", {})
-    steps = {
-        name: value
-        for name, value in served[0].program.names.items()
-        if callable(value) and not isinstance(value, nn.Module) and name in names
-    }
+    program = served[0].program
+    ops = {name: v for name, v in program.names.items() if callable(v) and not isinstance(v, nn.Module)}
     results: list[Any] = []
 
     def record(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,13 +48,21 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
 
         return call
 
+    def replay(*args: Any) -> Any:
+        return next(given)
+
+    def replacing(replace: Callable[[Any], Any]) -> Callable[..., Any]:
+        """The program's text, run with other pieces and ops."""
+        names = {**program.names, **{name: replace(op) for name, op in ops.items()}}
+        exec(program.source, names)
+        return functools.partial(names["run"], tuple(map(replace, program.slots.values())))
+
+    calls, programs = [], []
     try:
-        names.update({name: record(value) for name, value in steps.items()})
+        object.__setattr__(program, "run", replacing(record))
         step()
         given = itertools.cycle(results)
-        names.update(dict.fromkeys(steps, lambda *args: next(given)))
-        calls, programs = [], []
-        run = served[0].program.run
+        run = replacing(lambda _: replay)
 
         def timed(*args: Any) -> Any:
             start = time.perf_counter()
@@ -65,16 +70,13 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
             programs.append(time.perf_counter() - start)
             return output
 
-        object.__setattr__(served[0].program, "run", timed)
-        try:
-            for _ in range(_RUNS):
-                start = time.perf_counter()
-                step()
-                calls.append(time.perf_counter() - start)
-        finally:
-            object.__setattr__(served[0].program, "run", run)
+        object.__setattr__(program, "run", timed)
+        for _ in range(_RUNS):
+            start = time.perf_counter()
+            step()
+            calls.append(time.perf_counter() - start)
     finally:
-        names.update(steps)
+        object.__delattr__(program, "run")  # it is worked out anew
     return {
         "step": round(statistics.median(programs) * 1e6 / len(results), 2),
         "call": round(statistics.median(calls) * 1e6, 1),

@@ -120,11 +120,6 @@ class Stamped:
     sequence: tuple[int, ...]
     outputs: tuple[Reference, ...]
 
-    def prints(self, template: Sequence[Fingerprint | None]) -> list[Fingerprint | None]:
-        """The fingerprint of each step of the deep model, given those of the template's."""
-        units = [[step.found for step in unit.steps] for unit in self.units]
-        return [*template[: len(self.head)], *(found for unit in self.sequence for found in units[unit])]
-
 
 @dataclass(frozen=True)
 class Locations:

@@ -70,7 +70,7 @@ def _recording(program: Program, calls: list[tuple[Any, ...]]) -> Program:
 
         return call
 
-    return program.replacing({id(v): note(v) for name, v in program.names.items() if name.startswith("piece_")})
+    return program.with_slots({slot: note(run) for slot, run in program.slots.items()})
 
 
 def _by_layer(program: Program, calls: list[tuple[Any, ...]], path: str) -> dict[int, list[Any]]:

@@ -206,10 +206,9 @@ class Manifests:
                 layers: Any = model.get_submodule(manifest.stack)
                 stack = LayerStack(manifest.stack, tuple(layers), ())
                 bind, name_of = binder(stack, registry, manifest.handles), stack.name_of
-            program = manifest.plan.write(runners, values, bind)
+            return manifest.plan.write(runners, values, bind, name_of)
         except (AttributeError, KeyError, IndexError) as exc:
             raise ArtifactError(f"it does not fit the model: {said(exc)}") from exc
-        return replace(program, outline=manifest.plan.whole_outline(name_of))
 
     def keep(self, key: str, manifest: Manifest) -> None:
         """Store a manifest."""

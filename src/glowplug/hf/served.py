@@ -99,7 +99,7 @@ class Served:
     def latest(self) -> Program:
         """The program with every compiled piece that has arrived."""
         if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.replacing(self.ends.ready), None
+            self.program, self.ends = self.program.with_slots(self.ends.ready), None
         return self.program
 
     def run(

@@ -72,7 +72,7 @@ class Stamped:
     def run(self, call: PlainCall, context: ForwardContext) -> Any:
         """Run a call."""
         if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.replacing(self.ends.ready), None
+            self.program, self.ends = self.program.with_slots(self.ends.ready), None
         return self.returns.build(run_flat(self.program, call, context))
 
 

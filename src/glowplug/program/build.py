@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,17 +11,17 @@ from torch import nn
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.capture import Captured
-from glowplug.graph.fingerprint import Fingerprint, fingerprint
+from glowplug.graph.fingerprint import fingerprint
 from glowplug.graph.split import LayerOf, Piece, Step, split
 from glowplug.graph.stamp import Bind, Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.emit import Runners
 from glowplug.program.ends import Ends, count_uses
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.program import Program
+from glowplug.program.write import Slots
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
 
@@ -133,18 +133,25 @@ def build_program(
                 template=stamping.template,
                 kinds=stamping.kinds,
             )
-    with report.phase("compile"), cache.lock:
-        uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
-        # Later duplicates overwrite earlier ones; any instance of a piece stands for all of them.
-        distinct = {found: step for step, found in _pieces(steps, prints)}
-        before = cache.count
-        runners, ends = compile_pieces(distinct, compiler, cache, captured, uses)
-        report.compiled_pieces += cache.count - before
-    graphs: Runners = {found: step.gm.forward for found, step in distinct.items()}
     sources = {entry.node: entry.source for entry in captured.inputs}
-    outline = tuple(outline_of(steps, prints, sources))
     head = len(steps) if stamped is None else len(stamped.head)
-    plan = Plan(tuple(steps[:head]), tuple(prints[:head]), outputs, arguments, stamped, outline[:head])
+    outline = outline_of(steps[:head], prints[:head], sources)
+    plan = Plan(tuple(steps[:head]), tuple(prints[:head]), outputs, arguments, stamped, outline)
+    # Any instance of a piece stands for all of them.
+    pairs = zip(steps, prints, strict=True)
+    distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
+    graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
+    with report.phase("compile"), cache.lock:
+        uses = count_uses(step.slot for step in plan.deep_steps()) if defer_ends else None
+        before = cache.count
+        slots, ends = compile_pieces(distinct, compiler, cache, captured, uses)
+        report.compiled_pieces += cache.count - before
+    with report.phase("bind"):
+        where = (stamping.bind, stamping.name_of) if stamping is not None else ()
+        program = plan.write(slots, bound, *where)
+        uncompiled = program.with_slots(graphs) if both and not isinstance(compiler, EagerCompiler) else None
+        if ends is not None:
+            report.pending_pieces = cache.pending
 
     def bind_to(model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any], *, uncompiled: bool) -> Program:
         assert stamping is not None
@@ -152,17 +159,8 @@ def build_program(
             name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
             for name, value in bound.items()
         }
-        return plan.write(graphs if uncompiled else runners, values, stamping.bind_to(model, registry))
+        return plan.write(graphs if uncompiled else slots, values, stamping.bind_to(model, registry))
 
-    with report.phase("bind"):
-        bind = stamping.bind if stamping is not None else None
-        whole = plan.whole_outline(stamping.name_of if stamping is not None else None)
-        program = replace(plan.write(runners, bound, bind), outline=whole)
-        uncompiled = None
-        if both and not isinstance(compiler, EagerCompiler):
-            uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
-        if ends is not None:
-            report.pending_pieces = cache.pending
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
@@ -170,8 +168,3 @@ def build_program(
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
     return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, ends)
-
-
-def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:
-    pairs = zip(steps, prints, strict=True)
-    return [(step, found) for step, found in pairs if isinstance(step, Piece) and found is not None]

@@ -126,8 +126,7 @@ class Ends:
 
     Attributes:
         runners: what runs in their place.
-        ready: once they were delivered: id of what runs in a piece's place -> the compiled piece. A program takes them
-            when a sequence begins.
+        ready: the compiled pieces, once they were delivered. A program takes them when a sequence begins.
         compiled: how many were compiled for this process.
         pending: whether they are still being compiled.
     """
@@ -135,7 +134,7 @@ class Ends:
     def __init__(self, graphs: Mapping[Fingerprint, Callable[..., Sequence[Any]]], maker: Maker) -> None:
         self.runners = {found: Uncompiled(run) for found, run in graphs.items()}
         self.maker = maker
-        self.ready: dict[int, Callable[..., Any]] = {}
+        self.ready: dict[Fingerprint, Callable[..., Any]] = {}
         self.compiled = 0
         self.pending = True
 
@@ -162,7 +161,7 @@ class Ends:
             taken[found] = one.run
         for runner in self.runners.values():
             runner.seen.clear()
-        self.ready = {id(self.runners[found]): run for found, run in taken.items()}
+        self.ready = taken
         self.pending = False
         return taken
 

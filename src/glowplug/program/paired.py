@@ -77,8 +77,7 @@ def try_pieces(program: Program, uncompiled: Program, run: Callable[[Program], T
     Returns:
         What `run` returned; and which piece differs by more than rounding, and how; None when none does.
     """
-    pieces = {name: value for name, value in program.names.items() if name.startswith("piece_")}
-    pairs = {name: _Pair(uncompiled.names[name], compiled) for name, compiled in pieces.items()}
-    result = run(uncompiled.replacing({id(pair.uncompiled): pair for pair in pairs.values()}))
-    found = next(((name, pair.problem) for name, pair in pairs.items() if pair.problem is not None), None)
-    return result, f"{found[0]}: {found[1]}" if found is not None else None
+    pairs = {slot: _Pair(uncompiled.slots[slot], compiled) for slot, compiled in program.slots.items()}
+    result = run(uncompiled.with_slots(pairs))
+    problems = (f"piece {slot.digest[:12]}: {pair.problem}" for slot, pair in pairs.items() if pair.problem is not None)
+    return result, next(problems, None)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import OpStep, Step
-from glowplug.graph.stamp import Bind, Outside, Own, Stamped, reads
-from glowplug.program.emit import Runners, emit
-from glowplug.program.loop import emit_stamped
+from glowplug.graph.stamp import Bind, Local, Outside, Own, Reference, Stamped, reads
 from glowplug.program.program import Program, StepOutline
+from glowplug.program.write import DeepStep, Key, Slots, write_program
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,22 @@ class Plan:
     stamped: Stamped | None
     outline: tuple[StepOutline, ...]
 
+    def deep_steps(self) -> list[DeepStep]:
+        """Every step of the deep model, in the order in which they run."""
+        deep = [
+            DeepStep(step, slot, {name: name for name in reads(step)}, step.outputs)
+            for step, slot in zip(self.steps, self.prints, strict=True)
+        ]
+        if self.stamped is not None:
+            for layer, unit in enumerate(self.stamped.sequence):
+                for place, step in enumerate(self.stamped.units[unit].steps):
+                    inputs = {name: _source(ref, layer) for name, ref in step.inputs.items()}
+                    outputs = [(layer, place, at) if name else None for at, name in enumerate(step.step.outputs)]
+                    deep.append(DeepStep(step.step, step.found, inputs, outputs, layer))
+        return deep
+
     def pieces(self) -> tuple[Fingerprint, ...]:
-        """Each distinct piece, in the order of first use."""
+        """Each distinct piece, those of the head first."""
         found = [*self.prints]
         if self.stamped is not None:
             found += [step.found for unit in self.stamped.units for step in unit.steps]
@@ -49,41 +62,55 @@ class Plan:
             found |= {ref.name for ref in (*wiring, *self.stamped.outputs) if isinstance(ref, Outside)}
         return frozenset(found)
 
-    def write(self, runners: Runners, values: Mapping[str, Any], bind: Bind | None = None) -> Program:
+    def write(
+        self,
+        slots: Slots,
+        values: Mapping[str, Any],
+        bind: Bind | None = None,
+        name_of: Callable[[int, str], str] | None = None,
+    ) -> Program:
         """The program.
 
         Args:
-            runners: the callable of each distinct piece.
+            slots: the callable of each distinct piece.
             values: graph value -> object, for what is bound and lies outside the stack.
             bind: finds the object that a layer has at a path, for a stamped model.
+            name_of: the qualified name of that, for the outline; None: an outline of the head alone.
         """
-        if self.stamped is None:
-            return emit(self.steps, self.prints, runners, self.outputs, self.arguments, values)
-        assert bind is not None
-        return emit_stamped(self.stamped, self.prints, runners, self.arguments, values, bind)
-
-    def whole_outline(self, name_of: Callable[[int, str], str] | None = None) -> tuple[StepOutline, ...]:
-        """The outline of all steps; `name_of` gives the qualified name of what a layer has at a path."""
-        if self.stamped is None or name_of is None:
-            return self.outline
-        outline = list(self.outline)
-        for layer, unit in enumerate(self.stamped.sequence):
-            for step in self.stamped.units[unit].steps:
-                names = tuple(name_of(layer + r.offset, r.path) for r in step.wiring if isinstance(r, Own))
-                op = step.step.op.name if isinstance(step.step, OpStep) else None
-                outline.append(StepOutline(op, step.found, names))
-        return tuple(outline)
+        deep = self.deep_steps()
+        outputs: list[Any] = [*self.outputs]
+        if self.stamped is not None:
+            outputs = [_source(ref, len(self.stamped.sequence) - 1) for ref in self.stamped.outputs]
+        program = write_program(deep, outputs, self.arguments, slots, values, bind)
+        if name_of is None:
+            return replace(program, outline=self.outline)
+        return replace(program, outline=(*self.outline, *(_outline(s, name_of) for s in deep[len(self.steps) :])))
 
 
-def outline_of(steps: Sequence[Step], prints: Sequence[Fingerprint | None], sources: Mapping[str, str]) -> list[Any]:
+def _source(ref: Reference, layer: int) -> Key | Own:
+    """What a reference means, as seen from a layer's unit."""
+    if isinstance(ref, Own):
+        return ref
+    if isinstance(ref, Outside):
+        return ref.name
+    return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.slot)
+
+
+def _outline(deep: DeepStep, name_of: Callable[[int, str], str]) -> StepOutline:
+    assert deep.layer is not None
+    names = tuple(name_of(deep.layer + ref.offset, ref.path) for ref in deep.inputs.values() if isinstance(ref, Own))
+    return StepOutline(deep.step.op.name if isinstance(deep.step, OpStep) else None, deep.slot, names)
+
+
+def outline_of(
+    steps: Sequence[Step], prints: Sequence[Fingerprint | None], sources: Mapping[str, str]
+) -> tuple[StepOutline, ...]:
     """The outline of a trace's steps, given the source of each input of the graph."""
-    one_of_each: dict[Fingerprint, Fingerprint] = {}
-    outline = []
-    for step, found in zip(steps, prints, strict=True):
-        if isinstance(step, OpStep):
-            names = tuple(sources[a.name] for a in step.args if getattr(a, "name", None) in sources)
-            outline.append(StepOutline(step.op.name, None, names))
-        elif found is not None:
-            names = tuple(sources[name] for name in step.inputs if name in sources)
-            outline.append(StepOutline(None, one_of_each.setdefault(found, found), names))
-    return outline
+    return tuple(
+        StepOutline(
+            step.op.name if isinstance(step, OpStep) else None,
+            found,
+            tuple(sources[name] for name in reads(step) if name in sources),
+        )
+        for step, found in zip(steps, prints, strict=True)
+    )

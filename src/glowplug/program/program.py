@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,63 +11,6 @@ import torch
 
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.layers.handle import LayerHandle
-
-
-@dataclass(frozen=True)
-class Program:
-    """A runnable program.
-
-    Attributes:
-        run: `run(*arguments)` -> tuple of the graph's outputs. Arguments in the order of `arguments`.
-        arguments: sources of what changes from call to call.
-        source: the Python text that runs.
-        names: what the text's global names stand for: compiled pieces, ops, layers, tuples of weights.
-        outline: its steps, for reports.
-    """
-
-    run: Callable[..., tuple[Any, ...]]
-    arguments: tuple[str, ...]
-    source: str
-    names: dict[str, Any] = field(default_factory=dict, repr=False)
-    outline: tuple[StepOutline, ...] = field(default=(), repr=False)
-
-    def listing(self) -> str:
-        """The program's text with a comment on top that says what its global names stand for."""
-        known = [f"# {name}: {_describe(value)}" for name, value in self.names.items() if not name.startswith("__")]
-        head = "# How the model runs: pieces, ops and weights are bound to the names below."
-        return "\n".join([head, *known, "", self.source])
-
-    def replacing(self, others: Mapping[int, Any]) -> Program:
-        """The same steps with other objects: `others` gives them by the id of those that they stand in for. Whoever
-        runs this program meanwhile sees nothing of it."""
-        names = {name: others.get(id(value), value) for name, value in self.names.items()}
-        own: Any = self.run
-        run = types.FunctionType(own.__code__, dict(names), own.__name__, own.__defaults__, own.__closure__)
-        return replace(self, run=run, names=names)
-
-
-def _describe(value: Any) -> str:
-    """A bound object in a few words."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor, {_form(value)}"
-    if isinstance(value, tuple) and value and all(isinstance(item, tuple) for item in value):
-        inside = ", ".join(
-            f"{len(item)} weights" if isinstance(item, tuple) else type(item).__name__ for item in value[0]
-        )
-        return f"{len(value)} rows of {inside}"
-    if isinstance(value, tuple):
-        return f"{len(value)} weights: {', '.join(map(_form, value))}"
-    if isinstance(value, torch.nn.Module):
-        return type(value).__name__
-    if isinstance(getattr(value, "__self__", None), LayerHandle):
-        return f"finds {value.__self__.name}"
-    return getattr(value, "__name__", "a compiled piece")
-
-
-def _form(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
 
 
 @dataclass(frozen=True)
@@ -83,3 +26,70 @@ class StepOutline:
     op: str | None
     fingerprint: Fingerprint | None
     sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A runnable program.
+
+    Attributes:
+        code: `code(slots, *arguments)` -> tuple of the outputs, the compiled form of `source`.
+        slots: the callable of each distinct piece: `piece_a`, `piece_b`, ... of the text, in this order.
+        arguments: sources of what changes from call to call.
+        source: the Python text that runs.
+        names: what the text's global names stand for: ops, layers, tuples of weights.
+        outline: its steps, for reports.
+    """
+
+    code: Callable[..., tuple[Any, ...]]
+    slots: Mapping[Fingerprint, Callable[..., Any]]
+    arguments: tuple[str, ...]
+    source: str
+    names: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    outline: tuple[StepOutline, ...] = field(default=(), repr=False)
+
+    @functools.cached_property
+    def run(self) -> Callable[..., tuple[Any, ...]]:
+        """`run(*arguments)` -> tuple of the outputs. Arguments in the order of `arguments`."""
+        return functools.partial(self.code, tuple(self.slots.values()))
+
+    def with_slots(self, others: Mapping[Fingerprint, Callable[..., Any]]) -> Program:
+        """The same program with other callables in some of its slots; this one stays as it is."""
+        return replace(self, slots={slot: others.get(slot, run) for slot, run in self.slots.items()})
+
+    def listing(self) -> str:
+        """The program's text with a comment on top that says what its names stand for."""
+        head = "# How the model runs: pieces, ops and weights are bound to the names below."
+        slots = [f"# {piece_name(number)}: piece {slot.digest[:12]}" for number, slot in enumerate(self.slots)]
+        names = [f"# {name}: {_describe(value)}" for name, value in self.names.items()]
+        return "\n".join([head, *slots, *names, "", self.source])
+
+
+def piece_name(number: int) -> str:
+    """The name of a slot in a program's text: piece_a, ..., piece_z, piece_aa, ..."""
+    letters = ""
+    number += 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return f"piece_{letters}"
+
+
+def _describe(value: Any) -> str:
+    """A bound object in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor, {_form(value)}"
+    if isinstance(value, tuple) and value and all(isinstance(item, tuple) for item in value):
+        row = (f"{len(item)} weights" if isinstance(item, tuple) else type(item).__name__ for item in value[0])
+        return f"{len(value)} rows of {', '.join(row)}"
+    if isinstance(value, tuple):
+        return f"{len(value)} weights: {', '.join(map(_form, value))}"
+    if isinstance(getattr(value, "__self__", None), LayerHandle):
+        return f"finds {value.__self__.name}"
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"

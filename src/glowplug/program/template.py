@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -246,11 +248,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def binder(stack: LayerStack, registry: LayerRegistry, handles: frozenset[str]) -> Bind:
     """Finds the very object that a layer of a stack has at a path; `handles`: which paths are handles."""
 
+    getter = functools.cache(operator.attrgetter)
+
     def bind(layer: int, own: Own) -> Any:
         index = layer + own.offset
         if own.path in handles:
             return registry.handles[stack.name_of(index, own.path)]
-        parent, _, leaf = own.path.rpartition(".")
-        return getattr(stack.layers[index].get_submodule(parent), leaf)
+        return getter(own.path)(stack.layers[index])
 
     return bind
