@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import families
+from glowplug.bodies import BoundBody
+from glowplug.bodies.form import Argument, CallForm
 from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops import moe
-from glowplug.ops.inside import Inside
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -57,7 +58,7 @@ def test_routed_tokens_of_llama4() -> None:
         assert torch.equal(moe_forward(experts, x, None, None), experts(x))
 
 
-def test_a_compiled_inside_is_used(block: nn.Module) -> None:
+def test_a_compiled_body_is_used(block: nn.Module) -> None:
     x, index, weights = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
     seen: list[Tensor] = []
 
@@ -65,8 +66,14 @@ def test_a_compiled_inside_is_used(block: nn.Module) -> None:
         seen.extend(arguments)
         return (torch.zeros(3, 64),)
 
-    inside = Inside(block.experts, piece, ("a0", "a1", "a2"), count=3, tokens=3)
-    with forward_context(ForwardContext(register_layers(block), insides={id(block.experts): inside})):
+    arguments = (
+        Argument(("tokens", 64), x.dtype, "values"),
+        Argument(("tokens", 2), index.dtype, "choices"),
+        Argument(("tokens", 2), weights.dtype, "shares"),
+    )
+    form = CallForm("glowplug::moe_forward", arguments)
+    body = BoundBody(block.experts, piece, ("tensors[0]", "tensors[1]", "tensors[2]"), form, limit=3 * 64)
+    with forward_context(ForwardContext(register_layers(block), bodies={id(block.experts): body})):
         assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
     assert [a is b for a, b in zip(seen, (x, index, weights), strict=True)] == [True] * 3
 

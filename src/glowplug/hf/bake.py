@@ -9,13 +9,13 @@ from glowplug.hf.engine import attach, engine_of
 from glowplug.options import Options
 
 
-def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> Builder:
+def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Builder:
     """Put the compiled program of a weightless model, and all that it needs, into the store.
 
     Args:
         model: made by `weightless_model`.
         options: as those of the process that will serve it.
-        insides: also what that process would compile beside serving. Without, it is ready sooner.
+        bodies: also what that process would compile beside serving. Without, it is ready sooner.
 
     Returns:
         What did it. Its report says what was done, or in `fallbacks` why nothing could be. With `ends="auto"`, ends are
@@ -24,6 +24,6 @@ def bake(model: PreTrainedModel, options: Options, *, insides: bool = True) -> B
     attach(model, options)
     engine = engine_of(model)
     assert engine is not None
-    engine.builder.bakes_insides = insides
+    engine.builder.bakes_bodies = bodies
     engine.prepare()
     return engine.builder

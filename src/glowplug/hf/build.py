@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from glowplug.bodies import Bodies, Forms, InUse
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.compilers.base import StoringCompiler
@@ -25,10 +26,8 @@ from glowplug.errors import (
 from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import trace, verify
-from glowplug.hf.attention_kinds import attention_kinds
+from glowplug.hf.bodies import body_groups
 from glowplug.hf.call import Call
-from glowplug.hf.insides import Insides, InUse
-from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
 from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes, processes_of
@@ -56,7 +55,7 @@ class Builder:
 
     Attributes:
         for_others: whether programs are made to be stored, and are not run here.
-        bakes_insides: whether insides are, too.
+        bakes_bodies: whether op bodies are, too.
         rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
             that lack such pieces are not used.
     """
@@ -77,10 +76,10 @@ class Builder:
         self.registry: LayerRegistry | None = None
         self._way: trace.Way = "cut"
         self.for_others = weightless(model)
-        self.bakes_insides = True
+        self.bakes_bodies = True
         self.rebuild: Callable[[Call], Build | None] | None = None
-        self.insides: Insides | None = None
-        self._slots: dict[str, Slots] = {}
+        self.bodies: Bodies | None = None
+        self._forms: Forms = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
         self._unfit = unfit(model) if not self.for_others else None
@@ -111,8 +110,8 @@ class Builder:
         key = warm.address(call.signature, plan, self.report)
         served = self._find(warm, key, call) if key is not None else None
         self.report.store = StoreReport.of(warm.store)
-        if served is not None and self.insides is None:
-            self._compile_insides()
+        if served is not None and self.bodies is None:
+            self._compile_bodies()
         return served
 
     def build(self, call: Call) -> Served | str:
@@ -128,8 +127,8 @@ class Builder:
             return self._refused or self._unfit or ""
         with collector_paused():
             served = self._build(call) if self.processes is None else self._build_together(call, self.processes)
-            if isinstance(served, Served) and self.insides is None:
-                self._compile_insides()
+            if isinstance(served, Served) and self.bodies is None:
+                self._compile_bodies()
             if isinstance(served, Served):
                 served.recipe = None  # it holds the whole trace
         if self.store is not None:
@@ -149,18 +148,18 @@ class Builder:
     @property
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
-        return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
+        return bool(self._pieces.ends) or (self.bodies is not None and self.bodies.pending)
 
     @property
     def in_use(self) -> InUse:
-        """The insides that a sequence is to run that begins now."""
-        return self.insides.in_use if self.insides is not None else InUse()
+        """The op bodies that a sequence is to run that begins now."""
+        return self.bodies.in_use if self.bodies is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
         self._pieces.poll(self.report, deadline)
-        if self.insides is not None:
-            self.insides.poll(deadline)
+        if self.bodies is not None:
+            self.bodies.poll(deadline)
 
     def finish(self) -> None:
         """Wait for the pieces that are compiled beside, for others to use."""
@@ -240,7 +239,7 @@ class Builder:
         if problem is not None:
             return None
         self._pieces.compiled |= found.runners
-        self._slots |= found.slots
+        self._forms |= found.forms
         self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
         if found.ends is not None:
             self._pieces.ends.append(found.ends)
@@ -256,7 +255,7 @@ class Builder:
                 served,
                 self.model,
                 sorted(self._reads),
-                self._slots,
+                self._forms,
                 self._pieces.addresses,
                 self.report,
                 verified=self.options.verify == "once" and not self.for_others and self.processes is None,
@@ -279,14 +278,14 @@ class Builder:
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
 
     @property
-    def _compiles_insides(self) -> bool:
+    def _compiles_bodies(self) -> bool:
         """Whether opaque experts end up compiled: before the first answer, or beside serving where forks can do it."""
         beside = self.options.inside == "auto" and sys.platform == "linux"
         return isinstance(self.compiler, StoringCompiler) and (beside or self.options.inside == "compiled")
 
     def _plan(self) -> hf_experts.ExpertsPlan:
         """What happens to the experts; registers the layers."""
-        plan = hf_experts.plan(self.model, self.options.experts, insides=self._compiles_insides)
+        plan = hf_experts.plan(self.model, self.options.experts, bodies=self._compiles_bodies)
         if self.registry is None:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
             for op, names in plan.orders.items():
@@ -321,28 +320,27 @@ class Builder:
         problem = self._verify(served, call)
         return served if problem is None else problem.reason
 
-    def _compile_insides(self) -> None:
+    def _compile_bodies(self) -> None:
         """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
         choice = self.options.inside
         if choice == "eager" or self.compiler.name == "eager":
             return
         if self.processes is not None:  # trials would run collectives, each process its own number of them
             return
-        layers = {op: {name: self.layers[name] for name in self.layers.order(op)} for op in self._slots}
-        kinds = experts_kinds(layers, self._slots) + attention_kinds(self.model, self.prover.forms)
-        if not kinds:
+        groups = body_groups(self.layers, self._forms)
+        if not groups:
             return
-        self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
+        self.bodies = Bodies(groups, self.compiler, self.report, self._pieces.store)
         if self.for_others:
-            if self.bakes_insides or choice == "compiled":
+            if self.bakes_bodies or choice == "compiled":
                 with self.report.phase("inside"):
-                    self.insides.compile_unjudged()
+                    self.bodies.compile_for_others()
             return
         if choice == "auto":
-            self.insides.compile_beside()
+            self.bodies.compile_in_background()
             return
         with self.report.phase("inside"):
-            self.insides.compile_here()
+            self.bodies.compile_here()
 
     def _stamped(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | None:
         """A program stamped from a template; None when the model must be traced in full."""
@@ -391,7 +389,7 @@ class Builder:
             self.model, call, plan, template, self._way, self.layers, self.prover.positions, self.report, build
         )
         self._reads |= traced.reads
-        self._slots |= traced.slots
+        self._forms |= traced.forms
         return traced.served
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             device=torch.device(asked["device"]),
             **asked["settings"],
         )
-        return bake(model, Options(**asked["options"]), insides=False)
+        return bake(model, Options(**asked["options"]), bodies=False)
 
     attempt(build, folder)
     return 0

@@ -52,7 +52,7 @@ def _fork(model: PreTrainedModel, options: Options, call: Call, *, nice: int, un
 
     def build() -> Builder:
         builder = Builder(model, options, compiler, Report(), open_store(options.cache_dir))
-        builder.for_others, builder.bakes_insides = True, False  # nobody is to wait for those
+        builder.for_others, builder.bakes_bodies = True, False  # nobody is to wait for those
         builder.rebuild = _leave_unfinished if unfinished else None
         found = builder.build(call)
         if isinstance(found, str):

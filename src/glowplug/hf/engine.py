@@ -164,7 +164,7 @@ class Engine:
             call,
             builder.layers,
             program=running.program,
-            insides=running.insides.unchanged(self.report),
+            bodies=running.bodies.unchanged(self.report),
             check_order=self.check_order,
         )
 

@@ -94,7 +94,7 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
         options = dataclasses.replace(options, compiler=compiler, background=False)
 
         def build() -> Builder:
-            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options, insides=False)
+            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options, bodies=False)
 
         return Forked(build)  # loading goes first
     return spawn(config, dtype, device, chosen, options)

@@ -92,6 +92,11 @@ def mask_sources(masks: Masks) -> dict[str, str | None]:
     return {"L['masks']": None}
 
 
+def mask_at(masks: Masks, key: str | None) -> Tensor | None:
+    """The mask of a key; a single mask has none."""
+    return masks[key] if isinstance(masks, dict) and key is not None else masks  # type: ignore[return-value]
+
+
 def stand_ins(
     model: nn.Module, masks: Masks, batch: int, tokens: int, device: torch.device
 ) -> Tensor | dict[str, Tensor]:

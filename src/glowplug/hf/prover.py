@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from glowplug.hf import verify
-from glowplug.hf.attention_kinds import Forms, observed
 from glowplug.hf.call import Call
 from glowplug.hf.locate import first_layer
 from glowplug.hf.positions import Positions
@@ -38,7 +37,6 @@ class Prover:
         watch: finds changes of the model since a program was last compared.
         check_order: with `identity="ordered"`, whether a wrong order raises.
         positions: fills in those that calls leave out, as the model does.
-        forms: how the model's own attention functions were called, by layer.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class Prover:
         self.report = report
         self.watch: Watch | None = None
         self.check_order = True
-        self.forms: Forms = {}
         self._reads = reads
         self._agree = processes.agree if processes is not None else None
         self.positions = Positions(model, self._agree)
@@ -83,7 +80,7 @@ class Prover:
             watch = self.start_watching()
             if self.options.verify == "off":
                 break
-            with self.report.phase("verify"), observed(self.model, self.forms), rotary_state_kept(self.model):
+            with self.report.phase("verify"), rotary_state_kept(self.model):
                 problem = self._compare(served, call, registry, classes, exact=exact)
             if problem is not None:
                 return problem

@@ -1,4 +1,4 @@
-"""What each sequence under way runs: a piece or an inside that arrives later is used from the next sequence on."""
+"""What each sequence under way runs: a piece or an op body that arrives later is used from the next sequence on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from glowplug.hf.insides import InUse
+from glowplug.bodies import InUse
 from glowplug.program import Program
 
 
@@ -18,11 +18,11 @@ class Running:
 
     Attributes:
         program: the program.
-        insides: the compiled insides.
+        bodies: the op bodies.
     """
 
     program: Program
-    insides: InUse
+    bodies: InUse
 
 
 class Sequences:

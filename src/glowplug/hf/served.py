@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from glowplug.bodies import InUse
 from glowplug.errors import NotServableError
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.hf.caches import mask_extent, seen_tokens
 from glowplug.hf.call import Call
-from glowplug.hf.insides import InUse
-from glowplug.hf.masks import mask_sources, takes_padding
+from glowplug.hf.masks import mask_at, mask_sources, takes_padding
 from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
@@ -91,9 +91,9 @@ class Served:
             return None
         return try_pieces(self.program, self.uncompiled, lambda paired: self.run(call, registry, program=paired))
 
-    def begin(self, cache: Cache | None, insides: InUse) -> Running:
-        """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these insides."""
-        return self.sequences.begin(cache, Running(self.latest, insides))
+    def begin(self, cache: Cache | None, bodies: InUse) -> Running:
+        """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these op bodies."""
+        return self.sequences.begin(cache, Running(self.latest, bodies))
 
     @property
     def latest(self) -> Program:
@@ -108,7 +108,7 @@ class Served:
         registry: LayerRegistry,
         *,
         program: Program | None = None,
-        insides: Mapping[int, Any] | None = None,
+        bodies: Mapping[int, Any] | None = None,
         check_order: bool = True,
     ) -> Any:
         """Run a call that the program can serve; returns what the model's forward would.
@@ -117,7 +117,7 @@ class Served:
             call: the call.
             registry: the layers that ops find.
             program: another form of the program; None: the latest.
-            insides: id of a layer -> the compiled inside that its op runs.
+            bodies: id of a layer -> the compiled body that its op runs.
             check_order: see `ForwardContext`.
 
         Raises:
@@ -127,7 +127,7 @@ class Served:
         if reason is not None:
             raise NotServableError(reason)
         program = program or self.program
-        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, insides or {})):
+        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, bodies or {})):
             (logits,) = program.run(*_arguments(program.arguments, call))
         output = self.output_type(logits=logits, **{self.cache_argument: call.cache})
         return output.to_tuple() if call.return_tuple else output
@@ -211,5 +211,5 @@ def _read_other(source: str, call: Call) -> Any:
         return getattr(call, size[1]).shape[int(size[2])]
     for name, key in mask_sources(call.masks).items():
         if name == source:
-            return call.masks if key is None else call.masks[key]  # type: ignore[index]
+            return mask_at(call.masks, key)
     raise KeyError(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from glowplug.bodies import Forms, read_forms
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
@@ -19,8 +20,7 @@ from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
 from glowplug.hf.call import Call, Signature, cache_argument
 from glowplug.hf.experts import ExpertsPlan
-from glowplug.hf.kinds import Slots, read_slots
-from glowplug.hf.masks import mask_sources, stand_ins, takes_padding
+from glowplug.hf.masks import mask_at, mask_sources, stand_ins, takes_padding
 from glowplug.hf.positions import Positions
 from glowplug.hf.served import PADDING, SIZE, Recipe, Served
 from glowplug.hf.shadow import Shadow
@@ -154,12 +154,12 @@ class Traced:
     Attributes:
         served: the program.
         reads: sources of everything in Python that the trace read.
-        slots: what each op of experts is called with.
+        forms: how the op of each traced layer is called.
     """
 
     served: Served
     reads: frozenset[str]
-    slots: Mapping[str, Slots]
+    forms: Forms
 
 
 def trace_program(
@@ -193,7 +193,9 @@ def trace_program(
     own_masks = way == "own masks"
     mask_names = set() if own_masks else set(mask_sources(call.masks))
     sources: set[str] = set()
-    slots: dict[str, Slots] = {}
+    forms: Forms = {}
+    sources_of_masks = mask_sources(call.masks).items()
+    masks = {source: mask for source, key in sources_of_masks if (mask := mask_at(call.masks, key)) is not None}
     start = time.perf_counter()
 
     def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
@@ -201,7 +203,7 @@ def trace_program(
             templates.check_reads(model, template, sources)
         report.phases["trace"] += time.perf_counter() - start
         check_outputs(captured)
-        slots.update(read_slots(captured))
+        forms.update(read_forms(captured, registry, masks))
         arguments, bound = sort_inputs(captured, mask_names)
         how = None
         if template is not None:
@@ -233,4 +235,4 @@ def trace_program(
     names = positions, cache_argument(model)
     served = Served(built.program, assumptions, *names, output_type(model), built.ends)
     served.uncompiled, served.recipe = built.uncompiled, recipe
-    return Traced(served, frozenset(sources), slots)
+    return Traced(served, frozenset(sources), forms)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from glowplug.bodies import CallForm, Forms
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import ArtifactError, NotStorableError
@@ -19,7 +20,6 @@ from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature, cache_argument
 from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.interfaces import give_attention_functions
-from glowplug.hf.kinds import Slot, Slots
 from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
 from glowplug.hf.positions import Positions
 from glowplug.hf.served import Recipe, Served
@@ -30,7 +30,7 @@ from glowplug.program import Build, Ends, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.reasons import said
 from glowplug.report import Report
-from glowplug.store.manifest import Manifest, dtype_from_name
+from glowplug.store.manifest import Manifest
 from glowplug.store.store import ArtifactStore
 
 
@@ -98,14 +98,14 @@ class Found:
         manifest: what it was written from.
         runners: its compiled pieces.
         ends: its pieces that are still being compiled by another process, if any.
-        slots: what its ops of experts are called with.
+        forms: how the op of each traced layer is called.
     """
 
     served: Served
     manifest: Manifest
     runners: Mapping[Fingerprint, Run]
     ends: Ends | None
-    slots: dict[str, Slots]
+    forms: Forms
 
 
 def find(
@@ -144,11 +144,11 @@ def find(
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()
-        slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
+        forms: Forms = {name: CallForm.from_facts(facts) for name, facts in manifest.facts["forms"].items()}
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, said(exc))
         return None
-    return Found(served, manifest, runners, ends, slots)
+    return Found(served, manifest, runners, ends, forms)
 
 
 def _uncompiled(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:
@@ -162,7 +162,7 @@ def describe(
     served: Served,
     model: PreTrainedModel,
     reads: Sequence[str],
-    slots: Mapping[str, Slots],
+    forms: Forms,
     addresses: Mapping[Fingerprint, str],
     report: Report,
     *,
@@ -180,7 +180,7 @@ def describe(
         "experts": report.experts,
         "attention": report.attention,
         "template_layers": report.template_layers,
-        "slots": {op: [[list(slot.sizes), str(slot.dtype)] for slot in entries] for op, entries in slots.items()},
+        "forms": {name: form.to_facts() for name, form in forms.items() if form is not None},
     }
     return Manifest(
         plan=recipe.built.plan,
@@ -214,8 +214,3 @@ def _class(name: str) -> type:
     if not (isinstance(found, type) and issubclass(found, ModelOutput)):
         raise ArtifactError(f"{name} is no class of outputs")
     return found
-
-
-def _slot(entry: list[Any]) -> Slot:
-    sizes, dtype = entry
-    return Slot(tuple(sizes), dtype_from_name(dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glowplug.errors import LayerOrderError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from glowplug.layers.registry import LayerRegistry
 
@@ -25,13 +25,13 @@ class ForwardContext:
         cache: the key-value cache that `glowplug::kv_cache_update` writes to (any object with
             `update(keys, values, layer_idx)`), or None: keys and values pass through.
         check_order: with `identity="ordered"`, whether a wrong order raises. Only a demonstration turns it off.
-        insides: id of a layer -> the compiled inside that its op runs in this pass; see `glowplug.ops.inside`.
+        bodies: id of a layer -> the compiled body that its op runs in this pass; see `glowplug.bodies`.
     """
 
     registry: LayerRegistry
     cache: Any = None
     check_order: bool = True
-    insides: Mapping[int, Any] = field(default_factory=dict)
+    bodies: Mapping[int, Any] = field(default_factory=dict)
     _counters: dict[str, int] = field(default_factory=dict)
 
     def next_layer(self, op: str, kind: str) -> nn.Module:
@@ -100,6 +100,13 @@ _current: ContextVar[ForwardContext | None] = ContextVar("glowplug_forward_conte
 def current_context() -> ForwardContext | None:
     """The innermost `ForwardContext` of this thread or task, or None outside any."""
     return _current.get()
+
+
+def body_for(layer: nn.Module, tensors: Sequence[Any], constants: str = "") -> Callable[..., Tensor] | None:
+    """The compiled body that a layer's op runs in this pass for these tensors; None: the layer's own code."""
+    context = _current.get()
+    body = context.bodies.get(id(layer)) if context is not None else None
+    return body.run if body is not None and body.serves(layer, tensors, constants) else None
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glowplug.layers.context import current_context
+from glowplug.layers.context import body_for, current_context
 from glowplug.ops.arguments import decode
-from glowplug.ops.inside import AttentionInside, inside_of
 from glowplug.ops.layer_op import layer_op
 
 ATTENTION_FN_ATTR = "_glowplug_attention_fn"
@@ -44,9 +43,10 @@ def attention(
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
     """
-    inside: AttentionInside | None = inside_of(layer)
-    if inside is not None and inside.attends(layer, query, key, value, mask, options):
-        return inside.run(query, key, value, mask, *tensors)
+    given = (query, key, value, mask, *tensors)
+    body = body_for(layer, given, options)
+    if body is not None:
+        return body(*given)
     kwargs = decode(options, tensors)
     output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
     return output if output.is_contiguous() else output.contiguous()

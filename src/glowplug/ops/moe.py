@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glowplug.ops.inside import Inside, inside_of
+from glowplug.layers.context import body_for
 from glowplug.ops.layer_op import layer_op
 
 SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
@@ -32,12 +32,8 @@ def moe_forward(
     Returns:
         `[tokens, hidden]`, of the dtype of `hidden_states`.
     """
-    routing = () if top_k_index is None else (top_k_index, top_k_weights)
-    inside: Inside | None = inside_of(layer)
-    if inside is not None and inside.serves(layer, hidden_states):
-        output = inside.run(hidden_states, *routing)
-    else:
-        output = layer(hidden_states, *routing)
+    tensors = (hidden_states,) if top_k_index is None else (hidden_states, top_k_index, top_k_weights)
+    output = (body_for(layer, tensors) or layer)(*tensors)
     return output if output.is_contiguous() else output.contiguous()
 
 
@@ -55,9 +51,9 @@ def moe_forward_shared(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     Returns:
         The block's output, of the shape and dtype of `hidden_states`.
     """
-    inside: Inside | None = inside_of(layer)
-    if inside is not None and inside.serves(layer, hidden_states):
-        output = inside.run(hidden_states)
+    body = body_for(layer, (hidden_states,))
+    if body is not None:
+        output = body(hidden_states)
     elif hidden_states.device.type != "cuda":
         output = layer(hidden_states)
     else:

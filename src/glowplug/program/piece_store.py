@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
+from glowplug.errors import StoreError
+from glowplug.forks import Scratch
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.reasons import said
 
@@ -56,6 +58,18 @@ class PieceStore:
     store: Store
     compiler: StoringCompiler
     environment: str
+    scratch: Scratch | None = None
+
+    @classmethod
+    def temporary(cls, compiler: StoringCompiler) -> PieceStore | None:
+        """A store of this process, for what its jobs hand over; None where no folder can be made for it."""
+        from glowplug.store.store import ArtifactStore
+
+        try:
+            scratch = Scratch("store")
+            return cls(ArtifactStore(scratch.path), compiler, "", scratch)
+        except (OSError, StoreError):
+            return None
 
     def key(self, digest: str) -> str:
         """The address of a piece with a fingerprint."""

@@ -1,4 +1,4 @@
-"""The compiled inside of attention that is several kernels: right in every form of call, and left alone otherwise."""
+"""The compiled body of attention that is several kernels: right in every form of call, and left alone otherwise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers import PreTrainedModel
 
 import families
 import glowplug
-from glowplug.hf import trials
-from glowplug.hf.attention_kinds import attention_kinds, observed
+from glowplug.bodies import Bodies, BoundBody, Forms, read_forms, trial
+from glowplug.graph.capture import capture
+from glowplug.hf.bodies import body_groups
 from glowplug.hf.interfaces import attention_layers
-from glowplug.layers import ForwardContext, forward_context
+from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention
-from glowplug.ops.inside import AttentionInside
-from test_insides import Uncompiled
+from test_bodies import Uncompiled
 
 FAMILIES = ["gpt_oss", "qwen3_moe", "glm4_moe"]
 
 
 @pytest.fixture(autouse=True)
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_FASTER", 1e9)
+    monkeypatch.setattr(trial, "_FASTER", 1e9)
 
 
 def build(family: str = "gpt_oss") -> PreTrainedModel:
@@ -39,21 +39,21 @@ def compiled(family: str = "gpt_oss", **options: Any) -> PreTrainedModel:
     return glowplug.compile(build(family), compiler=Uncompiled(), inside="compiled", experts="opaque", **options)
 
 
-def insides(model: nn.Module) -> dict[str, AttentionInside]:
+def bodies(model: nn.Module) -> dict[str, BoundBody]:
     in_use = model.forward.builder.in_use.every
     return {name: in_use[id(module)] for name, module in attention_layers(model).items()}
 
 
 def counted(model: nn.Module) -> list[str]:
-    """Gets a layer's name each time that its inside runs."""
+    """Gets a layer's name each time that its body runs."""
     calls: list[str] = []
-    for name, inside in insides(model).items():
+    for name, body in bodies(model).items():
 
-        def run(*args: Any, name: str = name, own: Any = inside.run) -> Tensor:
+        def run(*args: Any, name: str = name, own: Any = body.run) -> Tensor:
             calls.append(name)
             return own(*args)
 
-        inside.run = run
+        body.run = run
     return calls
 
 
@@ -96,23 +96,20 @@ def test_one_kernel_is_left_alone() -> None:
     with torch.no_grad():
         model(families.prompt(2, 5))
     assert not any(id(layer) in model.forward.builder.in_use.every for layer in attention_layers(model).values())
-    assert model.forward.builder.prover.forms == {}
 
 
-def test_nothing_is_observed_without_a_comparison_and_nothing_once_it_is_over() -> None:
-    model = compiled(verify="off")
+def test_it_needs_no_comparison() -> None:
+    eager, model = build(), compiled(verify="off")
+    ids = families.prompt(2, 5)
     with torch.no_grad():
-        model(families.prompt(2, 5))
-    assert model.forward.builder.prover.forms == {}
-    again = compiled()
-    with torch.no_grad():
-        again(families.prompt(2, 5))
-    functions = {layer.__dict__[ATTENTION_FN_ATTR].__name__ for layer in attention_layers(again).values()}
-    assert functions == {"eager_attention_forward"}
+        model(ids)
+        calls = counted(model)
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
+    assert calls == list(attention_layers(model))
 
 
 def forms_of_calls() -> dict[str, Any]:
-    """Calls of one attention layer that its inside was not made for."""
+    """Calls of one attention layer that its body was not made for."""
     return {
         "no mask": lambda q, k, v, m: (q, k, v, None),
         "another dtype": lambda q, k, v, m: (q.double(), k.double(), v.double(), m.double()),
@@ -128,23 +125,25 @@ def test_other_calls_run_the_layers_own_function(name: str) -> None:
     model = compiled()
     with torch.no_grad():
         model(families.prompt(2, 5))
-    context = ForwardContext(model.forward.registry, insides=model.forward.builder.in_use.every)
+    context = ForwardContext(model.forward.registry, bodies=model.forward.builder.in_use.every)
     with torch.no_grad(), forward_context(context):
-        path, inside = next(iter(insides(model).items()))
+        path, body = next(iter(bodies(model).items()))
         layer = model.get_submodule(path)
         generator = torch.Generator().manual_seed(0)
-        query, key, value, mask, *further = inside.form.make(2, 5, 9, torch.device("cpu"), generator)
+        query, key, value, mask, *further = body.form.make(
+            {"batch": 2, "tokens": 5, "kv_tokens": 9}, torch.device("cpu"), generator
+        )
         calls = counted(model)
-        usual = attention(layer, query, key, value, mask, further, inside.form.options)
+        usual = attention(layer, query, key, value, mask, further, body.form.constants)
         assert calls == [path]
         if name == "another dtype":
             layer.double()
         arguments = forms_of_calls()[name](query, key, value, mask)
-        output = attention(layer, *arguments, further, inside.form.options)
+        output = attention(layer, *arguments, further, body.form.constants)
         own = layer.__dict__[ATTENTION_FN_ATTR](layer, *arguments, scaling=layer.scaling)[0]
         torch.testing.assert_close(output, own)
         assert output.shape == usual.shape
-        other = inside.form.options.replace("scaling=", "scaling=1")
+        other = body.form.constants.replace("scaling=", "scaling=1")
         attention(layer, query, key, value, mask, further, other)
     assert calls == [path]
 
@@ -177,7 +176,7 @@ def test_sinks_of_its_own_layer_whatever_becomes_of_them() -> None:
 
 
 def by_position(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """An attention function that no inside can stand for: what it wants of positions is not known."""
+    """An attention function that no body can stand for: what it wants of positions is not known."""
     scores = query @ key.transpose(2, 3) + mask + kwargs["position_ids"][:, None, :, None] * 0.1
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
@@ -190,37 +189,48 @@ def in_two_ways(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, ma
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
-@pytest.mark.parametrize("function", [by_position, in_two_ways])
-def test_a_function_that_needs_more_than_its_tensors_is_not_compiled(function: Any) -> None:
+def attends(function: Any) -> Any:
+    """A model of one attention layer."""
     layer = nn.Module()
     layer.is_causal, layer.layer_idx = True, 0
     layer.weight = nn.Parameter(torch.ones(1))
-    model = nn.ModuleDict({"attention": layer})
     object.__setattr__(layer, ATTENTION_FN_ATTR, function)
-    forms: dict[str, Any] = {}
+    return nn.ModuleDict({"attention": layer})
+
+
+def forms_of(model: Any, *options: str) -> tuple[Any, Forms]:
+    """A model's registry, and how its layer is called with positions; once for each of these options."""
+    registry, layer = register_layers(model), model["attention"]
+    registry.set_order("glowplug::attention", ["attention"])
+
+    def call(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, positions: Tensor) -> Any:
+        return [attention(layer, query, key, value, mask, [positions], option) for option in options]
+
     tensors = torch.rand(2, 4, 3, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 1, 3, 7)
-    positions = torch.arange(3).expand(2, 3)
-    with observed(model, forms):
-        attention(layer, *tensors, [positions], "position_ids=@0")
-    (kind,) = attention_kinds(model, forms)
+    positions = torch.arange(3).repeat(2, 1)
+    for tensor, dims in zip((*tensors, positions), ((0, 2), (0, 2), (0, 2), (0, 2, 3), (0, 1)), strict=True):
+        for dim in dims:
+            torch._dynamo.mark_dynamic(tensor, dim)
+    given = layer, *tensors, positions
+    return registry, capture(call, given, lambda captured: read_forms(captured, registry, {"L['mask']": tensors[3]}))
+
+
+@pytest.mark.parametrize("function", [by_position, in_two_ways])
+def test_a_function_that_needs_more_than_its_tensors_is_not_compiled(function: Any) -> None:
+    model = attends(function)
+    (group,) = body_groups(*forms_of(model, "position_ids=@0"))
     report = glowplug.report(compiled())
-    made = glowplug.hf.insides.Insides(model, [kind], Uncompiled(), report)
+    made = Bodies([group], Uncompiled(), report)
     made.compile_here()
     assert made.in_use.every == {}
     assert report.insides == []
 
 
-def test_two_forms_of_calls_are_none() -> None:
-    layer = nn.Module()
-    layer.is_causal, layer.layer_idx = True, 0
-    model = nn.ModuleDict({"attention": layer})
-    object.__setattr__(layer, ATTENTION_FN_ATTR, in_two_ways)
-    forms: dict[str, Any] = {}
-    tensors = torch.rand(2, 4, 3, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 1, 3, 7)
-    with observed(model, forms):
-        attention(layer, *tensors, [], "a=1")
-        attention(layer, *tensors, [], "a=2")
-    assert forms == {}
+def test_a_layer_that_is_called_in_two_ways_gets_none() -> None:
+    model = attends(in_two_ways)
+    registry, forms = forms_of(model, "a=1;position_ids=@0", "a=2;position_ids=@0")
+    assert forms == {"attention": None}
+    assert body_groups(registry, forms) == []
 
 
 @pytest.mark.inductor
@@ -230,7 +240,7 @@ def test_with_inductor() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        assert len(insides(model)) == len(attention_layers(model))
+        assert len(bodies(model)) == len(attention_layers(model))
         calls = counted(model)
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     output, expected = (m.generate(ids, max_new_tokens=12, do_sample=False) for m in (model, eager))

@@ -1,4 +1,4 @@
-"""The compiled inside of opaque experts: right, used where it is faster, never inherited, never stale."""
+"""The compiled bodies of opaque experts: right, used where it is faster, never inherited, never stale."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from torch import Tensor, nn
 
 import families
 import glowplug
+from glowplug.bodies import trial
+from glowplug.bodies.form import Argument, CallForm
+from glowplug.bodies.group import Group
+from glowplug.bodies.make import Body
 from glowplug.compilers.eager import EagerCompiler
-from glowplug.hf import trials
-from glowplug.hf.kinds import ExpertsKind, Made, Slot
 from storing import StoringGraphs
 
 OPAQUE = ["gpt_oss", "glm4_moe", "qwen3_moe", "mixtral", "deepseek_v3", "llama4"]
 
 
 class Uncompiled(EagerCompiler):
-    """Runs pieces uncompiled, without saying so: insides are made and judged as with a real compiler."""
+    """Runs pieces uncompiled, without saying so: bodies are made and tried as with a real compiler."""
 
     name = "uncompiled"
 
 
 @pytest.fixture
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_FASTER", 1e9)
+    monkeypatch.setattr(trial, "_FASTER", 1e9)
 
 
 def compiled(family: str, **options: Any) -> Any:
@@ -39,7 +41,7 @@ def compiled(family: str, **options: Any) -> Any:
     return model
 
 
-def with_insides(model: nn.Module) -> list[nn.Module]:
+def with_bodies(model: nn.Module) -> list[nn.Module]:
     in_use = model.forward.builder.in_use.every
     return [module for module in model.modules() if id(module) in in_use]
 
@@ -51,13 +53,13 @@ def test_equal_to_eager(family: str) -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
-        assert with_insides(model)
+        assert with_bodies(model)
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
     expected, output = (m.generate(ids, max_new_tokens=16, do_sample=False) for m in (eager, model))
     assert torch.equal(output, expected)
     report = glowplug.report(model)
     assert report.fallbacks == []
-    assert sum(len(inside.layers) for inside in report.insides) == len(with_insides(model))
+    assert sum(len(inside.layers) for inside in report.insides) == len(with_bodies(model))
     assert "inside of glowplug::moe_forward" in str(report)
 
 
@@ -68,8 +70,8 @@ def test_every_layer_is_bound_to_its_own_weights(family: str) -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        inside = with_insides(model)
-        names = [name for name, module in model.named_modules() if module in inside]
+        bodies = with_bodies(model)
+        names = [name for name, module in model.named_modules() if module in bodies]
         assert len(names) > 1
         for number, name in enumerate(names):
             for one in (model, eager):
@@ -84,10 +86,10 @@ def test_a_copy_has_none() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        layer = with_insides(model)[0]
+        layer = with_bodies(model)[0]
         shallow = copy.copy(layer)
-        assert not model.forward.builder.in_use.every[id(layer)].serves(shallow, torch.zeros(1, 64))
-        assert with_insides(copy.deepcopy(model)) == []
+        assert not model.forward.builder.in_use.every[id(layer)].serves(shallow, [torch.zeros(1, 64)])
+        assert with_bodies(copy.deepcopy(model)) == []
 
 
 @pytest.mark.usefixtures("always_faster")
@@ -96,10 +98,10 @@ def test_compiling_again_forgets_them() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        assert with_insides(model)
+        assert with_bodies(model)
         glowplug.compile(model, experts="opaque", compiler="eager")
         model(ids)
-        assert with_insides(model) == []
+        assert with_bodies(model) == []
 
 
 @pytest.mark.usefixtures("always_faster")
@@ -108,14 +110,14 @@ def test_a_replaced_weight_is_not_missed() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         model(ids)
-        name = next(name for name, m in model.named_modules() if m in with_insides(model) and name.endswith("experts"))
+        name = next(name for name, m in model.named_modules() if m in with_bodies(model) and name.endswith("experts"))
         for one in (model, eager):
             experts = one.get_submodule(name)
             experts.down_proj = nn.Parameter(experts.down_proj * 2, requires_grad=False)
-        inside = model.get_submodule(name)
+        experts = model.get_submodule(name)
         arguments = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
         expected = eager.get_submodule(name)(*arguments)
-        torch.testing.assert_close(model.forward.builder.in_use.every[id(inside)].run(*arguments), expected)
+        torch.testing.assert_close(model.forward.builder.in_use.every[id(experts)].run(*arguments), expected)
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -127,8 +129,8 @@ def test_eager_and_inline_have_none() -> None:
         with torch.no_grad():
             model(ids)
         # Attention that is several kernels may have one: a trial decides.
-        assert [layer for layer in with_insides(model) if not hasattr(layer, "is_causal")] == []
-        assert options["inside"] == "compiled" or with_insides(model) == []
+        assert [layer for layer in with_bodies(model) if not hasattr(layer, "is_causal")] == []
+        assert options["inside"] == "compiled" or with_bodies(model) == []
 
 
 def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
@@ -139,13 +141,13 @@ def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        insides = model.forward.builder.insides
-        assert insides.pending
-        insides.beside.wait(time.monotonic() + 120)
+        bodies = model.forward.builder.bodies
+        assert bodies.pending
+        bodies.job.wait(time.monotonic() + 120)
         model(ids[:, :1], past_key_values=cache)  # goes on with a sequence: nothing changes under it
-        assert insides.pending
+        assert bodies.pending
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
-        assert not insides.pending
+        assert not bodies.pending
         assert glowplug.report(model).insides
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     glowplug.settle(model)
@@ -169,7 +171,7 @@ def test_of_models_that_start_at_once_on_a_store_one_makes_them(tmp_path: Path) 
                 model(ids)
             for model in models:
                 glowplug.settle(model)
-                assert len(with_insides(model)) > 8  # experts and attention
+                assert len(with_bodies(model)) > 8  # experts and attention
                 torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=5e-5)
         made.append(len((tmp_path / f"log-{count}").read_text().splitlines()))
     assert made[0] == made[1] > glowplug.report(model).distinct_pieces
@@ -187,33 +189,34 @@ class Doubling(nn.Module):
         return x * self.weight[0, 0, 0]
 
 
-def judged(piece: Callable[..., Sequence[Tensor]]) -> trials.Verdict:
+def tried(piece: Callable[..., Sequence[Tensor]]) -> trial.Verdict:
     layer = Doubling()
-    kind = ExpertsKind("op", ("layer",), (layer,), "as it is", (Slot((1, None, 4), torch.float32),))
-    return trials.judge(kind, Made(piece, ("a0", "@weight"), 0.0), limited=True)
+    form = CallForm("op", (Argument((1, "tokens", 4), torch.float32, "values"),))
+    group = Group(form, ("layer",), (layer,), "as it is", lambda layer, x: layer(x), lambda: layer)
+    return trial.try_body(group, Body(("tensors[0]", "@weight")), piece, limited=True)
 
 
-def test_a_faster_inside_is_used() -> None:
-    assert judged(lambda x, weight: (x * weight[0, 0, 0],)).tokens == 512
+def test_a_faster_body_is_used() -> None:
+    assert tried(lambda x, weight: (x * weight[0, 0, 0],)).tokens == 512
 
 
-def test_a_wrong_inside_is_not_used() -> None:
-    assert judged(lambda x, weight: (x * 2.01,)).tokens == 0
-    assert judged(lambda x, weight: (x[:, :, :2],)).tokens == 0
+def test_a_wrong_body_is_not_used() -> None:
+    assert tried(lambda x, weight: (x * 2.01,)).tokens == 0
+    assert tried(lambda x, weight: (x[:, :, :2],)).tokens == 0
 
 
-def test_a_slower_inside_is_not_used() -> None:
+def test_a_slower_body_is_not_used() -> None:
     def slow(x: Tensor, weight: Tensor) -> tuple[Tensor]:
         time.sleep(0.004)
         return (x * weight[0, 0, 0],)
 
-    assert judged(slow).tokens == 0
+    assert tried(slow).tokens == 0
 
 
-def test_an_inside_that_is_faster_for_few_tokens_only() -> None:
+def test_a_body_that_is_faster_for_few_tokens_only() -> None:
     def sometimes(x: Tensor, weight: Tensor) -> tuple[Tensor]:
         if x.shape[1] > 8:
             time.sleep(0.004)
         return (x * weight[0, 0, 0],)
 
-    assert judged(sometimes).tokens == 8
+    assert tried(sometimes).tokens == 8

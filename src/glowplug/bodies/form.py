@@ -1,0 +1,208 @@
+"""How an op is called, read off a trace: of that follow what its body is traced with, tried with, and serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from glowplug.graph.capture import Captured
+from glowplug.layers.registry import LayerRegistry
+from glowplug.ops.arguments import parse
+from glowplug.ops.layer_op import find_layer_op
+
+ATTENTION, EXPERTS, BLOCK = "glowplug::attention", "glowplug::moe_forward", "glowplug::moe_forward_shared"
+
+Content = Literal["values", "choices", "shares", "mask", "positions"]
+_CALLS: Mapping[str, tuple[tuple[Content, tuple[str, ...]], ...]] = {
+    ATTENTION: (
+        ("values", ("batch", "", "tokens", "")),
+        ("values", ("batch", "", "kv_tokens", "")),
+        ("values", ("batch", "", "kv_tokens", "")),
+        ("mask", ("batch", "", "tokens", "kv_tokens")),
+    ),
+    EXPERTS: (("values", ("tokens", "")), ("choices", ("tokens", "")), ("shares", ("tokens", ""))),
+    BLOCK: (("values", ("batch", "tokens", "")),),
+}
+"""Op -> what lies in each tensor, and the names of its sizes that vary."""
+_ROUTED: tuple[tuple[Content, tuple[str, ...]], ...] = (("values", ("routed_tokens", "")),)
+"""The same of experts that take tokens which are routed already."""
+TRACED = {"batch": 2, "tokens": 8, "kv_tokens": 11}
+"""Sizes of a trace: at least 2 and all different, so that none is taken for another."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor that an op is called with.
+
+    Attributes:
+        sizes: its shape; a size that varies from call to call has a name.
+        dtype: its dtype.
+        content: `"choices"` are experts, distinct in each row; `"shares"` add up to 1 there; a `"mask"` is causal;
+            `"positions"` are not to be read, as nobody knows what a function wants of them.
+        order: its dims as they lie in memory, the outermost first; empty when it is contiguous.
+    """
+
+    sizes: tuple[int | str, ...]
+    dtype: torch.dtype
+    content: Content
+    order: tuple[int, ...] = ()
+
+    def make(self, sizes: Mapping[str, int], generator: torch.Generator | None) -> Tensor:
+        """A tensor of these sizes: random, or without a generator of zeros."""
+        shape = [sizes[size] if isinstance(size, str) else size for size in self.sizes]
+        if self.content == "mask":
+            tokens, kv_tokens = shape[-2:]
+            seen = torch.ones(shape, dtype=torch.bool).tril(kv_tokens - tokens)
+            if self.dtype is torch.bool:
+                return seen
+            return torch.zeros(shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+        if self.content == "positions":
+            return torch.arange(shape[-1], dtype=self.dtype).expand(shape)
+        if generator is None:
+            made = torch.zeros(shape)
+        elif self.content == "choices":
+            rows = range(math.prod(shape[:-1]))
+            chosen = [torch.randperm(sizes["experts"], generator=generator)[: shape[-1]] for _ in rows]
+            made = torch.stack(chosen).view(shape)
+        else:
+            made = torch.rand(shape, generator=generator)
+            made = made / made.sum(-1, keepdim=True) if self.content == "shares" else made * 2 - 1
+        made = made.to(self.dtype)
+        if not self.order:
+            return made
+        return made.permute(self.order).contiguous().permute(*map(self.order.index, range(len(shape))))
+
+    def fits(self, tensor: Tensor | None, sizes: dict[str, int]) -> bool:
+        """Whether a call's tensor is as described. `sizes` are those of the tensors before it, and receive its own."""
+        if tensor is None or tensor.dtype is not self.dtype or tensor.dim() != len(self.sizes):
+            return False
+        for size, actual in zip(self.sizes, tensor.shape, strict=True):
+            if actual != (size if isinstance(size, int) else sizes.setdefault(size, actual)):
+                return False
+        return (tensor.permute(self.order) if self.order else tensor).is_contiguous()
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How an op is called.
+
+    Attributes:
+        op: the op's name.
+        arguments: its tensors.
+        constants: its keyword arguments that are no tensors; see `glowplug.ops.arguments.encode`.
+    """
+
+    op: str
+    arguments: tuple[Argument, ...]
+    constants: str = ""
+
+    def make(
+        self, sizes: Mapping[str, int], device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Tensors of a call of these sizes: random, or without a generator of zeros."""
+        return tuple(argument.make(sizes, generator).to(device) for argument in self.arguments)
+
+    def elements(self, sizes: Mapping[str, int]) -> int:
+        """Elements of the first tensor in a call of these sizes."""
+        return math.prod(sizes[size] if isinstance(size, str) else size for size in self.arguments[0].sizes)
+
+    def examples(self, sizes: Mapping[str, int], device: torch.device) -> tuple[Tensor, ...]:
+        """Tensors to trace with."""
+        tensors = self.make(sizes, device)
+        for tensor, argument in zip(tensors, self.arguments, strict=True):
+            for dim, size in enumerate(argument.sizes):
+                if isinstance(size, str):
+                    torch._dynamo.mark_dynamic(tensor, dim)
+        return tensors
+
+    def fits(self, tensors: Sequence[Tensor | None], constants: str) -> bool:
+        """Whether a call is of this form."""
+        if constants != self.constants or len(tensors) != len(self.arguments):
+            return False
+        sizes: dict[str, int] = {}
+        return all(
+            argument.content == "positions" or argument.fits(tensor, sizes)
+            for argument, tensor in zip(self.arguments, tensors, strict=True)
+        )
+
+    def to_facts(self) -> list[Any]:
+        """Itself as plain values, for a record."""
+        arguments = [[list(a.sizes), str(a.dtype)[6:], a.content, list(a.order)] for a in self.arguments]
+        return [self.op, arguments, self.constants]
+
+    @classmethod
+    def from_facts(cls, facts: Sequence[Any]) -> CallForm:
+        """The form that `to_facts` wrote down."""
+        op, arguments, constants = facts
+        made = (
+            Argument(tuple(sizes), getattr(torch, dtype), content, tuple(order))
+            for sizes, dtype, content, order in arguments
+        )
+        return cls(op, tuple(made), constants)
+
+
+Forms = dict[str, CallForm | None]
+"""Name of a layer -> how its op is called; None when that can't be described, or varies."""
+
+
+def read_forms(captured: Captured, registry: LayerRegistry, masks: Mapping[str, Tensor]) -> Forms:
+    """How each traced layer's op is called.
+
+    Args:
+        captured: the trace.
+        registry: the model's layers.
+        masks: source of a mask in the trace -> the mask of a call.
+    """
+    handles = {entry.node: entry.value.name for entry in captured.inputs if entry.kind == "handle"}
+    given = {entry.node: masks[entry.source] for entry in captured.inputs if entry.source in masks}
+    calls: dict[str, list[fx.Node]] = {}
+    for node in captured.gm.graph.nodes:
+        op = find_layer_op(node.target) if node.op == "call_function" else None
+        if op is not None and op.name in _CALLS:
+            calls.setdefault(op.name, []).append(node)
+    forms: Forms = {}
+    for name, nodes in calls.items():
+        hoisted = isinstance(nodes[0].args[0], fx.Node)  # without handles calls come in order
+        layers = [handles[str(node.args[0])] for node in nodes] if hoisted else registry.order(name)
+        for layer, node in zip(layers, nodes, strict=True) if len(layers) == len(nodes) else ():
+            try:
+                form: CallForm | None = _read_form(name, node.args[1:], given)
+            except (KeyError, ValueError):  # it varies in more than `_CALLS` says, or has a mask that no call gives
+                form = None
+            forms[layer] = form if forms.get(layer, form) == form else None
+    return forms
+
+
+def _read_form(op: str, args: Sequence[Any], masks: Mapping[str, Tensor]) -> CallForm:
+    if op != ATTENTION:
+        tensors = [node for node in args if node is not None]
+        described = _CALLS[op] if len(tensors) == len(args) else _ROUTED
+        return CallForm(op, tuple(_read(node, *entry, masks) for node, entry in zip(tensors, described, strict=True)))
+    *tensors, further, constants = args
+    if not all(isinstance(place, int) for _, place in parse(constants)[1]):
+        raise ValueError("tensors in tuples")
+    arguments = [_read(node, *entry, masks) for node, entry in zip(tensors, _CALLS[op], strict=True)]
+    for node in further:
+        fake = node.meta["example_value"]
+        weight = fake.dtype.is_floating_point
+        names = ("",) * fake.dim() if weight else ("batch", "tokens")
+        arguments.append(_read(node, "values" if weight else "positions", names, masks))
+    return CallForm(op, tuple(arguments), constants)
+
+
+def _read(node: fx.Node, content: Content, names: Sequence[str], masks: Mapping[str, Tensor]) -> Argument:
+    if content == "mask":  # one that stands in for it in the trace, and shows nothing
+        return Argument(("batch", 1, "tokens", "kv_tokens"), masks[str(node)].dtype, content)
+    fake = node.meta["example_value"]
+    sizes = tuple(size if isinstance(size, int) else name for size, name in zip(fake.shape, names, strict=True))
+    if "" in sizes:
+        raise ValueError("a size varies")
+    # Hints are asked: asking strides themselves would bind the trace.
+    strides: list[int] = [stride if isinstance(stride, int) else stride.node.hint for stride in fake.stride()]
+    order = tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+    return Argument(sizes, fake.dtype, content, order if order != tuple(range(len(strides))) else ())

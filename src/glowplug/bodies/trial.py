@@ -1,0 +1,96 @@
+"""Decides by a trial how many tokens a body is to serve: it must be right, and faster."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glowplug.bodies.bound import BoundBody
+from glowplug.bodies.group import Group
+from glowplug.bodies.make import SIZES, Body
+from glowplug.closeness import distance
+
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_RUNS = 7
+_FASTER = 0.95
+"""Share of the layer's own time that a body may take."""
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest ||compiled - own|| / ||own|| of one layer. Half precision: 0.05."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial found.
+
+    Attributes:
+        tokens: serve up to so many; 0: none; None: any number.
+        eager_us: microseconds of the layer's own code, for one token.
+        compiled_us: the same compiled.
+    """
+
+    tokens: int | None = 0
+    eager_us: float = math.nan
+    compiled_us: float = math.nan
+
+
+def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *, limited: bool) -> Verdict:
+    """Try a body on a group's first layer, for more and more tokens, until it is no longer the faster way.
+
+    Args:
+        group: the layers that it is for.
+        body: the body.
+        piece: its compiled piece.
+        limited: never let it serve any number of tokens.
+    """
+    layer = group.layers[0]
+    compiled = BoundBody(layer, piece, body.arguments, group.form).run
+    own = functools.partial(group.own, layer)
+    generator = torch.Generator().manual_seed(0)
+    times: list[tuple[float, float]] = []
+    tokens: int | None = 0
+    with torch.no_grad():
+        for sizes in SIZES:
+            inputs = group.trial(group.sizes(**sizes), generator)
+            if inputs is not None and not _close(compiled(*inputs), own(*inputs)):
+                return Verdict()
+        for count in _TOKENS:
+            inputs = group.trial(group.sizes(count), generator)
+            if inputs is None:
+                break
+            if not _close(compiled(*inputs), own(*inputs)):
+                return Verdict()
+            times.append((_microseconds(own, inputs), _microseconds(compiled, inputs)))
+            if times[-1][1] > times[-1][0] * _FASTER:
+                break
+            tokens = count
+    if not limited and tokens == _TOKENS[-1]:
+        tokens = None
+    return Verdict(tokens, *times[0])
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    return distance(actual, expected) <= _TOLERANCE.get(expected.dtype, 0.05)
+
+
+def _microseconds(run: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+    """Median time of a call."""
+    finish = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
+    run(*inputs)
+    times = []
+    for _ in range(_RUNS):
+        finish()
+        start = time.perf_counter()
+        run(*inputs)
+        finish()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
