@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import glowplug
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, is_fake
-from glowplug.layers.sources import plain_source
+from glowplug.graph.sources import plain
 from glowplug.layers.watch import ReadWatch
 
 
@@ -252,8 +252,8 @@ class _Configured(nn.Module):
 
 def test_what_lies_in_an_object_with_a_lookup_of_its_own_is_named_plainly() -> None:
     """Torch 2.11 names it by a call; whatever reads the names must see the attribute."""
-    assert plain_source("object.__getattribute__(L['m'].config, 'x')['y']") == "L['m'].config.x['y']"
-    assert plain_source("type(dict.__getitem__(L['m'].table, 'a'))") == "type(L['m'].table['a'])"
+    assert plain("object.__getattribute__(L['m'].config, 'x')['y']") == "L['m'].config.x['y']"
+    assert plain("type(dict.__getitem__(L['m'].table, 'a'))") == "type(L['m'].table['a'])"
     reads: set[str] = set()
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
