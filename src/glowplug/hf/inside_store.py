@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 from dataclasses import replace
-from typing import Any
 
 import transformers
 
 from glowplug.errors import NotStorableError
 from glowplug.hf.kinds import Kind, Made
-from glowplug.hf.manifests import SKIP, sources_of
+from glowplug.hf.manifests import SKIP
 from glowplug.hf.trials import Verdict
 from glowplug.layers.structure import structure_of
 from glowplug.program import PieceStore
 from glowplug.reasons import said
+from glowplug.store.address import address, class_modules, modules_of, sources_of
 
 
 def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> str | None:
     """The address of the inside of layers of a kind; None when they can't be described."""
     layer = kind.layers[0]
     try:
-        facts: list[Any] = [
-            pieces.environment,
-            transformers.__version__,
-            kind.op,
-            implementation,
-            kind.facts,
-            structure_of(layer, SKIP),
-            sorted(sources_of(layer, kind.files).items()),
-        ]
+        return address(
+            {
+                "structure of the layer": structure_of(layer, SKIP),
+                "code of the layer": sources_of(class_modules(layer) | modules_of(kind.files)),
+                "environment": pieces.environment,
+                "transformers": transformers.__version__,
+                "op": [kind.op, implementation, kind.facts],
+            }
+        )
     except NotStorableError:
         return None
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def load_inside(pieces: PieceStore, key: str) -> tuple[Made, Verdict | None] | None:

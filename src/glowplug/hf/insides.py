@@ -29,7 +29,6 @@ from glowplug.graph.capture import Captured, capture
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
 from glowplug.hf.kinds import Kind, Made
-from glowplug.hf.manifests import changed_global, globals_of
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.trials import Verdict, judge
 from glowplug.layers.watch import ReadWatch
@@ -37,6 +36,7 @@ from glowplug.ops.inside import Inside
 from glowplug.program import PieceStore
 from glowplug.reasons import named
 from glowplug.report import InsideReport, Report
+from glowplug.store.address import changed_global, globals_of
 
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation whose inside is worth compiling. On a CPU a compiled `batched_mm` took half the time of

@@ -65,7 +65,7 @@ class _Description:
     def module(self, path: str, module: nn.Module) -> str:
         cls = type(module)
         if cls not in self.classes:
-            self.classes[cls] = self.function(cls, "a module") + self.replaced(cls)
+            self.classes[cls] = self.function(cls, "a module") + self.methods(cls)
         parts = [self.classes[cls], str(module.training)]
         table = module.__dict__
         for name in _HOOKS:
@@ -87,13 +87,16 @@ class _Description:
             parts.append(f"{name}:{self.value(value, name, 0)}")
         return " ".join(parts)
 
-    def replaced(self, cls: type) -> str:
-        """The methods of a class that are not as its file defines them: wrapped, or put in the place of another."""
+    def methods(self, cls: type) -> str:
+        """The code of a class's methods: wrapped, or put in the place of others, or older than their file is now."""
         parts = []
         for base in cls.__mro__:
-            for name, function in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
-                if isinstance(function, types.FunctionType) and not _is_as_made(function):
-                    parts.append(f" {base.__qualname__}.{name}={self.value(function, name, 0)}")
+            for name, held in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
+                function = held.fget if isinstance(held, property) else held
+                function = function.__func__ if isinstance(function, (staticmethod, classmethod)) else function
+                if isinstance(function, types.FunctionType):
+                    text = code_text(function.__code__) if _is_as_made(function) else self.value(function, name, 0)
+                    parts.append(f" {base.__qualname__}.{name}={text}")
         return "".join(parts)
 
     def tensor(self, tensor: Tensor | None) -> str:
@@ -167,7 +170,7 @@ class _Description:
                 return title
             held = [held_by(cell) for cell in value.__closure__ or ()]
             inside = [value.__defaults__, value.__kwdefaults__, vars(value), held]
-            return f"{title} {_code_text(value.__code__)} {self.value(inside, name, depth)}"
+            return f"{title} {code_text(value.__code__)} {self.value(inside, name, depth)}"
         owner = getattr(value, "__self__", None)
         if owner is not None and not isinstance(owner, (types.ModuleType, type)):
             title = f"{self.value(owner, name, 1)}.{title}"
@@ -191,9 +194,10 @@ def _is_as_made(function: types.FunctionType) -> bool:
     return found is function and function.__code__.co_filename == file
 
 
-def _code_text(code: types.CodeType) -> str:
+@functools.lru_cache(maxsize=4096)
+def code_text(code: types.CodeType) -> str:
     """A function's code, hashed: equal in every process of one Python where it does the same."""
-    constants = [_code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
+    constants = [code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     text = (code.co_code.hex(), code.co_exceptiontable.hex(), constants, names, code.co_argcount, code.co_flags)
     return hashlib.sha256(repr(text).encode()).hexdigest()
