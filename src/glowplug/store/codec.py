@@ -1,4 +1,4 @@
-"""Values of annotated types as JSON: what is read is what the annotations say, or refused; none of it is run.
+"""Values as JSON, by their annotations: what is read is what these say, or refused; none of it is run.
 
 A dataclass is a dictionary of its fields. Where an annotation leaves the type open, a tag tells it.
 """
@@ -9,7 +9,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import sympy
@@ -22,24 +22,21 @@ from glowplug.graph.split import Value
 from glowplug.ops.layer_op import LayerOp, find_op_by_name, known_layer_ops
 from glowplug.store.sizes import read_size, write_size
 
-Convert = Callable[[Any], Any]
+Codec = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+"""Writes a value, or raises NotStorableError; reads it, or raises ArtifactError or whatever comes of wrong content."""
 
 
 @functools.cache
-def codec(annotation: Any) -> tuple[Convert, Convert]:
-    """Two functions: one writes a value of a type, the other reads it.
-
-    The first raises NotStorableError for a value without a form; the second raises ArtifactError, or whatever comes of
-    content that the first has not written.
-    """
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in _SPECIAL:
-        return _SPECIAL[annotation]
-    if annotation in (str, int, bool):
-        return _as_it_is, functools.partial(_only, annotation)
+def codec(hint: Any) -> Codec:
+    """How values of a type are written and read."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _SPECIAL:
+        return _SPECIAL[hint]
     if origin in (tuple, list, frozenset):
         write, read = codec(inner[0])
-        return (lambda value: [write(item) for item in value]), (lambda body: origin(map(read, _only(list, body))))
+        return (lambda value: [write(item) for item in value]), (
+            lambda body: origin([read(item) for item in _only(list, body)])
+        )
     if origin is Mapping:
         write, read = codec(inner[1])
         return (
@@ -47,72 +44,62 @@ def codec(annotation: Any) -> tuple[Convert, Convert]:
             lambda body: {key: read(item) for key, item in _only(dict, body).items()},
         )
     if origin in (types.UnionType, typing.Union):
-        members = [member for member in inner if member is not types.NoneType]
-        return _optional(*codec(members[0])) if len(members) == 1 else _one_of(members)
-    if is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
-        return _dataclass(annotation, {field.name: codec(hints[field.name]) for field in fields(annotation)})
-    raise TypeError(f"values of {annotation} have no form")
+        members = {cls.__name__: codec(cls) for cls in inner if cls is not types.NoneType}
+        return _union(members) if len(members) > 1 else _optional(*codec(inner[0]))
+    if is_dataclass(hint):
+        return _dataclass(hint, {name: codec(held) for name, held in typing.get_type_hints(hint).items()})
+    return functools.partial(_only, hint, error=NotStorableError), functools.partial(_only, hint)
 
 
-def _as_it_is(value: Any) -> Any:
+def _only(cls: type, value: Any, error: type[Exception] = ArtifactError) -> Any:
+    if type(value) is not cls:
+        raise error(f"it has a {type(value).__name__} in the place of a {cls.__name__}")
     return value
 
 
-def _only(cls: type, body: Any) -> Any:
-    if type(body) is not cls:
-        raise ArtifactError(f"it has a {type(body).__name__} in the place of a {cls.__name__}")
-    return body
+def _union(members: Mapping[str, Codec]) -> Codec:
+    def write(value: Any) -> Any:
+        name = type(value).__name__
+        return {name: members[name][0](value)}
+
+    def read(body: Any) -> Any:
+        ((name, content),) = _only(dict, body).items()
+        return members[name][1](content)
+
+    return write, read
 
 
-def _dataclass(cls: Any, held: Mapping[str, tuple[Convert, Convert]]) -> tuple[Convert, Convert]:
+def _optional(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> Codec:
+    return (lambda value: None if value is None else write(value)), (lambda body: None if body is None else read(body))
+
+
+def _dataclass(cls: Any, held: Mapping[str, Codec]) -> Codec:
     return (
         lambda value: {name: write(getattr(value, name)) for name, (write, _) in held.items()},
         lambda body: cls(**{name: read(body[name]) for name, (_, read) in held.items()}),
     )
 
 
-def _optional(write: Convert, read: Convert) -> tuple[Convert, Convert]:
-    return (
-        lambda value: None if value is None else write(value),
-        lambda body: None if body is None else read(body),
-    )
-
-
-def _one_of(classes: list[Any]) -> tuple[Convert, Convert]:
-    held = {cls.__name__: codec(cls) for cls in classes}
-
-    def write(value: Any) -> Any:
-        name = type(value).__name__
-        return {name: held[name][0](value)}
-
-    def read(body: Any) -> Any:
-        ((name, content),) = _only(dict, body).items()
-        return held[name][1](content)
-
-    return write, read
-
-
 def _write_any(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    for name, (cls, write, _) in _TAGS.items():
+    for tag, (cls, (write, _)) in _TAGS.items():
         if isinstance(value, cls):
-            return {name: write(value)}
+            return {tag: write(value)}
     raise NotStorableError(f"an op has an argument of type {type(value).__name__}")
 
 
 def _read_any(body: Any) -> Any:
-    if not isinstance(body, dict):
+    if not isinstance(body, (dict, list)):
         return body
-    ((name, content),) = body.items()
-    return _TAGS[name][2](content)
+    ((tag, content),) = _only(dict, body).items()
+    return _TAGS[tag][1][1](content)
 
 
-def _write_print(found: Fingerprint) -> str:
-    if not found.stable:
+def _write_print(piece: Fingerprint) -> str:
+    if not piece.stable:
         raise NotStorableError("a piece calls a function that was made inside another, which no other process can find")
-    return found.digest
+    return piece.digest
 
 
 def _read_op(name: str) -> LayerOp:
@@ -122,30 +109,22 @@ def _read_op(name: str) -> LayerOp:
     return op
 
 
-def _read_overload(name: str) -> Any:
-    return {str(overload): overload for op in known_layer_ops() for overload in op.overloads.values()}[name]
-
-
-def _read_dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"torch has no dtype {name[:40]!a}")
-    return found
-
-
-_SPECIAL: dict[Any, tuple[Convert, Convert]] = {
+_SPECIAL: dict[Any, Codec] = {
     Any: (_write_any, _read_any),
     Fingerprint: (_write_print, lambda body: Fingerprint(_only(str, body))),
     LayerOp: (lambda op: op.name, _read_op),
 }
-_TAGS: dict[str, tuple[type, Convert, Convert]] = {
-    "value": (Value, lambda value: value.name, lambda body: Value(_only(str, body))),
-    "tuple": (tuple, *codec(tuple[Any, ...])),
-    "list": (list, *codec(list[Any])),
-    "dict": (dict, *codec(Mapping[str, Any])),
-    "dtype": (torch.dtype, str, _read_dtype),
-    "device": (torch.device, str, torch.device),
-    "size": (sympy.Basic, write_size, read_size),
-    "overload": (torch._ops.OpOverload, str, _read_overload),
-    "graph": (fx.GraphModule, lambda _: None, lambda _: None),  # graphs are stored with their pieces
+_TAGS: dict[str, tuple[type, Codec]] = {
+    "value": (Value, codec(Value)),
+    "tuple": (tuple, codec(tuple[Any, ...])),
+    "list": (list, codec(list[Any])),
+    "dict": (dict, codec(Mapping[str, Any])),
+    "dtype": (torch.dtype, (str, lambda body: _only(torch.dtype, getattr(torch, body.removeprefix("torch."))))),
+    "device": (torch.device, (str, torch.device)),
+    "size": (sympy.Basic, (write_size, read_size)),
+    "overload": (
+        torch._ops.OpOverload,
+        (str, lambda body: {str(one): one for op in known_layer_ops() for one in op.overloads.values()}[body]),
+    ),
+    "graph": (fx.GraphModule, (lambda _: None, lambda _: None)),  # graphs are stored with their pieces
 }

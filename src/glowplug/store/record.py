@@ -36,8 +36,7 @@ class Record:
         assumptions: what the trace assumed of sizes.
         output_type: `module:qualified name` of the class of the model's output.
         reads: sources of everything in Python that the trace depended on.
-        globals: source of a plain value outside the model that the trace read -> the value, as text.
-        sources: name of each Python module that was traced -> SHA-256 of its file.
+        globals, sources: values and files of Python modules among them, see `glowplug.store.address`.
         addresses: digest of a piece -> what the store knows it by, where that is not the digest.
         facts: what the report says of it, and whatever else a front end needs.
         verified: whether it was compared with eager.

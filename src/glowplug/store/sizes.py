@@ -13,15 +13,11 @@ _SYMPY = "Add Mul Pow Rational And Or Not Equality Unequality GreaterThan Strict
 _TORCH = [cls for cls in vars(torch_functions).values() if isinstance(cls, type) and issubclass(cls, sympy.Basic)]
 _FUNCTIONS = {cls.__name__: cls for cls in _TORCH} | {name: getattr(sympy, name) for name in _SYMPY.split()}
 _POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
-_LARGEST_POWER = 16
+_EXPONENTS = range(-16, 17)
 
 
 def write_size(size: Any) -> Any:
-    """An expression as a tree.
-
-    Raises:
-        NotStorableError: reading it would give another one.
-    """
+    """An expression as a tree; NotStorableError where reading it would give another one."""
     tree = _tree(size)
     try:
         survives = read_size(tree) == size
@@ -47,25 +43,16 @@ def _tree(size: Any) -> Any:
 
 
 def read_size(tree: Any) -> Any:
-    """The expression of a tree.
-
-    Raises:
-        ArtifactError: it is none, or has a power that could be a number without bounds.
-    """
+    """The expression of a tree; ArtifactError for what is none, or has a power that may be a number without bounds."""
     if isinstance(tree, (bool, int, float)):
         return sympy.sympify(tree)
     if isinstance(tree, str) and tree.isalnum() and tree[0] in "su" and tree[-1].isdigit():
         return sympy.Symbol(tree, integer=True, positive=True)
-    if not isinstance(tree, list) or tree[0] not in _FUNCTIONS or not _is_small(tree):
+    if not (isinstance(tree, list) and tree and tree[0] in _FUNCTIONS):
         raise ArtifactError(f"it has an expression of sizes that is none: {tree!a}"[:120])
+    if tree[0] in _POWERS and (tree[-1] not in _EXPONENTS or _has_power(tree[1])):
+        raise ArtifactError(f"it has an expression of sizes with too large a power: {tree!a}"[:120])
     return _FUNCTIONS[tree[0]](*map(read_size, tree[1:]))
-
-
-def _is_small(tree: list[Any]) -> bool:
-    """Whether a power has a small number as its exponent, and no power inside it."""
-    return tree[0] not in _POWERS or (
-        tree[-1] in range(-_LARGEST_POWER, _LARGEST_POWER + 1) and not _has_power(tree[1])
-    )
 
 
 def _has_power(tree: Any) -> bool:
