@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from torch._dynamo.utils import counters
 
 from families import build, prompt
 from glowplug.hf import trace as hf_trace
-from glowplug.hf.manifests import globals_of
 from glowplug.program import PieceStore
-from glowplug.store import ArtifactStore, LocalStore, opening
+from glowplug.store import ArtifactStore, Entry, LocalStore, opening
+from glowplug.store.address import globals_of, modules_of, sources_of
 from glowplug.store.envelope import pack, unpack
-from glowplug.store.manifest import Manifest
+from glowplug.store.record import Record
 from storing import PickleCompiler, Start
 
 IDS = prompt(tokens=6)
@@ -80,7 +82,7 @@ def test_the_uncompiled_pieces_are_stored_too(family: str, store: Path) -> None:
     start = Start(build(family), store, IDS)
     pieces = PieceStore(ArtifactStore(store), start.compiler, start.compiler.environment(torch.device("cpu")))
     manifest = next(e for e in LocalStore(store, print).entries() if e.kind == "manifest")
-    found = Manifest.from_bytes(unpack(manifest.path.read_bytes(), "manifest", manifest.key, None)).plan.pieces()
+    found = Record.from_bytes(unpack(manifest.path.read_bytes(), "manifest", manifest.key, None)).plan.pieces()
     assert found
     assert all(pieces.load_graph(piece.digest) is not None for piece in found)
 
@@ -161,32 +163,100 @@ class Mine(Qwen3ForCausalLM):
 """
 
 
-def test_changed_sources_and_globals_are_noticed(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def manifests(store: Path) -> list[Entry]:
+    """The programs in a store."""
+    return [entry for entry in LocalStore(store, print).entries() if entry.kind == "manifest"]
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """A Python module with a class of models, and a model of it."""
     (tmp_path / "mine_for_warm.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    module: Any = __import__("mine_for_warm")
+    module: Any = importlib.import_module("mine_for_warm")
 
     def model() -> Any:
         found = build("qwen3")
         found.__class__ = module.Mine
         return found
 
-    start = Start(model(), store, IDS)
-    assert start.report.start == "cold"
+    yield module, model
+    del sys.modules["mine_for_warm"]
+
+
+def test_two_versions_of_a_file_have_two_addresses(store: Path, mine: tuple[Any, Callable[[], Any]]) -> None:
+    module, model = mine
+    file = Path(module.__file__)
+    assert Start(model(), store, IDS).report.start == "cold"
     assert Start(model(), store, IDS).report.start == "warm"
-    manifest = next(e for e in LocalStore(store, print).entries() if e.kind == "manifest")
-    body = json.loads(unpack(manifest.path.read_bytes(), "manifest", manifest.key, None))
-    assert "mine_for_warm" in body["sources"]
-    (tmp_path / "mine_for_warm.py").write_text(MODULE + "\n# changed\n")
+    file.write_text(MODULE + "\n# changed\n")
     changed = Start(model(), store, IDS)
-    assert changed.report.start == "cold"
-    assert "source of mine_for_warm was changed" in changed.problems
+    assert (changed.report.start, changed.problems) == ("cold", "")
+    assert len(manifests(store)) == 2
+    assert Start(model(), store, IDS).report.start == "warm"
+    file.write_text(MODULE)
+    assert Start(model(), store, IDS).report.start == "warm"
+    assert len(manifests(store)) == 2
+
+
+REPLACEMENTS = {
+    "forward": lambda self, hidden_states: hidden_states * 2,
+    "unused": property(lambda self: 1),
+    "also_unused": classmethod(lambda cls: 2),
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_a_method_in_the_place_of_another_has_another_address(
+    store: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Start(build("qwen3"), store, IDS).report.start == "cold"
+    norm = type(build("qwen3").model.norm)
+    with monkeypatch.context() as patched:
+        patched.setattr(norm, name, REPLACEMENTS[name], raising=False)
+        start = Start(build("qwen3"), store, IDS)
+        assert (start.report.start, start.problems) == ("cold", "")
+        assert torch.allclose(start.logits, eager(build("qwen3")), rtol=1e-5, atol=1e-5)
+        assert Start(build("qwen3"), store, IDS).report.start == "warm"
+    assert len(manifests(store)) == 2
+    assert Start(build("qwen3"), store, IDS).report.start == "warm"
+
+
+def test_code_in_memory_that_is_older_than_its_file_has_another_address(
+    store: Path, tmp_path: Path, mine: tuple[Any, Callable[[], Any]]
+) -> None:
+    """A file may be edited after it was imported: its digest then is not that of the code that is traced."""
+    module, model = mine
+    Path(module.__file__).write_text(MODULE.replace("pass", "def other(self):\n        return 1"))
+    assert Start(model(), store, IDS).report.start == "cold"
+    importlib.reload(module)
+    assert Start(model(), store, IDS).report.start == "cold"
+    assert len(manifests(store)) == 2
+
+
+def test_what_only_the_trace_shows_is_compared(
+    store: Path, mine: tuple[Any, Callable[[], Any]], tmp_path: Path
+) -> None:
+    module, model = mine
+    Start(model(), store, IDS)
+    (manifest,) = manifests(store)
+    body = json.loads(unpack(manifest.path.read_bytes(), "manifest", manifest.key, None))
+    assert body["sources"] and "mine_for_warm" not in body["sources"]  # the address names it
+    (tmp_path / "helper_for_warm.py").write_text("")
     source = "G['__import_mine_for_warm'].SCALE"
     assert globals_of([source, "G['other']"]) == {source: "2.0"}
-    ArtifactStore(store).put(
-        "manifest", manifest.key, json.dumps({**body, "sources": {}, "globals": {source: "2.0"}}).encode()
-    )
+    sources = sources_of(modules_of([importlib.import_module("helper_for_warm").__file__ or ""]))
+
+    def plant(**changes: Any) -> None:
+        ArtifactStore(store).put("manifest", manifest.key, json.dumps({**body, **changes}).encode())
+
+    plant(sources=sources, globals={source: "2.0"})
     assert Start(model(), store, IDS).report.start == "warm"
+    (tmp_path / "helper_for_warm.py").write_text("# changed")
+    changed = Start(model(), store, IDS)
+    assert changed.report.start == "cold"
+    assert "source of helper_for_warm was changed" in changed.problems
+    plant(globals={source: "2.0"})
     module.SCALE = 3.0
     changed = Start(model(), store, IDS)
     assert changed.report.start == "cold"

@@ -17,7 +17,7 @@ from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import read_assumptions
 from glowplug.graph.split import Piece, split
 from glowplug.hf.manifests import globals_of
-from glowplug.reasons import named
+from glowplug.graph.sources import named
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from glowplug.bodies.form import ATTENTION, CallForm, Forms
 from glowplug.bodies.group import Group
 from glowplug.errors import NotStorableError
 from glowplug.hf.interfaces import has_hooks
-from glowplug.hf.manifests import SKIP, sources_of
+from glowplug.layers.reads import LOADING as SKIP
+from glowplug.store.address import sources_of
 from glowplug.hf.shadow import Shadow
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import describe_layers

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from glowplug.bodies import Bodies, Forms, InUse
 from glowplug.collector import collector_paused
 from glowplug.compilers import PieceCompiler, warm_up
 from glowplug.compilers.base import StoringCompiler
@@ -26,21 +25,25 @@ from glowplug.errors import (
 from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
 from glowplug.hf import trace, verify
-from glowplug.hf.bodies import body_groups
+from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
+from glowplug.hf.insides import Insides, InUse
+from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
 from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
-from glowplug.hf.warm import Warm, describe, find, make_warm
+from glowplug.hf.warm import describe, open_records, program_facts, serve_stored, slots_of
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
 from glowplug.program import Build, PieceCache, build_program
 from glowplug.program.template import Template
-from glowplug.reasons import why
+from glowplug.reasons import said, why
+from glowplug.records import Records
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
+from glowplug.store.address import address
 
 
 class Builder:
@@ -55,7 +58,8 @@ class Builder:
 
     Attributes:
         for_others: whether programs are made to be stored, and are not run here.
-        bakes_bodies: whether op bodies are, too.
+        bakes_insides: whether insides are, too.
+        facts: what the address of the latest program was made of, by name.
         rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
             that lack such pieces are not used.
     """
@@ -76,10 +80,10 @@ class Builder:
         self.registry: LayerRegistry | None = None
         self._way: trace.Way = "cut"
         self.for_others = weightless(model)
-        self.bakes_bodies = True
+        self.bakes_insides = True
         self.rebuild: Callable[[Call], Build | None] | None = None
-        self.bodies: Bodies | None = None
-        self._forms: Forms = {}
+        self.insides: Insides | None = None
+        self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
         self._unfit = unfit(model) if not self.for_others else None
@@ -91,7 +95,8 @@ class Builder:
         self._reads: set[str] = set()
         self._told: set[str] = set()
         self.prover = Prover(model, options, report, self._reads, self.processes)
-        self._stored: Warm | None = None
+        self.records: Records | None = None
+        self.facts: dict[str, Any] = {}
 
     @property
     def layers(self) -> LayerRegistry:
@@ -104,14 +109,14 @@ class Builder:
         if self._unfit is not None:
             return None
         plan = self._plan()
-        warm = self._warm(call.inputs.device)
-        if warm is None:
+        records = self._records(call.inputs.device)
+        if records is None:
             return None
-        key = warm.address(call.signature, plan, self.report)
-        served = self._find(warm, key, call) if key is not None else None
-        self.report.store = StoreReport.of(warm.store)
-        if served is not None and self.bodies is None:
-            self._compile_bodies()
+        key = self._address(records, call, plan)
+        served = self._find(records, key, call) if key is not None else None
+        self.report.store = StoreReport.of(records.store)
+        if served is not None and self.insides is None:
+            self._compile_insides()
         return served
 
     def build(self, call: Call) -> Served | str:
@@ -127,18 +132,13 @@ class Builder:
             return self._refused or self._unfit or ""
         with collector_paused():
             served = self._build(call) if self.processes is None else self._build_together(call, self.processes)
-            if isinstance(served, Served) and self.bodies is None:
-                self._compile_bodies()
+            if isinstance(served, Served) and self.insides is None:
+                self._compile_insides()
             if isinstance(served, Served):
                 served.recipe = None  # it holds the whole trace
         if self.store is not None:
             self.report.store = StoreReport.of(self.store)
         return served
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the address of the latest program was made of, by name."""
-        return self._stored.manifests.facts if self._stored is not None else {}
 
     @property
     def distributed(self) -> bool:
@@ -148,18 +148,18 @@ class Builder:
     @property
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
-        return bool(self._pieces.ends) or (self.bodies is not None and self.bodies.pending)
+        return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
 
     @property
     def in_use(self) -> InUse:
-        """The op bodies that a sequence is to run that begins now."""
-        return self.bodies.in_use if self.bodies is not None else InUse()
+        """The insides that a sequence is to run that begins now."""
+        return self.insides.in_use if self.insides is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
         self._pieces.poll(self.report, deadline)
-        if self.bodies is not None:
-            self.bodies.poll(deadline)
+        if self.insides is not None:
+            self.insides.poll(deadline)
 
     def finish(self) -> None:
         """Wait for the pieces that are compiled beside, for others to use."""
@@ -167,21 +167,21 @@ class Builder:
 
     def _build(self, call: Call) -> Served | str:
         plan = self._plan()
-        warm = self._warm(call.inputs.device)
-        if warm is None:
+        records = self._records(call.inputs.device)
+        if records is None:
             return self._trace(call, plan)
-        key = warm.address(call.signature, plan, self.report)
+        key = self._address(records, call, plan)
         if key is None:
             return self._trace(call, plan)
-        served = self._find(warm, key, call)
+        served = self._find(records, key, call)
         if served is not None:
             return served
-        with warm.store.lock("manifest", key):
+        with records.store.lock("manifest", key):
             # Whoever held the lock before may have made it.
-            found = self._find(warm, key, call) or self._trace(call, plan)
+            found = self._find(records, key, call) or self._trace(call, plan)
             if isinstance(found, Served) and found.recipe is not None:
                 with self.report.phase("store"):
-                    self._keep(warm, key, found)
+                    self._keep(records, key, found)
         return found
 
     def _build_together(self, call: Call, processes: Processes) -> Served | str:
@@ -201,70 +201,78 @@ class Builder:
             exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
             classes = verify.GLANCE if all(proved) else verify.CLASSES
             differs = self.prover.prove(found, call, self.layers, classes, exact=all(exact))
-            warm = self._warm(call.inputs.device)
-            if warm is not None and found.key is not None:
-                warm.judge(found.key, differs.reason if differs is not None else None)
+            records = self._records(call.inputs.device)
+            if records is not None and found.key is not None:
+                records.judge(found.key, differs.reason if differs is not None else None)
             if differs is not None:
                 return f"the program is not equal to eager: {differs.reason}"
         return found
 
-    def _warm(self, device: torch.device) -> Warm | None:
+    def _records(self, device: torch.device) -> Records | None:
         """The store, opened for this model's device."""
-        if self._stored is None:
-            self._stored = make_warm(self.model, self.options, self.compiler, self.store, device, self.processes)
-            self._pieces.store = self._stored.pieces if self._stored is not None else None
-        return self._stored
+        if self.records is None:
+            self.records = open_records(self.model, self.options, self.compiler, self.store, device)
+            self._pieces.store = self.records.pieces if self.records is not None else None
+        return self.records
 
-    def _find(self, warm: Warm, key: str, call: Call) -> Served | None:
+    def _address(self, records: Records, call: Call, plan: hf_experts.ExpertsPlan) -> str | None:
+        """The address of the program for calls like this one; None when the model can't be described."""
+        environment = records.pieces.environment
+        try:
+            with self.report.phase("load"):
+                self.facts = program_facts(self.model, self.options, environment, call.signature, plan, self.processes)
+                return address(self.facts)
+        except NotStorableError as exc:
+            records.store.note(f"the model is not stored: {exc}")
+            return None
+
+    def _find(self, records: Records, key: str, call: Call) -> Served | None:
         """A stored program that serves calls like this one; None when there is none that is right."""
         report = self.report
         with report.phase("load"):
-            found = find(
-                warm,
-                key,
-                self.model,
-                self.layers,
-                self.prover.positions,
-                wait=not self._defers_ends,
-                rebuild=self._rebuild_for(call),
-            )
-        if found is None:
+            stored = records.find(key, self.layers, wait=not self._defers_ends, rebuild=self._rebuild_for(call))
+            try:
+                served = serve_stored(stored, key, self.model, self.prover.positions) if stored is not None else None
+                slots = slots_of(stored.record) if stored is not None else {}
+            except Exception as exc:  # whatever comes of a stored program, it is made anew
+                records.drop(key, said(exc))
+                return None
+        if stored is None or served is None:
             return None
-        manifest, served = found.manifest, found.served
-        self._reads |= set(manifest.reads)
-        served.key, served.proved = key, manifest.verified
-        problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
-        if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
-            warm.judge(key, problem.reason if problem is not None else None)
+        record = stored.record
+        self._reads |= set(record.reads)
+        problem = self._verify(served, call, verify.GLANCE if record.verified else verify.CLASSES)
+        if problem is not None or (self.processes is None and self.options.verify == "once" and not record.verified):
+            records.judge(key, problem.reason if problem is not None else None)
         if problem is not None:
             return None
-        self._pieces.compiled |= found.runners
-        self._forms |= found.forms
-        self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
-        if found.ends is not None:
-            self._pieces.ends.append(found.ends)
+        self._pieces.compiled |= stored.runners
+        self._slots |= slots
+        self._pieces.order += [piece for piece in record.plan.pieces() if piece not in self._pieces.order]
+        if stored.ends is not None:
+            self._pieces.ends.append(stored.ends)
             report.pending_pieces = self._pieces.pending
-        report.found(served.program, manifest.facts, len(set(self._pieces.order)))
+        report.found(served.program, record.facts, len(set(self._pieces.order)))
         return served
 
-    def _keep(self, warm: Warm, key: str, served: Served) -> None:
+    def _keep(self, records: Records, key: str, served: Served) -> None:
         assert served.recipe is not None
         try:
-            manifest = describe(
+            record = describe(
                 served.recipe,
                 served,
                 self.model,
                 sorted(self._reads),
-                self._forms,
+                self._slots,
                 self._pieces.addresses,
                 self.report,
                 verified=self.options.verify == "once" and not self.for_others and self.processes is None,
             )
         except NotStorableError as exc:
-            warm.store.note(f"the program is not stored: {exc}")
+            records.store.note(f"the program is not stored: {exc}")
             return
         self._pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
-        warm.keep(key, manifest)
+        records.keep(key, record)
         served.key = key
 
     def _rebuild_for(self, call: Call) -> Callable[[], Build | None] | None:
@@ -278,14 +286,14 @@ class Builder:
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
 
     @property
-    def _compiles_bodies(self) -> bool:
+    def _compiles_insides(self) -> bool:
         """Whether opaque experts end up compiled: before the first answer, or beside serving where forks can do it."""
         beside = self.options.inside == "auto" and sys.platform == "linux"
         return isinstance(self.compiler, StoringCompiler) and (beside or self.options.inside == "compiled")
 
     def _plan(self) -> hf_experts.ExpertsPlan:
         """What happens to the experts; registers the layers."""
-        plan = hf_experts.plan(self.model, self.options.experts, bodies=self._compiles_bodies)
+        plan = hf_experts.plan(self.model, self.options.experts, insides=self._compiles_insides)
         if self.registry is None:
             self.registry = register_layers(self.model, identity=self.options.resolved_identity, layers=plan.layers)
             for op, names in plan.orders.items():
@@ -320,27 +328,28 @@ class Builder:
         problem = self._verify(served, call)
         return served if problem is None else problem.reason
 
-    def _compile_bodies(self) -> None:
+    def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
         choice = self.options.inside
         if choice == "eager" or self.compiler.name == "eager":
             return
         if self.processes is not None:  # trials would run collectives, each process its own number of them
             return
-        groups = body_groups(self.layers, self._forms)
-        if not groups:
+        layers = {op: {name: self.layers[name] for name in self.layers.order(op)} for op in self._slots}
+        kinds = experts_kinds(layers, self._slots) + attention_kinds(self.model, self.prover.forms)
+        if not kinds:
             return
-        self.bodies = Bodies(groups, self.compiler, self.report, self._pieces.store)
+        self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
         if self.for_others:
-            if self.bakes_bodies or choice == "compiled":
+            if self.bakes_insides or choice == "compiled":
                 with self.report.phase("inside"):
-                    self.bodies.compile_for_others()
+                    self.insides.compile_unjudged()
             return
         if choice == "auto":
-            self.bodies.compile_in_background()
+            self.insides.compile_beside()
             return
         with self.report.phase("inside"):
-            self.bodies.compile_here()
+            self.insides.compile_here()
 
     def _stamped(self, call: Call, plan: hf_experts.ExpertsPlan) -> Served | None:
         """A program stamped from a template; None when the model must be traced in full."""
@@ -389,7 +398,7 @@ class Builder:
             self.model, call, plan, template, self._way, self.layers, self.prover.positions, self.report, build
         )
         self._reads |= traced.reads
-        self._forms |= traced.forms
+        self._slots |= traced.slots
         return traced.served
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:

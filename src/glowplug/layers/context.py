@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from glowplug.layers.other_identities import Turns
 from glowplug.layers.registry import LayerRegistry
 

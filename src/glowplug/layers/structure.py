@@ -59,7 +59,7 @@ class _Addresses(Describer):
         if hooks_of(module):
             raise NotStorableError(f"{path or 'the model'} has hooks")
         if cls not in self._classes:
-            self._classes[cls] = self.named(cls) + self._replaced(cls)
+            self._classes[cls] = self.named(cls) + self._methods(cls)
         parts = [self._classes[cls], str(module.training)]
         if followed:
             return " ".join([*parts, "followed"])
@@ -99,7 +99,7 @@ class _Addresses(Describer):
     def function(self, function: types.FunctionType) -> str:
         """By name where that finds it as its file made it, otherwise by its code and what it holds."""
         title = f"{function.__module__}.{function.__qualname__}"
-        return title if _is_as_made(function) else f"{title} {_code_text(function.__code__)} {self.held(function)}"
+        return title if _is_as_made(function) else f"{title} {code_text(function.__code__)} {self.held(function)}"
 
     def attribute(self, name: str, value: Any) -> str:
         """See `Describer`."""
@@ -115,15 +115,17 @@ class _Addresses(Describer):
     def _what(self) -> str:
         return f"the attribute {'.'.join(self._trail)}" if self._trail else "a module"
 
-    def _replaced(self, cls: type) -> str:
-        """The methods of a class that are not as its file defines them: wrapped, or put in the place of another."""
-        return "".join(
-            f" {base.__qualname__}.{self.attribute(name, function)}"
-            for base in cls.__mro__
-            if not base.__module__.startswith(_KNOWN)
-            for name, function in vars(base).items()
-            if isinstance(function, types.FunctionType) and not _is_as_made(function)
-        )
+    def _methods(self, cls: type) -> str:
+        """The code of a class's methods: wrapped, or put in the place of others, or older than their file is now."""
+        parts = []
+        for base in cls.__mro__:
+            for name, held in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
+                function = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
+                if isinstance(function, types.FunctionType):
+                    as_made = _is_as_made(function)
+                    text = code_text(function.__code__) if as_made else self.attribute(name, function)
+                    parts.append(f" {base.__qualname__}.{name}={text}")
+        return "".join(parts)
 
 
 def _is_as_made(function: types.FunctionType) -> bool:
@@ -141,9 +143,10 @@ def _is_as_made(function: types.FunctionType) -> bool:
     return found is function and function.__code__.co_filename == file
 
 
-def _code_text(code: types.CodeType) -> str:
+@functools.lru_cache(maxsize=4096)
+def code_text(code: types.CodeType) -> str:
     """A function's code, hashed: equal in every process of one Python where it does the same."""
-    constants = [_code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
+    constants = [code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     text = (code.co_code.hex(), code.co_exceptiontable.hex(), constants, names, code.co_argcount, code.co_flags)
     return hashlib.sha256(repr(text).encode()).hexdigest()

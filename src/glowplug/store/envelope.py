@@ -4,8 +4,8 @@
     {"kind": ..., "key": ..., "size": ..., "sha256": ..., "made": ..., "about": ..., "signature": ...}\\n
     payload
 
-The checksum is over what the artifact is and its payload, so that a header and a payload of two artifacts don't pass.
-The signature is an HMAC-SHA256 (RFC 2104) over everything else in the header, the checksum included.
+The checksum is over kind, key and payload, so that a header and a payload of two artifacts don't pass; the signature,
+an HMAC-SHA256 (RFC 2104), is over everything else in the header.
 """
 
 from __future__ import annotations
@@ -13,31 +13,24 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from glowplug.errors import ArtifactError, UnsignedArtifactError, UsageError
 
 MAGIC = b"GLOWPLUG-ARTIFACT 2\n"
+KEY_VARIABLE = "GLOWPLUG_SIGNING_KEY"
+KEY_FILE_VARIABLE = "GLOWPLUG_SIGNING_KEY_FILE"
 _LONGEST_HEADER = 4096
 _SHORTEST_KEY = 16
 _LONGEST_KEY = 2**16
 
-KEY_VARIABLE = "GLOWPLUG_SIGNING_KEY"
-KEY_FILE_VARIABLE = "GLOWPLUG_SIGNING_KEY_FILE"
-
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A secret by which artifacts are signed.
-
-    Attributes:
-        secret: at least 16 bytes.
-    """
+    """A secret of at least 16 bytes by which artifacts are signed."""
 
     secret: bytes = field(repr=False)
 
@@ -73,8 +66,9 @@ class SigningKey:
             return cls(text.strip().encode())
         return cls.from_file(path) if path else None
 
-    def sign(self, text: str) -> str:
-        """The signature of a text, in hex."""
+    def sign(self, header: Header) -> str:
+        """The signature of everything else in a header, in hex."""
+        text = json.dumps([header.kind, header.key, header.size, header.sha256, header.made, header.about])
         return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
 
 
@@ -83,7 +77,7 @@ class Header:
     """What an envelope says of its artifact.
 
     Attributes:
-        kind: `"piece"`, `"graph"` (of a piece that is being compiled), `"inside"` or `"manifest"`.
+        kind: `"piece"`, `"graph"` (of a piece that is being compiled), `"inside"` or `"manifest"` (a record).
         key: its address.
         size: bytes of the payload.
         sha256: the checksum, in hex.
@@ -100,10 +94,6 @@ class Header:
     about: str = ""
     signature: str = ""
 
-    def signed_text(self) -> str:
-        """What a signature is over."""
-        return json.dumps([self.kind, self.key, self.size, self.sha256, self.made, self.about])
-
 
 def _checksum(kind: str, key: str, payload: bytes) -> str:
     found = hashlib.sha256(f"{kind}\n{key}\n".encode(errors="replace"))
@@ -115,7 +105,7 @@ def pack(kind: str, key: str, payload: bytes, signing_key: SigningKey | None, ab
     """Put a payload into an envelope."""
     header = Header(kind, key, len(payload), _checksum(kind, key, payload), round(time.time(), 3), about[:200])
     if signing_key is not None:
-        header = replace(header, signature=signing_key.sign(header.signed_text()))
+        header = replace(header, signature=signing_key.sign(header))
     return MAGIC + json.dumps(asdict(header)).encode() + b"\n" + payload
 
 
@@ -131,32 +121,14 @@ def read_header(start: bytes) -> tuple[Header, int]:
     if end < 0:
         raise ArtifactError("its header has no end")
     try:
-        fields: Any = json.loads(start[len(MAGIC) : end])
-        header = Header(**fields)
+        header = Header(**json.loads(start[len(MAGIC) : end]))
     except (ValueError, TypeError, RecursionError) as exc:
         raise ArtifactError(f"its header can't be read: {exc}"[:200]) from exc
     texts = (header.kind, header.key, header.sha256, header.about, header.signature)
-    numbers = (header.size, header.made)
-    if not all(isinstance(value, str) for value in texts) or not all(map(_sane, numbers)):
+    numbers = all(type(n) in (int, float) and abs(n) < 2**63 for n in (header.size, header.made))  # and so not NaN
+    if not numbers or not all(isinstance(text, str) for text in texts):
         raise ArtifactError("its header has values of wrong types")
     return header, end + 1
-
-
-def plain(text: str) -> str:
-    """A text that an artifact had a part in, without what would steer a terminal or can't be encoded."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _sane(number: Any) -> bool:
-    """Whether a number is one that a size or a time can be."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    return abs(number) < 2**63 and math.isfinite(number)
-
-
-def _equal(one: str, other: str) -> bool:
-    """Compare two texts, in a time that does not tell where they differ. Either may hold anything."""
-    return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
 
 
 def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) -> bytes:
@@ -178,11 +150,16 @@ def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) 
     payload = content[start:]
     if len(payload) != header.size:
         raise ArtifactError(f"it has {len(payload)} of {header.size} bytes")
-    if not _equal(_checksum(kind, key, payload), header.sha256):
+    if _checksum(kind, key, payload) != header.sha256:
         raise ArtifactError("its checksum is wrong")
     if signing_key is not None:
         if not header.signature:
             raise UnsignedArtifactError("it is not signed")
-        if not _equal(signing_key.sign(header.signed_text()), header.signature):
+        if not hmac.compare_digest(signing_key.sign(header).encode(), header.signature.encode(errors="replace")):
             raise UnsignedArtifactError("its signature is not by this key")
     return payload
+
+
+def plain(text: str) -> str:
+    """A text that an artifact had a part in, without what would steer a terminal or can't be encoded."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

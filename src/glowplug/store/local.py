@@ -20,7 +20,7 @@ from glowplug.store.private import check_private, make_folder, read_private
 KINDS = ("manifest", "piece", "graph", "inside")
 _SUFFIX = ".glow"
 _STALE_S = 3600.0
-"""How old a half-written file or a lock is when whoever made it must be done, or dead."""
+"""How old a half-written file or a lock is when whoever made it must have finished, or be dead."""
 _HEADER_BYTES = 8192
 
 
@@ -52,36 +52,30 @@ class Entry:
 
 
 class LocalStore:
-    """Artifacts in a folder.
+    """Artifacts in a folder. Nothing that goes wrong here stops a start: it is noted.
 
     Args:
-        root: the folder; made, for this user alone, where it is missing.
-        note: is told what goes wrong: nothing that goes wrong here stops a start.
+        root: the folder; made, for this user alone, where it is missing. StoreError where others can write to it.
+        note: is told what goes wrong.
         signing_key: what is read must be signed by it: what lies here came from a place that others can write to.
             None: signatures are not looked at.
-
-    Raises:
-        StoreError: others can write to the folder, or it is no folder.
     """
 
     def __init__(self, root: Path, note: Callable[[str], None], signing_key: SigningKey | None = None) -> None:
         self.root = root
         self.note = note
         self.signing_key = signing_key
-        self.usable = self._make()
-
-    def _make(self) -> bool:
+        self.usable = False
         try:
-            if os.path.lexists(self.root) and not self.root.is_dir():
-                raise StoreError(f"the artifact store {self.root} is not a folder; give another cache_dir")
-            make_folder(self.root)
-            self.root = check_private(self.root)
+            if os.path.lexists(root) and not root.is_dir():
+                raise StoreError(f"the artifact store {root} is not a folder; give another cache_dir")
+            make_folder(root)
+            self.root = check_private(root)
+            self.usable = True
+        except StoreError:
+            raise
         except (OSError, RuntimeError, ValueError) as exc:
-            if isinstance(exc, StoreError):
-                raise
-            self.note(f"the artifact store {self.root} can't be made: {getattr(exc, 'strerror', None) or exc}")
-            return False
-        return True
+            note(f"the artifact store {root} can't be made: {_words(exc)}")
 
     def path(self, kind: str, key: str) -> Path:
         """The file of an artifact."""
@@ -97,11 +91,11 @@ class LocalStore:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            self.note(f"the stored {kind} {key[:12]} can't be read: {exc.strerror or exc}")
+            self.note(f"the stored {kind} {key[:12]} can't be read: {_words(exc)}")
             return None
         except ArtifactError as exc:
             self.note(f"the stored {kind} {key[:12]} is not used: {exc}; it is made anew")
-            self.remove(kind, key)
+            unlink(path)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -122,16 +116,11 @@ class LocalStore:
                 os.fsync(file.fileno())
             os.replace(part, path)
         except OSError as exc:
-            self.note(f"a {kind} could not be stored in {self.root}: {exc.strerror or exc}")
+            self.note(f"a {kind} could not be stored in {self.root}: {_words(exc)}")
             if part is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
+                unlink(Path(part))
             return False
         return True
-
-    def remove(self, kind: str, key: str) -> None:
-        """Forget an artifact."""
-        unlink(self.path(kind, key))
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, timeout_s: float) -> Iterator[bool]:
@@ -144,45 +133,34 @@ class LocalStore:
             kind, key: the artifact.
             timeout_s: seconds to wait for it; 0: don't.
         """
-        if not self.usable:
-            yield True
-            return
         folder = self.root / "locks"
-        lock = FileLock(folder / f"{kind}-{key}.lock", mode=0o600)
-        try:
-            make_folder(folder)
-            lock.acquire(timeout=timeout_s)
-        except Timeout:
-            yield False
-            return
-        except (OSError, NotImplementedError) as exc:
-            self.note(f"no lock can be had in {self.root}: {getattr(exc, 'strerror', None) or exc}")
-            yield True
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with contextlib.ExitStack() as stack:
+            held = True
+            try:
+                if self.usable:
+                    make_folder(folder)
+                    lock = FileLock(folder / f"{kind}-{key}.lock", mode=0o600)
+                    stack.enter_context(lock.acquire(timeout=timeout_s))
+            except Timeout:
+                held = False
+            except (OSError, NotImplementedError) as exc:
+                self.note(f"no lock can be had in {self.root}: {_words(exc)}")
+            yield held
 
     # -- for people ------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
         """Every artifact, the last used first."""
         found = []
-        for kind in KINDS:
-            for path in sorted(self.root.glob(f"{kind}s/*/*{_SUFFIX}")):
-                with contextlib.suppress(OSError):
-                    status = path.stat()
-                    header = _header(path) if stat.S_ISREG(status.st_mode) else None
-                    found.append(Entry(path, status.st_size, status.st_mtime, header))
+        for path in (path for kind in KINDS for path in sorted(self.root.glob(f"{kind}s/*/*{_SUFFIX}"))):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                header = _header(path) if stat.S_ISREG(status.st_mode) else None
+                found.append(Entry(path, status.st_size, status.st_mtime, header))
         return sorted(found, key=lambda entry: -entry.used)
 
     def check(self, signing_key: SigningKey | None = None) -> list[tuple[Entry, str]]:
-        """Every artifact that is damaged or in a wrong place, with what is wrong.
-
-        Args:
-            signing_key: by which each must be signed; None: as for reading.
-        """
+        """Every artifact that is damaged, in a wrong place, or not signed by a key, with what is wrong."""
         bad = []
         for entry in self.entries():
             try:
@@ -225,6 +203,10 @@ def unlink(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _words(exc: Exception) -> str:
+    return getattr(exc, "strerror", None) or str(exc)
 
 
 def _header(path: Path) -> Header | None:

@@ -23,25 +23,21 @@ def default_root() -> Path:
 
 
 def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore | None:
-    """The store at a location.
+    """The store at a location; None when it is off.
 
     Args:
         location: a folder, an fsspec URL (`s3://bucket/folder`), or `"off"`. None: the environment variable
-            `GLOWPLUG_CACHE`, or else this user's own folder.
-
-    Returns:
-        The store; None when it is off.
-
-    Raises:
-        StoreError: a folder that others can write to; a URL without a signing key, or of an unknown protocol.
+            `GLOWPLUG_CACHE`, or else this user's own folder. StoreError for a folder that others can write to, and for
+            a URL without a signing key, or of an unknown protocol.
     """
     text = os.fspath(location) if location is not None else ""
     text = text or os.environ.get(CACHE_VARIABLE, "")
-    if not text:
-        return _own()
     if text.lower() in OFF:
         return None
     key = SigningKey.from_environment()
+    root = default_root()
+    if not text:
+        return _own(root, key)
     if "://" not in text:
         return ArtifactStore(Path(os.path.expanduser(text)).absolute(), signing_key=key)
     if key is None:
@@ -51,13 +47,11 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
             "everywhere"
         )
     folder = f"remote-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return ArtifactStore(default_root().parent / folder, text, key)
+    return ArtifactStore(root.parent / folder, text, key)
 
 
-def _own() -> ArtifactStore | None:
+def _own(root: Path, key: SigningKey | None) -> ArtifactStore | None:
     """This user's own store; None, with a warning, when it must not be used: nobody asked for it."""
-    key = SigningKey.from_environment()
-    root = default_root()
     try:
         if not root.is_absolute():
             raise StoreError("this user has no home folder; give a cache_dir")

@@ -11,11 +11,7 @@ from glowplug.errors import ArtifactError, StoreError
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone, whatever the umask.
-
-    Raises:
-        OSError: it can't be made.
-    """
+    """Make a folder, and those above it that are missing, for this user alone, whatever the umask."""
     missing, asked = [], folder
     while not os.path.lexists(folder):
         missing.append(folder)
@@ -27,35 +23,29 @@ def make_folder(folder: Path) -> None:
 
 
 def check_private(root: Path) -> Path:
-    """Refuse a folder that others can write to, itself or through a folder that it lies in.
-
-    Returns:
-        The folder without symbolic links, which might be changed later.
-
-    Raises:
-        StoreError: they can.
-        OSError, RuntimeError: it can't be told.
-    """
+    """A folder without symbolic links, which might be changed later; StoreError where others can write to it, itself or
+    through a folder that it lies in."""
     place = root.resolve()
     if os.name != "posix":
         return place
     for folder in (place, *place.parents):
         status = folder.stat()
+        how = remedy = ""
         if not _mine(status):
-            raise _refusal(root, folder, "belongs to another user")
+            how = "belongs to another user"
         # In a folder like /tmp, nobody can rename what is ours.
-        if _shared(status) and (folder == place or not status.st_mode & stat.S_ISVTX):
-            raise _refusal(root, folder, "can be written to by others", f"chmod go-w {folder}, or ")
+        elif _shared(status) and (folder == place or not status.st_mode & stat.S_ISVTX):
+            how, remedy = "can be written to by others", f"chmod go-w {folder}, or "
+        if how:
+            raise StoreError(
+                f"the artifact store {root} is refused: {folder} {how}, and a stored artifact is code that this "
+                f"process runs. To go on: {remedy}give another cache_dir"
+            )
     return place
 
 
 def read_private(path: Path) -> bytes:
-    """The content of a file that nobody else can have written.
-
-    Raises:
-        ArtifactError: others can, or it is no file.
-        OSError: it can't be read.
-    """
+    """The content of a file; ArtifactError where others can have written it, or it is no file."""
     # Not blocking: where somebody has put a pipe, opening it would wait for ever.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(number, "rb") as file:
@@ -75,10 +65,3 @@ def _mine(status: os.stat_result) -> bool:
 
 def _shared(status: os.stat_result) -> bool:
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-
-
-def _refusal(root: Path, folder: Path, how: str, remedy: str = "") -> StoreError:
-    return StoreError(
-        f"the artifact store {root} is refused: {folder} {how}, and a stored artifact is code that this process runs. "
-        f"To go on: {remedy}give another cache_dir"
-    )

@@ -19,25 +19,19 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 """A store that does not answer must not hold up a start for minutes."""
 
 
-_USER = re.compile(r"://[^/@]*@")
-"""A name and password in a URL, which no message repeats."""
-
-
 def hide_password(url: str) -> str:
-    """A URL for people to see."""
-    return _USER.sub("://", url)
+    """A URL for people to see, without a name and password."""
+    return re.sub("://[^/@]*@", "://", url)
 
 
 class RemoteStore:
-    """Artifacts at a URL.
+    """Artifacts at a URL. Nothing that goes wrong with it stops a start: it is noted.
 
     Args:
-        url: any that fsspec knows; the bucket or folder exists, or is made by the first write.
+        url: any that fsspec knows; the bucket or folder exists, or is made by the first write. StoreError where the
+            protocol is unknown, or needs a package that is not installed.
         signing_key: signs what is written, and proves what is read.
         note: is told what goes wrong.
-
-    Raises:
-        StoreError: the URL's protocol is unknown, or needs a package that is not installed.
     """
 
     def __init__(self, url: str, signing_key: SigningKey, note: Callable[[str], None]) -> None:
@@ -48,21 +42,19 @@ class RemoteStore:
         self._given_up: set[str] = set()
         self._process = -1
         try:
-            self._connect()
+            self._path("", "")
         except (ImportError, ValueError) as exc:
             raise StoreError(f"the artifact store {self.shown} can't be used: {exc}") from exc
         except Exception as exc:  # some file systems connect at once, and have errors of their own
             self._give_up("read", exc)
             self._give_up("written to", exc)
 
-    def _connect(self) -> None:
-        """Make the file system, once a process: connections do not survive a fork."""
+    def _path(self, kind: str, key: str) -> str:
+        """The place of an artifact. Makes the file system, once a process: connections do not survive a fork."""
         if self._process != os.getpid():
             protocol = self.url.partition("://")[0]
             self._files, self._root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
             self._process = os.getpid()
-
-    def _path(self, kind: str, key: str) -> str:
         return f"{self._root.rstrip('/')}/{kind}s/{key[:2]}/{key}.glow"
 
     def read(self, kind: str, key: str) -> bytes | None:
@@ -70,22 +62,21 @@ class RemoteStore:
         if "read" in self._given_up:
             return None
         try:
-            self._connect()
-            content: bytes = self._files.cat_file(self._path(kind, key))
+            path = self._path(kind, key)
+            content: bytes = self._files.cat_file(path)
         except FileNotFoundError:
             return None
         except Exception as exc:  # every file system has errors of its own
             self._give_up("read", exc)
             return None
+        what = f"the {kind} {key[:12]} of {self.shown}"
         try:
             unpack(content, kind, key, self.signing_key)
         except UnsignedArtifactError as exc:
-            self.note(
-                f"REFUSED the {kind} {key[:12]} of {self.shown}: {exc}. Nothing of it was loaded; it is made anew"
-            )
+            self.note(f"REFUSED {what}: {exc}. Nothing of it was loaded; it is made anew")
             return None
         except ArtifactError as exc:
-            self.note(f"the {kind} {key[:12]} of {self.shown} is not used: {exc}; it is made anew")
+            self.note(f"{what} is not used: {exc}; it is made anew")
             return None
         return content
 
@@ -94,7 +85,6 @@ class RemoteStore:
         if "written to" in self._given_up:
             return False
         try:
-            self._connect()
             path = self._path(kind, key)
             self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._files.pipe_file(path, content)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from glowplug.store.envelope import SigningKey, pack, plain, read_header
-from glowplug.store.local import LocalStore
+from glowplug.store.local import LocalStore, unlink
 from glowplug.store.remote import RemoteStore
 
 logger = logging.getLogger("glowplug")
@@ -24,16 +23,13 @@ class ArtifactStore:
     Nothing that goes wrong in a store stops a start: it is noted, logged once, and the artifact is made.
 
     Args:
-        root: folder of the local store.
-        url: a remote store; the local one is then its cache.
+        root: folder of the local store. StoreError where others can write to it.
+        url: a remote store, see `RemoteStore`; the local one is then its cache.
         signing_key: required with `url`; without, what is written is not signed.
 
     Attributes:
         problems: what went wrong, in words.
         counts: `"piece hits"`, `"piece misses"`, `"piece stored"`, and so on for each kind.
-
-    Raises:
-        StoreError: see `LocalStore` and `RemoteStore`.
     """
 
     def __init__(self, root: Path, url: str | None = None, signing_key: SigningKey | None = None) -> None:
@@ -77,11 +73,8 @@ class ArtifactStore:
     def drop(self, kind: str, key: str, why: str) -> None:
         """Forget an artifact that turned out to be of no use."""
         self.note(f"the stored {kind} {key[:12]} is not used: {why}; it is made anew")
-        self.local.remove(kind, key)
+        unlink(self.local.path(kind, key))
 
-    @contextmanager
-    def lock(self, kind: str, key: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool]:
-        """Hold the lock of an artifact on this machine; yields False when another process holds it still. See
-        `LocalStore.lock`."""
-        with self.local.lock(kind, key, timeout_s) as held:
-            yield held
+    def lock(self, kind: str, key: str, timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager[bool]:
+        """Hold the lock of an artifact on this machine, see `LocalStore.lock`."""
+        return self.local.lock(kind, key, timeout_s)

@@ -1,0 +1,210 @@
+"""Finds a model's program in the store, proves that it fits, and keeps what was made anew."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from glowplug.errors import ArtifactError, NotStorableError
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.layers.handle import LayerHandle
+from glowplug.layers.registry import LayerRegistry
+from glowplug.layers.stack import LayerStack
+from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
+from glowplug.program.piece_store import Run
+from glowplug.program.template import binder, tensor_names
+from glowplug.reasons import said
+from glowplug.store import ArtifactStore
+from glowplug.store.address import changed_global, changed_source
+from glowplug.store.record import Place, Record
+
+_WAIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A program from the store, bound to a model.
+
+    Attributes:
+        record: what it was written from.
+        program: the program.
+        runners: its compiled pieces.
+        ends: its pieces that are still being compiled by another process, if any.
+        find_uncompiled: the program with uncompiled pieces; None when not all of them are stored.
+    """
+
+    record: Record
+    program: Program
+    runners: Mapping[Fingerprint, Run]
+    ends: Ends | None
+    find_uncompiled: Callable[[], Program | None]
+
+
+@dataclass(frozen=True)
+class Records:
+    """The stored programs of one model.
+
+    Attributes:
+        model: the model.
+        about: what it is, for people.
+        store: where its programs are kept.
+        pieces: its compiled pieces.
+    """
+
+    model: nn.Module
+    about: str
+    store: ArtifactStore
+    pieces: PieceStore
+
+    def find(
+        self, key: str, registry: LayerRegistry, *, wait: bool, rebuild: Callable[[], Build | None] | None
+    ) -> Stored | None:
+        """The program of an address, bound to the model; None when there is none that can be used.
+
+        Args:
+            key: the address.
+            registry: the model's layers.
+            wait, rebuild: see `load_pieces`.
+        """
+        record = self.read(key)
+        loaded = load_pieces(self.pieces, record, wait=wait, rebuild=rebuild) if record is not None else None
+        if record is None or loaded is None:
+            return None
+        runners, ends = loaded
+        try:
+            program = self._write(record, registry, {**runners, **(ends.runners if ends is not None else {})})
+        except Exception as exc:  # whatever comes of a stored program, it is made anew
+            self.drop(key, said(exc))
+            return None
+        return Stored(record, program, runners, ends, functools.partial(self._write_uncompiled, record, registry))
+
+    def read(self, key: str) -> Record | None:
+        """The record of an address, if everything that it relies on is as it was."""
+        content = self.store.get("manifest", key)
+        if content is None:
+            return None
+        try:
+            record = Record.from_bytes(content)
+        except ArtifactError as exc:
+            self.drop(key, str(exc))
+            return None
+        changed = changed_source(record.sources) or changed_global(record.globals)
+        if changed is not None:
+            self.store.note(f"the stored program is not used: {changed} since; it is made anew")
+            return None
+        return record
+
+    def keep(self, key: str, record: Record) -> None:
+        """Store a program; not in the place of the same that was compared already."""
+        before = self.read(key)
+        try:
+            content = record.to_bytes()
+            if before is None or not before.verified or not _same(before, Record.from_bytes(content)):
+                self.store.put("manifest", key, content, f"{self.about}, {record.facts['strategy']}")
+        except (NotStorableError, ArtifactError) as exc:
+            self.store.note(f"the program is not stored: {exc}")
+
+    def drop(self, key: str, why: str) -> None:
+        """Forget a program that turned out to be of no use."""
+        self.store.drop("manifest", key, why)
+
+    def judge(self, key: str, problem: str | None) -> None:
+        """Write down what came of comparing a program that is in the store."""
+        if problem is not None:
+            self.drop(key, f"it is not equal to eager: {problem}")
+        elif (record := self.read(key)) is not None and not record.verified:
+            self.keep(key, replace(record, verified=True))
+
+    def _write(self, record: Record, registry: LayerRegistry, runners: Mapping[Fingerprint, Run]) -> Program:
+        values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
+        bind, name_of = None, None
+        if record.stack is not None:
+            layers: Any = self.model.get_submodule(record.stack)
+            stack = LayerStack(record.stack, tuple(layers), ())
+            bind, name_of = binder(stack, registry, record.handles), stack.name_of
+        return replace(record.plan.write(runners, values, bind), outline=record.plan.whole_outline(name_of))
+
+    def _write_uncompiled(self, record: Record, registry: LayerRegistry) -> Program | None:
+        graphs = {}
+        for piece, address in record.pieces().items():
+            graph = self.pieces.load_graph(address)
+            if graph is None:
+                return None
+            graphs[piece] = graph
+        return self._write(record, registry, graphs)
+
+
+def _same(stored: Record, made: Record) -> bool:
+    """Whether two records run the same. What a trace read of Python has other names in each process."""
+    return replace(made, reads=stored.reads, verified=stored.verified) == stored
+
+
+def load_pieces(
+    pieces: PieceStore, record: Record, *, wait: bool, rebuild: Callable[[], Build | None] | None
+) -> tuple[dict[Fingerprint, Run], Ends | None] | None:
+    """Every piece of a record, ready to run; None when one is missing.
+
+    Args:
+        pieces: the store's.
+        record: of the program.
+        wait: for pieces that another process is compiling. Otherwise they are ends, and run uncompiled for now.
+        rebuild: begins to make the program anew, beside serving. Then ends that nobody finished run uncompiled for
+            now, too.
+    """
+    runners, graphs, addresses = {}, {}, {}
+    for piece, address in record.pieces().items():
+        run = pieces.load(address)
+        graph = None
+        if run is None and not wait:
+            graph = pieces.graph_of_pending(address, unfinished=rebuild is not None)
+        if graph is not None:
+            graphs[piece], addresses[piece] = graph, address
+            continue
+        if run is None:
+            with pieces.lock(address, _WAIT_S):
+                run = pieces.load(address)
+        if run is None:
+            return None
+        runners[piece] = run
+    return runners, Ends(graphs, StoreMaker(pieces, addresses, rebuild)) if graphs else None
+
+
+# -- where objects lie -------------------------------------------------------------------------------------------
+
+
+def places_of(model: nn.Module, bound: Mapping[str, Any], unread: Collection[str]) -> dict[str, Place | None]:
+    """Where the objects that a program is bound to lie.
+
+    Args:
+        model: the model.
+        bound: graph value -> object.
+        unread: graph values that stood for sizes in the trace, and that no run reads.
+
+    Raises:
+        NotStorableError: one is not found in the model.
+    """
+    names = tensor_names(model)
+    places: dict[str, Place | None] = {}
+    for value, held in bound.items():
+        if isinstance(held, LayerHandle):
+            places[value] = Place(held.name, is_handle=True)
+        elif value in unread:
+            places[value] = None
+        elif id(held) in names:
+            places[value] = Place(names[id(held)][0])
+        else:
+            raise NotStorableError(f"the program is bound to a {type(held).__name__} ({value}) that is not the model's")
+    return places
+
+
+def _find(model: nn.Module, registry: LayerRegistry, place: Place | None) -> Any:
+    if place is None:
+        return None
+    if place.is_handle:
+        return registry.handles[place.path]
+    parent, _, leaf = place.path.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
