@@ -24,9 +24,10 @@ from glowplug.errors import (
 )
 from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import trace, verify
+from glowplug.hf import trace
 from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
+from glowplug.hf.cases import CLASSES, GLANCE, Classes
 from glowplug.hf.insides import Insides, InUse
 from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
@@ -37,7 +38,7 @@ from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
-from glowplug.program import Build, PieceCache, build_program
+from glowplug.program import Build, PieceCache, Program, build_program
 from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
@@ -199,14 +200,15 @@ class Builder:
         if problem is not None or isinstance(found, str):
             return problem or found
         if self.options.verify == "once":
-            exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
-            classes = verify.GLANCE if all(proved) else verify.CLASSES
-            differs = self.prover.prove(found, call, self.layers, classes, exact=all(exact))
+            graphs = self._graphs(found)
+            comparable, proved = zip(*processes.gather((graphs is not None, found.proved)), strict=True)
+            classes = GLANCE if all(proved) else CLASSES
+            problem = self.prover.prove(found, graphs if all(comparable) else None, call, self.layers, classes)
             warm = self._warm(call.inputs.device)
             if warm is not None and found.key is not None:
-                warm.judge(found.key, differs.reason if differs is not None else None)
-            if differs is not None:
-                return f"the program is not equal to eager: {differs.reason}"
+                warm.judge(found.key, problem)
+            if problem is not None:
+                return f"the program is not equal to eager: {problem}"
         return found
 
     def _warm(self, device: torch.device) -> Warm | None:
@@ -234,9 +236,9 @@ class Builder:
         manifest, served = found.manifest, found.served
         self._reads |= set(manifest.reads)
         served.key, served.proved = key, manifest.verified
-        problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
+        problem = self._verify(served, call, GLANCE if manifest.verified else CLASSES)
         if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
-            warm.judge(key, problem.reason if problem is not None else None)
+            warm.judge(key, problem)
         if problem is not None:
             return None
         self._pieces.compiled |= found.runners
@@ -319,7 +321,7 @@ class Builder:
         self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
         served = self._capture(call, plan, None)
         problem = self._verify(served, call)
-        return served if problem is None else problem.reason
+        return served if problem is None else problem
 
     def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
@@ -362,12 +364,7 @@ class Builder:
             return None
         problem = self._verify(served, call)
         if problem is not None:
-            layer = self.prover.first_layer(served, template.stack, problem, self.layers)
-            where = f"; layer {layer} is the first that differs" if layer is not None else ""
-            self._step_down(
-                f"the stamped program is not equal to eager: {problem.reason}{where}",
-                template.layer_names((layer,) if layer is not None else ()),
-            )
+            self._step_down(f"the stamped program is not equal to eager: {problem}", ())
             return None
         self.report.strategy, self.report.template_layers = "stamped", template.length
         return served
@@ -394,15 +391,17 @@ class Builder:
         self._slots |= traced.slots
         return traced.served
 
-    def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
+    def _verify(self, served: Served, call: Call, classes: Classes = CLASSES) -> str | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
         if self.for_others:  # it can't run here; whoever serves the program compares
             return None
         if self.processes is not None:  # all compare at once, when each has a program
             self.prover.start_watching()
             return None
-        return self.prover.prove(served, call, self.layers, classes, exact=self._has_exact(served))
+        return self.prover.prove(served, self._graphs(served), call, self.layers, classes)
 
-    def _has_exact(self, served: Served) -> bool:
-        """Whether there is a form of the program with uncompiled pieces."""
-        return served.uncompiled is not None or self.compiler.name == "eager"
+    def _graphs(self, served: Served) -> Program | None:
+        """The program with uncompiled pieces, to compare with, if there is one."""
+        if self.options.verify == "off" or self.compiler.name == "eager":
+            return served.program
+        return served.find_graphs() if served.find_graphs is not None else None

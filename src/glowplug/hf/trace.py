@@ -17,14 +17,13 @@ from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
-from glowplug.hf.call import Call, Signature, cache_argument
+from glowplug.hf.call import Call, Signature, cache_argument, output_type
 from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.kinds import Slots, read_slots
 from glowplug.hf.masks import mask_sources, stand_ins, takes_padding
 from glowplug.hf.positions import Positions
 from glowplug.hf.served import PADDING, SIZE, Recipe, Served
 from glowplug.hf.shadow import Shadow
-from glowplug.hf.verify import output_type
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.attention import layer_index
 from glowplug.program import Built
@@ -232,5 +231,5 @@ def trace_program(
     built = recipe.built
     names = positions, cache_argument(model)
     served = Served(built.program, assumptions, *names, output_type(model), built.ends)
-    served.uncompiled, served.recipe = built.uncompiled, recipe
+    served.find_graphs, served.recipe = lambda: built.uncompiled, recipe
     return Traced(served, frozenset(sources), slots)

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from glowplug.closeness import distance
 from glowplug.hf.kinds import Kind, Made
+from glowplug.verify.slots import run_both
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RUNS = 7
 _FASTER = 0.95
 """Share of the layer's own time that a compiled inside may take."""
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest ||compiled - own|| / ||own|| of one layer. Half precision: 0.05."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,13 @@ def judge(kind: Kind, made: Made, *, limited: bool) -> Verdict:
     device = next(layer.parameters()).device
     with torch.no_grad():
         for others in kind.more_trials(generator, device):
-            if not _close(inside.run(*others), own_code(*others)):
+            if run_both(own_code, inside.run, others)[1] is not None:
                 return Verdict(0, math.nan, math.nan)
         for tokens in _TOKENS:
             inputs = kind.trial(tokens, generator, device)
             if inputs is None:
                 break
-            expected, actual = own_code(*inputs), inside.run(*inputs)
-            if not _close(actual, expected):
+            if run_both(own_code, inside.run, inputs)[1] is not None:
                 return Verdict(0, math.nan, math.nan)
             own = _microseconds(functools.partial(own_code, *inputs), device)
             compiled = _microseconds(functools.partial(inside.run, *inputs), device)
@@ -75,12 +71,6 @@ def judge(kind: Kind, made: Made, *, limited: bool) -> Verdict:
     if not limited and served == _TOKENS[-1]:
         served = None
     return Verdict(served, *times[0])
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return False
-    return distance(actual, expected) <= _TOLERANCE.get(expected.dtype, 0.05)
 
 
 def _microseconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -141,9 +141,7 @@ def find(
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
         names = positions, cache_argument(model)
         served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), ends)
-        served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
-        if not manifest.verified:
-            served.uncompiled = served.find_uncompiled()
+        served.find_graphs = functools.partial(_graphs, warm, manifest, registry)
         slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, said(exc))
@@ -151,7 +149,7 @@ def find(
     return Found(served, manifest, runners, ends, slots)
 
 
-def _uncompiled(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:
+def _graphs(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:
     """A stored program with uncompiled pieces; None when not all of them are stored."""
     graphs = warm.manifests.load_graphs(manifest)
     return warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None

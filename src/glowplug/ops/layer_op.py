@@ -129,18 +129,20 @@ def layer_op(
         parameters = list(signature.parameters)
         writes = {parameters.index(written) for written in mutates if written in parameters}
 
-        def run(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        def run(identity: Any, find_layer: Callable[[], nn.Module], args: tuple[Any, ...]) -> Any:
             tape = current_tape()
-            return fn(layer, *args) if tape is None else tape.call(name, fn, layer, args, writes)
+            if tape is None:
+                return fn(find_layer(), *args)
+            return tape.call(name, identity, find_layer, fn, args, writes)
 
         def hoisted(handle: LayerHandle, *args: Any) -> Any:
-            return run(handle.resolve(), args)
+            return run(handle, handle.resolve, args)
 
         def baked(baked_name: str, *args: Any) -> Any:
-            return run(find_baked(baked_name), args)
+            return run(baked_name, functools.partial(find_baked, baked_name), args)
 
         def ordered(kind: str, *args: Any) -> Any:
-            return run(_next_in_order(name, kind), args)
+            return run(kind, functools.partial(_next_in_order, name, kind), args)
 
         def fake_of_any_identity(_identity: Any, *args: Any) -> Any:
             return fake(*args)
