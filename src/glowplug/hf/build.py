@@ -24,26 +24,25 @@ from glowplug.errors import (
 )
 from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import trace, verify
+from glowplug.hf import trace
 from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
+from glowplug.hf.cases import CLASSES, GLANCE, Classes
 from glowplug.hf.insides import Insides, InUse
 from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
 from glowplug.hf.served import Served
 from glowplug.hf.sharding import Processes, processes_of
 from glowplug.hf.template import choose
-from glowplug.hf.warm import describe, open_records, program_facts, serve_stored, slots_of
+from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
-from glowplug.program import Build, PieceCache, build_program
+from glowplug.program import Build, PieceCache, Program, build_program
 from glowplug.program.template import Template
-from glowplug.reasons import said, why
-from glowplug.records import Records
+from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
 from glowplug.store import ArtifactStore
-from glowplug.store.address import address
 
 
 class Builder:
@@ -59,7 +58,6 @@ class Builder:
     Attributes:
         for_others: whether programs are made to be stored, and are not run here.
         bakes_insides: whether insides are, too.
-        facts: what the address of the latest program was made of, by name.
         rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
             that lack such pieces are not used.
     """
@@ -95,8 +93,7 @@ class Builder:
         self._reads: set[str] = set()
         self._told: set[str] = set()
         self.prover = Prover(model, options, report, self._reads, self.processes)
-        self.records: Records | None = None
-        self.facts: dict[str, Any] = {}
+        self._stored: Warm | None = None
 
     @property
     def layers(self) -> LayerRegistry:
@@ -109,12 +106,12 @@ class Builder:
         if self._unfit is not None:
             return None
         plan = self._plan()
-        records = self._records(call.inputs.device)
-        if records is None:
+        warm = self._warm(call.inputs.device)
+        if warm is None:
             return None
-        key = self._address(records, call, plan)
-        served = self._find(records, key, call) if key is not None else None
-        self.report.store = StoreReport.of(records.store)
+        key = warm.address(call.signature, plan, self.report)
+        served = self._find(warm, key, call) if key is not None else None
+        self.report.store = StoreReport.of(warm.store)
         if served is not None and self.insides is None:
             self._compile_insides()
         return served
@@ -139,6 +136,11 @@ class Builder:
         if self.store is not None:
             self.report.store = StoreReport.of(self.store)
         return served
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the address of the latest program was made of, by name."""
+        return self._stored.manifests.facts if self._stored is not None else {}
 
     @property
     def distributed(self) -> bool:
@@ -167,21 +169,21 @@ class Builder:
 
     def _build(self, call: Call) -> Served | str:
         plan = self._plan()
-        records = self._records(call.inputs.device)
-        if records is None:
+        warm = self._warm(call.inputs.device)
+        if warm is None:
             return self._trace(call, plan)
-        key = self._address(records, call, plan)
+        key = warm.address(call.signature, plan, self.report)
         if key is None:
             return self._trace(call, plan)
-        served = self._find(records, key, call)
+        served = self._find(warm, key, call)
         if served is not None:
             return served
-        with records.store.lock("manifest", key):
+        with warm.store.lock("manifest", key):
             # Whoever held the lock before may have made it.
-            found = self._find(records, key, call) or self._trace(call, plan)
+            found = self._find(warm, key, call) or self._trace(call, plan)
             if isinstance(found, Served) and found.recipe is not None:
                 with self.report.phase("store"):
-                    self._keep(records, key, found)
+                    self._keep(warm, key, found)
         return found
 
     def _build_together(self, call: Call, processes: Processes) -> Served | str:
@@ -198,67 +200,60 @@ class Builder:
         if problem is not None or isinstance(found, str):
             return problem or found
         if self.options.verify == "once":
-            exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
-            classes = verify.GLANCE if all(proved) else verify.CLASSES
-            differs = self.prover.prove(found, call, self.layers, classes, exact=all(exact))
-            records = self._records(call.inputs.device)
-            if records is not None and found.key is not None:
-                records.judge(found.key, differs.reason if differs is not None else None)
-            if differs is not None:
-                return f"the program is not equal to eager: {differs.reason}"
+            graphs = self._graphs(found)
+            comparable, proved = zip(*processes.gather((graphs is not None, found.proved)), strict=True)
+            classes = GLANCE if all(proved) else CLASSES
+            problem = self.prover.prove(found, graphs if all(comparable) else None, call, self.layers, classes)
+            warm = self._warm(call.inputs.device)
+            if warm is not None and found.key is not None:
+                warm.judge(found.key, problem)
+            if problem is not None:
+                return f"the program is not equal to eager: {problem}"
         return found
 
-    def _records(self, device: torch.device) -> Records | None:
+    def _warm(self, device: torch.device) -> Warm | None:
         """The store, opened for this model's device."""
-        if self.records is None:
-            self.records = open_records(self.model, self.options, self.compiler, self.store, device)
-            self._pieces.store = self.records.pieces if self.records is not None else None
-        return self.records
+        if self._stored is None:
+            self._stored = make_warm(self.model, self.options, self.compiler, self.store, device, self.processes)
+            self._pieces.store = self._stored.pieces if self._stored is not None else None
+        return self._stored
 
-    def _address(self, records: Records, call: Call, plan: hf_experts.ExpertsPlan) -> str | None:
-        """The address of the program for calls like this one; None when the model can't be described."""
-        environment = records.pieces.environment
-        try:
-            with self.report.phase("load"):
-                self.facts = program_facts(self.model, self.options, environment, call.signature, plan, self.processes)
-                return address(self.facts)
-        except NotStorableError as exc:
-            records.store.note(f"the model is not stored: {exc}")
-            return None
-
-    def _find(self, records: Records, key: str, call: Call) -> Served | None:
+    def _find(self, warm: Warm, key: str, call: Call) -> Served | None:
         """A stored program that serves calls like this one; None when there is none that is right."""
         report = self.report
         with report.phase("load"):
-            stored = records.find(key, self.layers, wait=not self._defers_ends, rebuild=self._rebuild_for(call))
-            try:
-                served = serve_stored(stored, key, self.model, self.prover.positions) if stored is not None else None
-                slots = slots_of(stored.record) if stored is not None else {}
-            except Exception as exc:  # whatever comes of a stored program, it is made anew
-                records.drop(key, said(exc))
-                return None
-        if stored is None or served is None:
+            found = find(
+                warm,
+                key,
+                self.model,
+                self.layers,
+                self.prover.positions,
+                wait=not self._defers_ends,
+                rebuild=self._rebuild_for(call),
+            )
+        if found is None:
             return None
-        record = stored.record
-        self._reads |= set(record.reads)
-        problem = self._verify(served, call, verify.GLANCE if record.verified else verify.CLASSES)
-        if problem is not None or (self.processes is None and self.options.verify == "once" and not record.verified):
-            records.judge(key, problem.reason if problem is not None else None)
+        manifest, served = found.manifest, found.served
+        self._reads |= set(manifest.reads)
+        served.key, served.proved = key, manifest.verified
+        problem = self._verify(served, call, GLANCE if manifest.verified else CLASSES)
+        if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
+            warm.judge(key, problem)
         if problem is not None:
             return None
-        self._pieces.compiled |= stored.runners
-        self._slots |= slots
-        self._pieces.order += [piece for piece in record.plan.pieces() if piece not in self._pieces.order]
-        if stored.ends is not None:
-            self._pieces.ends.append(stored.ends)
+        self._pieces.compiled |= found.runners
+        self._slots |= found.slots
+        self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
+        if found.ends is not None:
+            self._pieces.ends.append(found.ends)
             report.pending_pieces = self._pieces.pending
-        report.found(served.program, record.facts, len(set(self._pieces.order)))
+        report.found(served.program, manifest.facts, len(set(self._pieces.order)))
         return served
 
-    def _keep(self, records: Records, key: str, served: Served) -> None:
+    def _keep(self, warm: Warm, key: str, served: Served) -> None:
         assert served.recipe is not None
         try:
-            record = describe(
+            manifest = describe(
                 served.recipe,
                 served,
                 self.model,
@@ -269,10 +264,10 @@ class Builder:
                 verified=self.options.verify == "once" and not self.for_others and self.processes is None,
             )
         except NotStorableError as exc:
-            records.store.note(f"the program is not stored: {exc}")
+            warm.store.note(f"the program is not stored: {exc}")
             return
         self._pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
-        records.keep(key, record)
+        warm.keep(key, manifest)
         served.key = key
 
     def _rebuild_for(self, call: Call) -> Callable[[], Build | None] | None:
@@ -326,7 +321,7 @@ class Builder:
         self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
         served = self._capture(call, plan, None)
         problem = self._verify(served, call)
-        return served if problem is None else problem.reason
+        return served if problem is None else problem
 
     def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
@@ -369,12 +364,7 @@ class Builder:
             return None
         problem = self._verify(served, call)
         if problem is not None:
-            layer = self.prover.first_layer(served, template.stack, problem, self.layers)
-            where = f"; layer {layer} is the first that differs" if layer is not None else ""
-            self._step_down(
-                f"the stamped program is not equal to eager: {problem.reason}{where}",
-                template.layer_names((layer,) if layer is not None else ()),
-            )
+            self._step_down(f"the stamped program is not equal to eager: {problem}", ())
             return None
         self.report.strategy, self.report.template_layers = "stamped", template.length
         return served
@@ -401,15 +391,17 @@ class Builder:
         self._slots |= traced.slots
         return traced.served
 
-    def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
+    def _verify(self, served: Served, call: Call, classes: Classes = CLASSES) -> str | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
         if self.for_others:  # it can't run here; whoever serves the program compares
             return None
         if self.processes is not None:  # all compare at once, when each has a program
             self.prover.start_watching()
             return None
-        return self.prover.prove(served, call, self.layers, classes, exact=self._has_exact(served))
+        return self.prover.prove(served, self._graphs(served), call, self.layers, classes)
 
-    def _has_exact(self, served: Served) -> bool:
-        """Whether there is a form of the program with uncompiled pieces."""
-        return served.uncompiled is not None or self.compiler.name == "eager"
+    def _graphs(self, served: Served) -> Program | None:
+        """The program with uncompiled pieces, to compare with, if there is one."""
+        if self.options.verify == "off" or self.compiler.name == "eager":
+            return served.program
+        return served.find_graphs() if served.find_graphs is not None else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from glowplug.hf.caches import new_cache
 from glowplug.hf.interfaces import forward_parameters
@@ -149,6 +152,19 @@ def cache_argument(model: nn.Module) -> str:
     """The name under which a model's forward takes its cache and gives it back: another one in state-space models."""
     names = forward_parameters(type(model))  # type: ignore[arg-type]
     return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
+
+
+def output_type(model: PreTrainedModel) -> type:
+    """The class of the model's output, from the annotation of its forward."""
+    forward = inspect.unwrap(type(model).forward)
+    try:
+        annotation = get_type_hints(forward).get("return")
+    except (NameError, TypeError):
+        annotation = None
+    for candidate in getattr(annotation, "__args__", (annotation,)):
+        if isinstance(candidate, type) and issubclass(candidate, ModelOutput):
+            return candidate
+    return CausalLMOutputWithPast
 
 
 def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:

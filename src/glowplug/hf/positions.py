@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from glowplug.closeness import distance
 from glowplug.hf.caches import new_cache, seen_tokens
 from glowplug.hf.call import Call, cache_argument
 from glowplug.hf.rotary_entry import rotary_state_kept
 from glowplug.hf.template import stack_of
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.verify.closeness import EXACT, distance
 
 Rule = Callable[[Tensor, Any, int], Tensor]
 """`rule(mask, seen, tokens)`: positions, `[batch or 1, tokens]`, of a step's tokens after those seen."""
@@ -48,8 +48,6 @@ _UNMASKED = ("counted", "counted anew")
 
 _STEPS = (5, 2)
 """Tokens of each step of the calls that a model is asked with."""
-_CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""How far logits may be apart that the same forward gives for the same positions, by dtype. Half precision: 0.01."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _rule(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, names: tuple
         if apart[name] == 0:
             break
     best = min(apart, key=lambda name: apart[name])
-    return best if apart[best] <= _CLOSE.get(model.dtype, 0.01) else None
+    return best if apart[best] <= EXACT.of(model.dtype) else None
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:

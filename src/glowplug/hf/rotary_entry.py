@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glowplug.errors import CaptureError
+from glowplug.layers.copies import shallow_copy
 from glowplug.ops.rotary import Form, rotary, tables_of
 
 _UPDATES = "transformers.modeling_rope_utils"
@@ -110,8 +111,9 @@ def _form(module: nn.Module, layer_type: str | None, shape: tuple[int, ...]) -> 
 
 def _stand_in(module: nn.Module) -> nn.Module:
     """A copy with tables of zeros, on the CPU, whose state is its own: the module may be without memory."""
-    made: nn.Module = object.__new__(type(module))
-    made.__dict__.update({name: _zeros(value) for name, value in module.__dict__.items() if name != "forward"})
+    made = shallow_copy(module)
+    made.__dict__.update({name: _zeros(value) for name, value in module.__dict__.items() if name != "_modules"})
+    made.__dict__.pop("forward", None)
     made.__dict__["_buffers"] = {name: _zeros(value) for name, value in module._buffers.items()}
     made.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,29 +11,24 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from glowplug.bodies import InUse
 from glowplug.errors import NotServableError
 from glowplug.graph.shapes import ShapeAssumptions
-from glowplug.graph.sources import size_of
 from glowplug.hf.caches import mask_extent, seen_tokens
 from glowplug.hf.call import Call
-from glowplug.hf.masks import mask_at, mask_sources, takes_padding
+from glowplug.hf.insides import InUse
+from glowplug.hf.masks import mask_sources, takes_padding
 from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, Ends, Program, Stamping, try_pieces
+from glowplug.program import Built, Ends, Program, Stamping
 
 PADDING = "L['cache'].padding"
 """Source of the mask that a model makes all others of inside its trace."""
-_PAST = "L['cache'].past"
-_SIZED = frozenset({"L['inputs']", "L['position_ids']", "L['keep']", _PAST, PADDING})
-
-
-def is_size(source: str) -> bool:
-    """Whether a source is of a size that a call gives."""
-    found = size_of(source)
-    return found is not None and found[0] in _SIZED
+SIZE = re.compile(
+    r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.(past\.size\(\)\[0\]|padding\.size\(\)\[[01]\])"
+)
+"""Sources of sizes that a call gives."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,7 @@ class Served:
         cache_argument: the name that the model's forward has for its cache.
         output_type: the class of the model's output.
         ends: its pieces that run uncompiled for now, if any.
-        uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
-        find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
+        find_graphs: finds the same steps with uncompiled pieces, if there are some; dropped once it was compared.
         checked: sizes of a call -> why they break an assumption, or None.
         recipe: what a later process needs to run it again; None when it came from a store.
         key: its address in the store; None when it is not there.
@@ -78,32 +73,22 @@ class Served:
     cache_argument: str
     output_type: type
     ends: Ends | None = None
-    uncompiled: Program | None = None
-    find_uncompiled: Callable[[], Program | None] | None = None
+    find_graphs: Callable[[], Program | None] | None = None
     checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
     key: str | None = None
     proved: bool = False
     sequences: Sequences = field(default_factory=Sequences)
 
-    def try_pieces(self, call: Call, registry: LayerRegistry) -> tuple[Any, str | None] | None:
-        """Run a call with uncompiled pieces, and compare each compiled piece with its own, see `program.try_pieces`.
-        None when there are no uncompiled pieces."""
-        if self.uncompiled is None and self.find_uncompiled is not None:
-            self.uncompiled, self.find_uncompiled = self.find_uncompiled(), None
-        if self.uncompiled is None:
-            return None
-        return try_pieces(self.program, self.uncompiled, lambda paired: self.run(call, registry, program=paired))
-
-    def begin(self, cache: Cache | None, bodies: InUse) -> Running:
-        """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these op bodies."""
-        return self.sequences.begin(cache, Running(self.latest, bodies))
+    def begin(self, cache: Cache | None, insides: InUse) -> Running:
+        """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these insides."""
+        return self.sequences.begin(cache, Running(self.latest, insides))
 
     @property
     def latest(self) -> Program:
         """The program with every compiled piece that has arrived."""
         if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.with_slots(self.ends.ready), None
+            self.program, self.ends = self.program.replacing(self.ends.ready), None
         return self.program
 
     def run(
@@ -112,7 +97,7 @@ class Served:
         registry: LayerRegistry,
         *,
         program: Program | None = None,
-        bodies: Mapping[int, Any] | None = None,
+        insides: Mapping[int, Any] | None = None,
         check_order: bool = True,
     ) -> Any:
         """Run a call that the program can serve; returns what the model's forward would.
@@ -121,7 +106,7 @@ class Served:
             call: the call.
             registry: the layers that ops find.
             program: another form of the program; None: the latest.
-            bodies: id of a layer -> the compiled body that its op runs.
+            insides: id of a layer -> the compiled inside that its op runs.
             check_order: see `ForwardContext`.
 
         Raises:
@@ -131,7 +116,7 @@ class Served:
         if reason is not None:
             raise NotServableError(reason)
         program = program or self.program
-        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, bodies or {})):
+        with torch.no_grad(), forward_context(ForwardContext(registry, call.cache, check_order, insides or {})):
             (logits,) = program.run(*_arguments(program.arguments, call))
         output = self.output_type(logits=logits, **{self.cache_argument: call.cache})
         return output.to_tuple() if call.return_tuple else output
@@ -164,7 +149,7 @@ class Served:
             call.position_ids = filled
         if self._reads(PADDING):
             return _make_padding(call, takes_padding(self.positions.model))
-        if self._reads(_PAST) and seen_tokens(call.cache) is None:
+        if self._reads("L['cache'].past") and seen_tokens(call.cache) is None:
             return "the cache can't say how many tokens it holds"
         return None
 
@@ -199,14 +184,21 @@ _READERS: dict[str, Any] = {
     "L['position_ids']": lambda call: call.position_ids,
     "L['keep']": lambda call: call.keep,
     PADDING: lambda call: call.padding,
+    "L['inputs'].size()[0]": lambda call: call.inputs.shape[0],
+    "L['inputs'].size()[1]": lambda call: call.inputs.shape[1],
+    "L['keep'].size()[0]": lambda call: call.keep.shape[0],
 }
 
 
 def _read_other(source: str, call: Call) -> Any:
-    size = size_of(source)
+    if source.startswith(PADDING):
+        return call.padding.shape[int(source[-2])]
+    if source.startswith("L['cache']"):
+        return int(seen_tokens(call.cache) or 0)
+    size = SIZE.fullmatch(source)
     if size is not None:
-        return int(seen_tokens(call.cache) or 0) if size[0] == _PAST else _READERS[size[0]](call).shape[size[1]]
+        return getattr(call, size[1]).shape[int(size[2])]
     for name, key in mask_sources(call.masks).items():
         if name == source:
-            return mask_at(call.masks, key)
+            return call.masks if key is None else call.masks[key]  # type: ignore[index]
     raise KeyError(source)

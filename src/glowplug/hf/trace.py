@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,26 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from glowplug.bodies import Forms, read_forms
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
-from glowplug.graph.sources import named
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
-from glowplug.hf.call import Call, Signature, cache_argument
+from glowplug.hf.call import Call, Signature, cache_argument, output_type
 from glowplug.hf.experts import ExpertsPlan
-from glowplug.hf.masks import mask_at, mask_sources, stand_ins, takes_padding
+from glowplug.hf.kinds import Slots, read_slots
+from glowplug.hf.masks import mask_sources, stand_ins, takes_padding
 from glowplug.hf.positions import Positions
-from glowplug.hf.served import PADDING, Recipe, Served, is_size
+from glowplug.hf.served import PADDING, SIZE, Recipe, Served
 from glowplug.hf.shadow import Shadow
-from glowplug.hf.verify import output_type
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.attention import layer_index
 from glowplug.program import Built
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.reasons import named
 from glowplug.report import Report
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
@@ -105,7 +104,7 @@ def sort_inputs(captured: Captured, masks: set[str]) -> tuple[dict[str, str], di
     arguments: dict[str, str] = {}
     bound: dict[str, Any] = {}
     for entry in captured.inputs:
-        if entry.source in VARYING or entry.source in masks or is_size(entry.source):
+        if entry.source in VARYING or entry.source in masks or SIZE.fullmatch(entry.source):
             arguments[entry.node] = entry.source
         elif entry.kind != "symint":  # other sizes are those of tensors in the program, which give them
             bound[entry.node] = entry.value
@@ -128,7 +127,7 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str] | Non
         if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and handed & set(reads(step)):
             raise CaptureError("the model computes with what its attention hands on from layer to layer")
     mask_nodes = {entry.node for entry in captured.inputs if masks and entry.source in masks}
-    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not is_size(e.source)}
+    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not SIZE.fullmatch(e.source)}
     for step in steps:
         if isinstance(step, Piece):
             used = bool(mask_nodes & set(step.inputs))
@@ -154,12 +153,12 @@ class Traced:
     Attributes:
         served: the program.
         reads: sources of everything in Python that the trace read.
-        forms: how the op of each traced layer is called.
+        slots: what each op of experts is called with.
     """
 
     served: Served
     reads: frozenset[str]
-    forms: Forms
+    slots: Mapping[str, Slots]
 
 
 def trace_program(
@@ -193,9 +192,7 @@ def trace_program(
     own_masks = way == "own masks"
     mask_names = set() if own_masks else set(mask_sources(call.masks))
     sources: set[str] = set()
-    forms: Forms = {}
-    sources_of_masks = mask_sources(call.masks).items()
-    masks = {source: mask for source, key in sources_of_masks if (mask := mask_at(call.masks, key)) is not None}
+    slots: dict[str, Slots] = {}
     start = time.perf_counter()
 
     def consume(captured: Captured) -> tuple[Recipe, ShapeAssumptions]:
@@ -203,7 +200,7 @@ def trace_program(
             templates.check_reads(model, template, sources)
         report.phases["trace"] += time.perf_counter() - start
         check_outputs(captured)
-        forms.update(read_forms(captured, registry, masks))
+        slots.update(read_slots(captured))
         arguments, bound = sort_inputs(captured, mask_names)
         how = None
         if template is not None:
@@ -234,5 +231,5 @@ def trace_program(
     built = recipe.built
     names = positions, cache_argument(model)
     served = Served(built.program, assumptions, *names, output_type(model), built.ends)
-    served.uncompiled, served.recipe = built.uncompiled, recipe
-    return Traced(served, frozenset(sources), forms)
+    served.find_graphs, served.recipe = lambda: built.uncompiled, recipe
+    return Traced(served, frozenset(sources), slots)

@@ -1,101 +1,158 @@
-"""What transformers adds to stored programs: what their addresses name, the class of outputs, calls of experts."""
+"""Finds a model's program in the store, proves that it fits, and keeps what was made anew."""
 
 from __future__ import annotations
 
-import pkgutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import ArtifactError
+from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.hf.call import Signature, cache_argument
 from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.interfaces import give_attention_functions
 from glowplug.hf.kinds import Slot, Slots
-from glowplug.hf.manifests import SKIP
+from glowplug.hf.manifests import Manifests, globals_of, places_of, sources_of
 from glowplug.hf.positions import Positions
-from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.served import Recipe, Served
-from glowplug.hf.sharding import Processes, world_text
-from glowplug.layers.structure import structure_of
+from glowplug.hf.sharding import Processes
+from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import PieceStore
-from glowplug.records import Records, Stored, places_of
+from glowplug.program import Build, Ends, PieceStore, Program
+from glowplug.program.piece_store import Run
+from glowplug.reasons import said
 from glowplug.report import Report
-from glowplug.store import ArtifactStore
-from glowplug.store.address import class_modules, globals_of, modules_of, sources_of
-from glowplug.store.record import Record
+from glowplug.store.manifest import Manifest, dtype_from_name
+from glowplug.store.store import ArtifactStore
 
 
-def open_records(
+@dataclass(frozen=True)
+class Warm:
+    """A store, and the programs and pieces in it that a model can use.
+
+    Attributes:
+        store: the store.
+        pieces: its pieces.
+        manifests: its programs.
+    """
+
+    store: ArtifactStore
+    pieces: PieceStore
+    manifests: Manifests
+
+    def address(self, signature: Signature, plan: ExpertsPlan, report: Report) -> str | None:
+        """The address of the program for calls of a signature; None when the model can't be described."""
+        try:
+            with report.phase("load"):
+                return self.manifests.key(signature, plan)
+        except NotStorableError as exc:
+            self.store.note(f"the model is not stored: {exc}")
+            return None
+
+    def keep(self, key: str, manifest: Manifest) -> None:
+        """Store a program; not in the place of the same that was compared already."""
+        before = self.manifests.read(key)
+        if before is None or not before.verified or not _same(before, manifest):
+            self.manifests.keep(key, manifest)
+
+    def judge(self, key: str, problem: str | None) -> None:
+        """Write down what came of comparing a program that is in the store."""
+        if problem is not None:
+            self.store.drop("manifest", key, f"it is not equal to eager: {problem}")
+            return
+        manifest = self.manifests.read(key)
+        if manifest is not None and not manifest.verified:
+            self.manifests.keep(key, replace(manifest, verified=True))
+
+
+def make_warm(
     model: PreTrainedModel,
     options: Options,
     compiler: PieceCompiler,
     store: ArtifactStore | None,
     device: torch.device,
-) -> Records | None:
+    processes: Processes | None,
+) -> Warm | None:
     """None where nothing can be stored: without a store, by a compiler whose pieces have no form on disk, or with
     names in the graphs."""
     if store is None or not isinstance(compiler, StoringCompiler) or options.resolved_identity != "hoisted":
         return None
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", "?")
-    about = f"{type(model).__name__}, {layers} layers"
-    return Records(model, about, store, PieceStore(store, compiler, compiler.environment(device)))
+    pieces = PieceStore(store, compiler, compiler.environment(device))
+    return Warm(store, pieces, Manifests(model, options, store, pieces, processes))
 
 
-def program_facts(
-    model: PreTrainedModel,
-    options: Options,
-    environment: str,
-    signature: Signature,
-    plan: ExpertsPlan,
-    processes: Processes | None,
-) -> dict[str, Any]:
-    """What the address of the program for calls of a signature is made of, by name.
+@dataclass(frozen=True)
+class Found:
+    """A program from the store.
 
-    Raises:
-        NotStorableError: the model can't be described.
+    Attributes:
+        served: the program.
+        manifest: what it was written from.
+        runners: its compiled pieces.
+        ends: its pieces that are still being compiled by another process, if any.
+        slots: what its ops of experts are called with.
     """
-    return {
-        "structure of the model": structure_of(model, SKIP, followed=rotary_layers(model).values()),
-        "code of the model": {f"source of {name}": text for name, text in sources_of(class_modules(model)).items()},
-        "environment": environment,
-        "transformers": transformers.__version__,
-        "call": repr(replace(signature, device=torch.device(signature.device.type))),
-        "number of the device": signature.device.index or 0,  # pieces hold the device that they run on
-        "processes": world_text(processes),
-        "experts": [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
-        "options": [options.resolved_identity, options.stamp],
-    }
+
+    served: Served
+    manifest: Manifest
+    runners: Mapping[Fingerprint, Run]
+    ends: Ends | None
+    slots: dict[str, Slots]
 
 
-def serve_stored(stored: Stored, key: str, model: PreTrainedModel, positions: Positions) -> Served:
-    """A program from the store, to serve calls."""
-    record = stored.record
-    if record.facts["attention"] == "cut":
-        give_attention_functions(model)
-    output: Any = pkgutil.resolve_name(record.output_type)
-    if not (isinstance(output, type) and issubclass(output, ModelOutput)):
-        raise ArtifactError(f"{record.output_type} is no class of outputs")
-    served = Served(stored.program, record.assumptions, positions, cache_argument(model), output, stored.ends)
-    served.find_uncompiled = stored.find_uncompiled
-    if not record.verified:
-        served.uncompiled = stored.find_uncompiled()
-    served.key, served.proved = key, record.verified
-    return served
+def find(
+    warm: Warm,
+    key: str,
+    model: PreTrainedModel,
+    registry: LayerRegistry,
+    positions: Positions,
+    *,
+    wait: bool,
+    rebuild: Callable[[], Build | None] | None,
+) -> Found | None:
+    """The stored program of an address, bound to the model; None when there is none that can be used.
+
+    Args:
+        warm: the store.
+        key: the address.
+        model: the model.
+        registry: its layers.
+        positions: fills in those that calls leave out.
+        wait: for pieces that another process is compiling, see `Manifests.load_pieces`.
+        rebuild: begins to make the program anew, see there.
+    """
+    manifest = warm.manifests.read(key)
+    loaded = warm.manifests.load_pieces(manifest, wait=wait, rebuild=rebuild) if manifest is not None else None
+    if manifest is None or loaded is None:
+        return None
+    runners, ends = loaded
+    try:
+        if manifest.facts["attention"] == "cut":
+            give_attention_functions(model)
+        pending = ends.runners if ends is not None else {}
+        program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
+        names = positions, cache_argument(model)
+        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), ends)
+        served.find_graphs = functools.partial(_graphs, warm, manifest, registry)
+        slots = {op: tuple(map(_slot, entries)) for op, entries in manifest.facts["slots"].items()}
+    except Exception as exc:  # whatever comes of a stored program, it is made anew
+        warm.store.drop("manifest", key, said(exc))
+        return None
+    return Found(served, manifest, runners, ends, slots)
 
 
-def slots_of(record: Record) -> dict[str, Slots]:
-    """What a stored program's ops of experts are called with."""
-    return {op: tuple(Slot(*entry) for entry in entries) for op, entries in record.facts["slots"].items()}
+def _graphs(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:
+    """A stored program with uncompiled pieces; None when not all of them are stored."""
+    graphs = warm.manifests.load_graphs(manifest)
+    return warm.manifests.write_program(manifest, registry, graphs) if graphs is not None else None
 
 
 def describe(
@@ -108,29 +165,55 @@ def describe(
     report: Report,
     *,
     verified: bool,
-) -> Record:
-    """The record of a program that was made here.
+) -> Manifest:
+    """The manifest of a program that was made here.
 
     Raises:
         NotStorableError: it can't be stored.
     """
     wanted = recipe.built.plan.values()
     outside = {name: value for name, value in recipe.built.bound.items() if name in wanted}
-    stamping = recipe.stamping
-    return Record(
+    facts = {
+        "strategy": report.strategy,
+        "experts": report.experts,
+        "attention": report.attention,
+        "template_layers": report.template_layers,
+        "slots": {op: [[list(slot.sizes), str(slot.dtype)] for slot in entries] for op, entries in slots.items()},
+    }
+    return Manifest(
         plan=recipe.built.plan,
         places=places_of(model, outside, recipe.unread),
-        stack=stamping.stack if stamping is not None else None,
-        handles=stamping.handles if stamping is not None else frozenset(),
+        stack=recipe.stamping.stack if recipe.stamping is not None else None,
+        handles=recipe.stamping.handles if recipe.stamping is not None else frozenset(),
         assumptions=served.assumptions,
         output_type=f"{served.output_type.__module__}:{served.output_type.__qualname__}",
         reads=tuple(sorted(reads)),
         globals=globals_of(reads),
-        sources=sources_of(modules_of(recipe.files) - class_modules(model)),
-        addresses={piece.digest: address for piece, address in addresses.items()},
-        facts={
-            **{name: getattr(report, name) for name in ("strategy", "experts", "attention", "template_layers")},
-            "slots": {op: [(slot.sizes, slot.dtype) for slot in entries] for op, entries in slots.items()},
-        },
+        sources=sources_of(model, recipe.files),
+        addresses={found.digest: address for found, address in addresses.items()},
+        facts=facts,
         verified=verified,
     )
+
+
+def _same(stored: Manifest, made: Manifest) -> bool:
+    """Whether two manifests run the same. What a trace read of Python has other names in each process."""
+    try:
+        return replace(Manifest.from_bytes(made.to_bytes()), reads=stored.reads, verified=stored.verified) == stored
+    except (NotStorableError, ArtifactError):
+        return False
+
+
+def _class(name: str) -> type:
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+        raise ArtifactError(f"{name} is no class of outputs")
+    return found
+
+
+def _slot(entry: list[Any]) -> Slot:
+    sizes, dtype = entry
+    return Slot(tuple(sizes), dtype_from_name(dtype))

@@ -130,8 +130,10 @@ def layer_op(
         writes = {parameters.index(written) for written in mutates if written in parameters}
 
         def run(find: Callable[[str, Any], nn.Module], first: Any, *args: Any) -> Any:
-            layer, tape = find(name, first), current_tape()
-            return fn(layer, *args) if tape is None else tape.call(name, fn, layer, args, writes)
+            tape = current_tape()
+            if tape is None:
+                return fn(find(name, first), *args)
+            return tape.call(name, first, functools.partial(find, name, first), fn, args, writes)
 
         def fake_of_any_identity(_identity: Any, *args: Any) -> Any:
             return fake(*args)

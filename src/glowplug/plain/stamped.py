@@ -16,7 +16,6 @@ from glowplug.errors import (
     AttributesReadError,
     CaptureError,
     CompileError,
-    GlowplugError,
     LayerLookupError,
     NotServableError,
     NotStampableError,
@@ -26,17 +25,18 @@ from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.graph.sources import named
 from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.copies import make_twin
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import find_repetition
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.plain.calls import PlainCall, argument, examples, read_plain, traced_function
-from glowplug.plain.twin import differs, make_twin, states_differ
 from glowplug.program import Built, Ends, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.reasons import said
 from glowplug.report import Report
+from glowplug.verify.check import Case, why_wrong
 
 _PROGRAMS = 8
 """Programs of one module, at most; the calls that none of them serves are traced in full."""
@@ -252,8 +252,8 @@ class Stamper:
             NotStampableError: they differ.
         """
         assert built.bind_to is not None
-        expected = make_twin(self.model)
-        given = [tensor.clone() for tensor in call.tensors]
+        expected, twin = make_twin(self.model), make_twin(self.model)
+        given, copies = ([tensor.clone() for tensor in call.tensors] for _ in range(2))
         args, kwargs = call.rebuild(given)
         with torch.no_grad(), forward_context(ForwardContext(expected.registry)):
             output = type(expected.model).forward(expected.model, *args, **kwargs)
@@ -262,22 +262,15 @@ class Stamper:
             raise NotStampableError("the module returns something besides tensors")
         if self.options.verify == "off":
             return returns
-        for exact in (True, False):
-            twin = make_twin(self.model)
-            program = built.bind_to(twin.model, twin.registry, twin.of, uncompiled=exact)
-            copies = [tensor.clone() for tensor in call.tensors]
+
+        def run(program: Program) -> Any:
             again = PlainCall(tuple(copies), call.places, call.constants, call.form, call.signature)
-            try:
-                actual = run_flat(program, again, ForwardContext(twin.registry))
-            except GlowplugError:
-                raise
-            except Exception as exc:
-                raise NotStampableError(f"the program raised {said(exc)}") from exc
-            reason = (
-                differs(actual, leaves, exact=exact)
-                or differs(copies, given, exact=exact)
-                or states_differ(twin.model, expected.model, exact=exact)
-            )
-            if reason is not None:
-                raise NotStampableError(f"the stamped program is not equal to eager: {reason}")
+            actual = run_flat(program, again, ForwardContext(twin.registry))
+            return {"output": actual, "arguments": copies, "state": twin.state}
+
+        case = Case("this call", {"output": leaves, "arguments": given, "state": expected.state}, run)
+        program, graphs = (built.bind_to(twin.model, twin.registry, twin.of, uncompiled=u) for u in (False, True))
+        reason = why_wrong(program, graphs, [case])
+        if reason is not None:
+            raise NotStampableError(f"the stamped program is not equal to eager: {reason}")
         return returns

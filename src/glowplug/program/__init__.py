@@ -3,7 +3,6 @@
 from glowplug.program.build import Built, Stamping, build_program
 from glowplug.program.end_makers import Build, StoreMaker
 from glowplug.program.ends import Ends
-from glowplug.program.paired import try_pieces
 from glowplug.program.piece_store import PieceStore
 from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Plan
@@ -20,5 +19,4 @@ __all__ = [
     "Stamping",
     "StoreMaker",
     "build_program",
-    "try_pieces",
 ]

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
-from glowplug.program.paired import why_different
 from glowplug.reasons import said
+from glowplug.verify.slots import run_both
 
 logger = logging.getLogger("glowplug")
 
@@ -171,10 +171,9 @@ def _try(runner: Uncompiled, compiled: Callable[..., Sequence[Any]]) -> str | No
     with torch.no_grad():
         for args in runner.seen:
             try:
-                actual, expected = compiled(*args), runner.run(*args)
+                _, problem = run_both(runner.run, compiled, args)
             except Exception as exc:
                 return f"it raised {said(exc)}"
-            problem = why_different(actual, expected)
             if problem is not None:
                 return problem
     return None

@@ -16,6 +16,7 @@ from glowplug.graph.capture import Captured
 from glowplug.graph.sources import Source, attributes_in, lies_in, module_path, named, parse
 from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
+from glowplug.layers.copies import shallow_copy
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
@@ -70,10 +71,9 @@ def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
 
 def short_model(model: nn.Module, template: Template) -> nn.Module:
     """A model of the template's layers alone. It shares every module and weight with `model`, which stays as it is."""
-    short = at = _shallow(model)
+    short = at = shallow_copy(model)
     for part in filter(None, template.stack.path.split(".")):
-        at._modules[part] = child = _shallow(_child(at, part))
-        at = child
+        at._modules[part] = at = shallow_copy(at._modules[part])  # type: ignore[arg-type]
     at._modules = {str(index): layer for index, layer in enumerate(template.stack.layers[: template.length])}
     return short
 
@@ -140,18 +140,6 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
     return find
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
-    child = module._modules[name]
-    assert child is not None
-    return child
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """A module with the same attributes and children, in tables of its own."""
-    made: nn.Module = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__["_modules"] = dict(module._modules)
-    return made
 
 
 def stamping(

@@ -1,0 +1,132 @@
+"""Copies of modules that share their weights: the one place where modules are copied."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from glowplug.errors import NotStampableError
+from glowplug.layers.registry import MARKS, LayerRegistry, register_layers
+from glowplug.reasons import said
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module with the same attributes, parameters, buffers and children; its attributes and children are in tables
+    of its own."""
+    made: nn.Module = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__["_modules"] = dict(module._modules)
+    return made
+
+
+class TreeCopy:
+    """A copy of a tree of modules that shares every weight. What a copied module holds of other copied modules
+    (attributes, bound methods, partial functions) is the copies'.
+
+    Args:
+        root: the tree's root; it stays as it is.
+        into: which modules below it are copied, and asked for their children; others are shared. None: all.
+        configs: classes of objects of which the copied modules get copies, too, inside each other.
+
+    Attributes:
+        root: the copy's root.
+    """
+
+    def __init__(
+        self, root: nn.Module, into: Callable[[nn.Module], bool] | None = None, configs: tuple[type, ...] = ()
+    ) -> None:
+        self._into = into
+        self._config_types = configs
+        self._modules: dict[int, nn.Module] = {}
+        self._configs: dict[int, Any] = {}
+        self.root = self._copy(root)
+        for module in self._modules.values():
+            for name, value in module.__dict__.items():
+                module.__dict__[name] = self._rebound(value)
+
+    def of(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The copies of those of some modules that were copied."""
+        return {name: self._modules[id(module)] for name, module in modules.items() if id(module) in self._modules}
+
+    @property
+    def configs(self) -> list[Any]:
+        """The copy's configurations."""
+        return list(self._configs.values())
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        made = self._modules.get(id(module))
+        if made is None:
+            made = self._modules[id(module)] = shallow_copy(module)
+            for name, child in module._modules.items():
+                if child is not None and (self._into is None or self._into(child)):
+                    made._modules[name] = self._copy(child)
+        return made
+
+    def _copy_config(self, config: Any) -> Any:
+        made = self._configs.get(id(config))
+        if made is None:
+            made = self._configs[id(config)] = copy.copy(config)
+            for name, value in vars(config).items():
+                if isinstance(value, self._config_types):
+                    vars(made)[name] = self._copy_config(value)
+        return made
+
+    def _rebound(self, value: Any) -> Any:
+        """An attribute of a module as its copy has it."""
+        if isinstance(value, nn.Module):
+            return self._modules.get(id(value), value)
+        if isinstance(value, self._config_types):
+            return self._copy_config(value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in self._modules:
+            return types.MethodType(value.__func__, self._modules[id(value.__self__)])
+        if type(value) is functools.partial and any(id(given) in self._modules for given in value.args):
+            args = [self._modules.get(id(given), given) for given in value.args]
+            return functools.partial(value.func, *args, **value.keywords)
+        return value
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A copy of a module that shares its parameters, and has a state of its own, to try things on.
+
+    Attributes:
+        model: the copy.
+        registry: its layers.
+        of: id of an object of the original -> its copy.
+    """
+
+    model: nn.Module
+    registry: LayerRegistry
+    of: Mapping[int, Any]
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What its modules keep: buffers and attributes, by the module's name."""
+        hidden = {"_parameters", "_modules", "forward", *MARKS}
+        return {
+            path: {k: v for k, v in module.__dict__.items() if k not in hidden and not k.endswith("_hooks")}
+            for path, module in self.model.named_modules()
+        }
+
+
+def make_twin(model: nn.Module) -> Twin:
+    """Copy a module with its state.
+
+    Raises:
+        NotStampableError: something in it can't be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    if "forward" in model.__dict__:  # glowplug's own, which the copy is to lack
+        memo[id(model.__dict__["forward"])] = "none"
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as exc:
+        raise NotStampableError(f"the module can't be copied, so nothing can be compared: {said(exc)}") from exc
+    twin.__dict__.pop("forward", None)
+    return Twin(twin, register_layers(twin), memo)

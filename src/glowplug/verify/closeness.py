@@ -1,0 +1,117 @@
+"""How far values may be apart: every tolerance of glowplug, and the one comparison of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest `distance` allowed, by dtype.
+
+    Attributes:
+        double: of float64.
+        single: of float32.
+        half: of all smaller dtypes.
+    """
+
+    double: float
+    single: float
+    half: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        """What is allowed for tensors of a dtype."""
+        return {torch.float64: self.double, torch.float32: self.single}.get(dtype, self.half)
+
+
+EXACT = Tolerance(1e-12, 1e-5, 0.01)
+"""Between two runs of the same arithmetic: uncompiled pieces, and the model's own forward."""
+COMPILED = Tolerance(1e-9, 1e-4, 0.02)
+"""Between compiled code and its own graph on the same inputs, the ops inside giving the same outputs."""
+END_TO_END = Tolerance(1e-6, 1e-3, 0.05)
+"""Between a whole compiled program and the model's own forward, where there are no graphs to compare pieces with."""
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, of floating point tensors of one shape; NaN when a value is."""
+    wide = torch.float64 if expected.dtype is torch.float64 else torch.float32
+    apart = torch.where(actual == expected, 0, actual.to(wide) - expected.to(wide))  # infinities may be equal
+    finite = expected.to(wide).nan_to_num(0.0, 0.0, 0.0)
+    scale = finite.abs().max().clamp(min=1e-30)  # squares of the largest numbers, as masks have, would be infinite
+    return float((apart / scale).norm() / (finite / scale).norm().clamp(min=1e-30))
+
+
+def difference(
+    actual: Any, expected: Any, tolerance: Tolerance, what: str, roundings: Sequence[Any] = ()
+) -> str | None:
+    """How two values differ by more than rounding, in words; None when they don't.
+
+    Args:
+        actual: a tensor, a plain value, a container or an object of them.
+        expected: what it should be.
+        tolerance: how far floating point tensors may be apart.
+        what: what the value is, in words.
+        roundings: further values that are right, too, as rounding may give any of them. Floating point tensors may
+            differ from `expected` by twice as much as these do, and others where these do.
+    """
+    return _Comparison(tolerance).values(actual, expected, what, list(roundings))
+
+
+class _Comparison:
+    """Compares values, deeply. Modules and callables are not looked into."""
+
+    def __init__(self, tolerance: Tolerance) -> None:
+        self.tolerance = tolerance
+        self.seen: dict[tuple[int, int], Any] = {}  # with the values: while they live, no other has their id
+
+    def values(self, actual: Any, expected: Any, what: str, roundings: list[Any]) -> str | None:
+        if actual is expected or isinstance(actual, nn.Module) or (id(actual), id(expected)) in self.seen:
+            return None
+        self.seen[id(actual), id(expected)] = (actual, expected)
+        if isinstance(actual, Tensor) and isinstance(expected, Tensor):
+            return self.tensors(actual, expected, what, roundings)
+        if type(actual) is not type(expected):
+            return f"{what} is a {type(actual).__name__}, not a {type(expected).__name__}"
+        if isinstance(actual, Mapping):
+            if actual.keys() != expected.keys():
+                return f"{what} has other keys"
+            return self.entries(actual, expected, [(key, f"{what}.{key}") for key in actual], roundings)
+        if isinstance(actual, (list, tuple)):
+            if len(actual) != len(expected):
+                return f"{what} has {len(actual)} entries, not {len(expected)}"
+            return self.entries(actual, expected, [(at, f"{what}[{at}]") for at in range(len(actual))], roundings)
+        if isinstance(actual, (bool, int, float, complex, str, bytes)):
+            return None if actual == expected else f"{what} is {actual!r:.40}, not {expected!r:.40}"
+        if hasattr(actual, "__dict__") and not callable(actual):
+            return self.values(vars(actual), vars(expected), what, [vars(value) for value in roundings])
+        return None
+
+    def entries(self, actual: Any, expected: Any, keys: list[tuple[Any, str]], roundings: list[Any]) -> str | None:
+        """The first difference between the entries of two containers."""
+        for key, what in keys:
+            found = self.values(actual[key], expected[key], what, [value[key] for value in roundings])
+            if found is not None:
+                return found
+        return None
+
+    def tensors(self, actual: Tensor, expected: Tensor, what: str, roundings: list[Tensor]) -> str | None:
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            return f"{what} is {tuple(actual.shape)} {actual.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+        if torch.equal(actual, expected):
+            return None
+        if actual.is_complex():
+            actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
+            roundings = list(map(torch.view_as_real, roundings))
+        if not actual.is_floating_point():
+            apart = actual != expected
+            for value in roundings:
+                apart &= value == expected
+            return f"{what} differs in {int(apart.sum())} of {apart.numel()} values" if apart.any() else None
+        error = distance(actual, expected)
+        allowed = max(self.tolerance.of(expected.dtype), *(2 * distance(value, expected) for value in roundings), 0.0)
+        return None if error <= allowed else f"{what} differs by {error:.1e} (allowed {allowed:.0e})"
