@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from glowplug.errors import (
 )
 from glowplug.graph.capture import weightless
 from glowplug.hf import experts as hf_experts
-from glowplug.hf import trace
+from glowplug.hf import trace, verify
 from glowplug.hf.attention_kinds import attention_kinds
 from glowplug.hf.call import Call
-from glowplug.hf.cases import CLASSES, GLANCE, Classes
 from glowplug.hf.insides import Insides, InUse
 from glowplug.hf.kinds import Slots, experts_kinds
 from glowplug.hf.prover import Prover
@@ -38,7 +36,7 @@ from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
-from glowplug.program import Build, PieceCache, Program, build_program
+from glowplug.program import PieceCache, build_program
 from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
@@ -54,12 +52,8 @@ class Builder:
         compiler: compiles pieces.
         report: receives everything that happens.
         store: where programs and pieces are kept.
-
-    Attributes:
-        for_others: whether programs are made to be stored, and are not run here.
-        bakes_insides: whether insides are, too.
-        rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
-            that lack such pieces are not used.
+        for_others: whether programs are made to be stored, and are not run here; so are those of a weightless model.
+        bakes_bodies: whether op bodies are made for others, too.
     """
 
     def __init__(
@@ -69,6 +63,9 @@ class Builder:
         compiler: PieceCompiler,
         report: Report,
         store: ArtifactStore | None = None,
+        *,
+        for_others: bool = False,
+        bakes_bodies: bool = True,
     ) -> None:
         self.model = model
         self.store = store
@@ -77,14 +74,13 @@ class Builder:
         self.report = report
         self.registry: LayerRegistry | None = None
         self._way: trace.Way = "cut"
-        self.for_others = weightless(model)
-        self.bakes_insides = True
-        self.rebuild: Callable[[Call], Build | None] | None = None
+        self.for_others = for_others or weightless(model)
+        self._bakes_bodies = bakes_bodies
         self.insides: Insides | None = None
         self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
-        self._unfit = unfit(model) if not self.for_others else None
+        self._unfit = unfit(model) if not weightless(model) else None
         try:
             self.processes = processes_of(model)
         except CaptureError as exc:
@@ -150,7 +146,7 @@ class Builder:
     @property
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
-        return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
+        return bool(self._pieces.deferred) or (self.insides is not None and self.insides.pending)
 
     @property
     def in_use(self) -> InUse:
@@ -200,15 +196,14 @@ class Builder:
         if problem is not None or isinstance(found, str):
             return problem or found
         if self.options.verify == "once":
-            graphs = self._graphs(found)
-            comparable, proved = zip(*processes.gather((graphs is not None, found.proved)), strict=True)
-            classes = GLANCE if all(proved) else CLASSES
-            problem = self.prover.prove(found, graphs if all(comparable) else None, call, self.layers, classes)
+            exact, proved = zip(*processes.gather((self._has_exact(found), found.proved)), strict=True)
+            classes = verify.GLANCE if all(proved) else verify.CLASSES
+            differs = self.prover.prove(found, call, self.layers, classes, exact=all(exact))
             warm = self._warm(call.inputs.device)
             if warm is not None and found.key is not None:
-                warm.judge(found.key, problem)
-            if problem is not None:
-                return f"the program is not equal to eager: {problem}"
+                warm.judge(found.key, differs.reason if differs is not None else None)
+            if differs is not None:
+                return f"the program is not equal to eager: {differs.reason}"
         return found
 
     def _warm(self, device: torch.device) -> Warm | None:
@@ -228,25 +223,24 @@ class Builder:
                 self.model,
                 self.layers,
                 self.prover.positions,
-                wait=not self._defers_ends,
-                rebuild=self._rebuild_for(call),
+                wait=not self._defers,
             )
         if found is None:
             return None
         manifest, served = found.manifest, found.served
         self._reads |= set(manifest.reads)
         served.key, served.proved = key, manifest.verified
-        problem = self._verify(served, call, GLANCE if manifest.verified else CLASSES)
+        problem = self._verify(served, call, verify.GLANCE if manifest.verified else verify.CLASSES)
         if problem is not None or (self.processes is None and self.options.verify == "once" and not manifest.verified):
-            warm.judge(key, problem)
+            warm.judge(key, problem.reason if problem is not None else None)
         if problem is not None:
             return None
         self._pieces.compiled |= found.runners
         self._slots |= found.slots
         self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
-        if found.ends is not None:
-            self._pieces.ends.append(found.ends)
-            report.pending_pieces = self._pieces.pending
+        if found.deferred is not None:
+            self._pieces.deferred.append(found.deferred)
+            report.pending_pieces = len(self._pieces.slots)
         report.found(served.program, manifest.facts, len(set(self._pieces.order)))
         return served
 
@@ -270,13 +264,8 @@ class Builder:
         warm.keep(key, manifest)
         served.key = key
 
-    def _rebuild_for(self, call: Call) -> Callable[[], Build | None] | None:
-        """Makes the program for a call anew, beside serving; None where that can't be done."""
-        able = isinstance(self.compiler, StoringCompiler) and self.compiler.forks([])
-        return functools.partial(self.rebuild, call) if self.rebuild is not None and able else None
-
     @property
-    def _defers_ends(self) -> bool:
+    def _defers(self) -> bool:
         """Whether pieces that run seldom in a step may start uncompiled."""
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
 
@@ -321,7 +310,7 @@ class Builder:
         self.report.strategy, self.report.template_layers = self.options.resolved_identity, 0
         served = self._capture(call, plan, None)
         problem = self._verify(served, call)
-        return served if problem is None else problem
+        return served if problem is None else problem.reason
 
     def _compile_insides(self) -> None:
         """Compile the inside of opaque experts, and of attention that is several kernels, now or beside."""
@@ -336,7 +325,7 @@ class Builder:
             return
         self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
         if self.for_others:
-            if self.bakes_insides or choice == "compiled":
+            if self._bakes_bodies or choice == "compiled":
                 with self.report.phase("inside"):
                     self.insides.compile_unjudged()
             return
@@ -364,7 +353,12 @@ class Builder:
             return None
         problem = self._verify(served, call)
         if problem is not None:
-            self._step_down(f"the stamped program is not equal to eager: {problem}", ())
+            layer = self.prover.first_layer(served, template.stack, problem, self.layers)
+            where = f"; layer {layer} is the first that differs" if layer is not None else ""
+            self._step_down(
+                f"the stamped program is not equal to eager: {problem.reason}{where}",
+                template.layer_names((layer,) if layer is not None else ()),
+            )
             return None
         self.report.strategy, self.report.template_layers = "stamped", template.length
         return served
@@ -382,7 +376,7 @@ class Builder:
             report=self.report,
             cache=self._pieces,
             both=self.options.verify == "once",
-            defer_ends=self._defers_ends,
+            defer=self._defers,
         )
         traced = trace.trace_program(
             self.model, call, plan, template, self._way, self.layers, self.prover.positions, self.report, build
@@ -391,17 +385,15 @@ class Builder:
         self._slots |= traced.slots
         return traced.served
 
-    def _verify(self, served: Served, call: Call, classes: Classes = CLASSES) -> str | None:
+    def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""
         if self.for_others:  # it can't run here; whoever serves the program compares
             return None
         if self.processes is not None:  # all compare at once, when each has a program
             self.prover.start_watching()
             return None
-        return self.prover.prove(served, self._graphs(served), call, self.layers, classes)
+        return self.prover.prove(served, call, self.layers, classes, exact=self._has_exact(served))
 
-    def _graphs(self, served: Served) -> Program | None:
-        """The program with uncompiled pieces, to compare with, if there is one."""
-        if self.options.verify == "off" or self.compiler.name == "eager":
-            return served.program
-        return served.find_graphs() if served.find_graphs is not None else None
+    def _has_exact(self, served: Served) -> bool:
+        """Whether there is a form of the program with uncompiled pieces."""
+        return served.uncompiled is not None or self.compiler.name == "eager"

@@ -21,7 +21,7 @@ from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, Ends, Program, Stamping
+from glowplug.program import Built, PieceSlot, Program, Stamping, try_pieces, with_arrived
 
 PADDING = "L['cache'].padding"
 """Source of the mask that a model makes all others of inside its trace."""
@@ -58,8 +58,9 @@ class Served:
         positions: fills in those that calls leave out.
         cache_argument: the name that the model's forward has for its cache.
         output_type: the class of the model's output.
-        ends: its pieces that run uncompiled for now, if any.
-        find_graphs: finds the same steps with uncompiled pieces, if there are some; dropped once it was compared.
+        slots: those of its pieces that run uncompiled for now.
+        uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
+        find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
         checked: sizes of a call -> why they break an assumption, or None.
         recipe: what a later process needs to run it again; None when it came from a store.
         key: its address in the store; None when it is not there.
@@ -72,13 +73,23 @@ class Served:
     positions: Positions
     cache_argument: str
     output_type: type
-    ends: Ends | None = None
-    find_graphs: Callable[[], Program | None] | None = None
+    slots: tuple[PieceSlot, ...] = ()
+    uncompiled: Program | None = None
+    find_uncompiled: Callable[[], Program | None] | None = None
     checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
     recipe: Recipe | None = None
     key: str | None = None
     proved: bool = False
     sequences: Sequences = field(default_factory=Sequences)
+
+    def try_pieces(self, call: Call, registry: LayerRegistry) -> tuple[Any, str | None] | None:
+        """Run a call with uncompiled pieces, and compare each compiled piece with its own, see `program.try_pieces`.
+        None when there are no uncompiled pieces."""
+        if self.uncompiled is None and self.find_uncompiled is not None:
+            self.uncompiled, self.find_uncompiled = self.find_uncompiled(), None
+        if self.uncompiled is None:
+            return None
+        return try_pieces(self.program, self.uncompiled, lambda paired: self.run(call, registry, program=paired))
 
     def begin(self, cache: Cache | None, insides: InUse) -> Running:
         """What a sequence that begins with a cache is to run, to its end: the latest pieces, and these insides."""
@@ -87,8 +98,8 @@ class Served:
     @property
     def latest(self) -> Program:
         """The program with every compiled piece that has arrived."""
-        if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.replacing(self.ends.ready), None
+        if self.slots:
+            self.program, self.slots = with_arrived(self.program, self.slots)
         return self.program
 
     def run(

@@ -17,10 +17,10 @@ from glowplug.graph.stamp import Bind, Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.ends import Ends, count_uses
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.program import Program
+from glowplug.program.slots import PieceSlot, count_uses
 from glowplug.program.write import Slots
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
@@ -63,7 +63,7 @@ class Built:
             when the pieces of `program` are uncompiled anyway.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
             the id of what is bound to its copy. Only of a stamped program.
-        ends: its pieces that run uncompiled for now, if any.
+        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
@@ -71,7 +71,7 @@ class Built:
     bound: Mapping[str, Any]
     uncompiled: Program | None = None
     bind_to: Callable[..., Program] | None = None
-    ends: Ends | None = None
+    slots: tuple[PieceSlot, ...] = ()
 
 
 def build_program(
@@ -86,7 +86,7 @@ def build_program(
     stamping: Stamping | None = None,
     drop_unused: bool = False,
     both: bool = False,
-    defer_ends: bool = False,
+    defer: bool = False,
     layer_of: LayerOf | None = None,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
@@ -103,7 +103,7 @@ def build_program(
         drop_unused: leave out arguments that no step reads.
         both: also bind the steps with uncompiled pieces.
         layer_of: cut at the boundaries of layers, too.
-        defer_ends: pieces that run seldom in a step may start uncompiled, see `glowplug.program.ends`.
+        defer: pieces that run seldom in a step may start uncompiled, see `glowplug.program.slots`.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -142,16 +142,17 @@ def build_program(
     distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
     graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
     with report.phase("compile"), cache.lock:
-        uses = count_uses(step.slot for step in plan.deep_steps()) if defer_ends else None
+        uses = count_uses(step.slot for step in plan.deep_steps()) if defer else None
         before = cache.count
-        slots, ends = compile_pieces(distinct, compiler, cache, captured, uses)
+        slots = compile_pieces(distinct, compiler, cache, captured, uses)
         report.compiled_pieces += cache.count - before
     with report.phase("bind"):
         where = (stamping.bind, stamping.name_of) if stamping is not None else ()
         program = plan.write(slots, bound, *where)
         uncompiled = program.with_slots(graphs) if both and not isinstance(compiler, EagerCompiler) else None
-        if ends is not None:
-            report.pending_pieces = cache.pending
+        deferred = tuple(slot for slot in slots.values() if isinstance(slot, PieceSlot))
+        if deferred:
+            report.pending_pieces = len(cache.slots)
 
     def bind_to(model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any], *, uncompiled: bool) -> Program:
         assert stamping is not None
@@ -167,4 +168,4 @@ def build_program(
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, ends)
+    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, deferred)
