@@ -1,7 +1,7 @@
 """How far compiled pieces are from their own graphs on the same inputs: `python benchmarks/slot_tolerances.py`.
 
 `glowplug.verify.closeness.COMPILED` is chosen from what this prints, see the table there. Random weights; Inductor on a
-CPU; the cases of a comparison (`glowplug.hf.cases`), in which every layer's pieces are compared.
+CPU; the cases of a comparison (`glowplug.frontends.hf.cases`), in which every layer's pieces are compared.
 """
 
 from __future__ import annotations

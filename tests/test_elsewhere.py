@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.hf import verify
-from glowplug.hf.background import bake
-from glowplug.hf.weightless import weightless_model
+from glowplug.frontends.hf.builds import bake
+from glowplug.frontends.hf.weightless import weightless_model
 from glowplug.options import Options
 from storing import StoringGraphs
 from test_deferred import uncompiled

@@ -10,7 +10,7 @@ from transformers import DynamicCache, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, Pr
 
 import glowplug
 from glowplug.bench.families import VOCAB, build_family
-from glowplug.hf.caches import new_cache
+from glowplug.frontends.hf.caches import new_cache
 
 FAMILIES = {"deepseek_v32": 12, "glm_moe_dsa": 12, "hy_v4": 14, "zaya": 8}
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from glowplug.compilers import PieceCompiler
+from glowplug.engine import attach, engine_of
 from glowplug.errors import UsageError
 from glowplug.options import Options
 from glowplug.report import Report
@@ -81,15 +82,15 @@ def compile(
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
     served = adapted(model)
     if is_causal_lm(served):
-        from glowplug.hf.engine import attach
+        from glowplug.frontends.hf.front import HfFrontEnd
 
-        attach(served, options)
+        attach(HfFrontEnd, served, options)
     elif background:
         raise UsageError("background=True is for causal language models of transformers")
     else:
-        from glowplug.plain.engine import attach_module
+        from glowplug.frontends.plain.front import PlainFrontEnd
 
-        attach_module(model, options)
+        attach(PlainFrontEnd, model, options)
     return model
 
 
@@ -111,7 +112,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Example:
         >>> model = glowplug.from_pretrained("models/tiny-gpt-oss")
     """
-    from glowplug.hf.loading import load
+    from glowplug.frontends.hf.loading import load
 
     names = {field.name for field in dataclasses.fields(Options)}
     options = Options(**{name: value for name, value in kwargs.items() if name in names})
@@ -124,10 +125,10 @@ def report(model: nn.Module) -> Report:
     Raises:
         UsageError: the model was not compiled by `glowplug.compile`.
     """
-    found: Any = getattr(adapted(model).__dict__.get("forward"), "report", None)
-    if not isinstance(found, Report):
+    engine = engine_of(adapted(model))
+    if engine is None:
         raise UsageError("this model was not compiled by glowplug; call glowplug.compile(model) first")
-    return found
+    return engine.report
 
 
 def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
@@ -138,9 +139,9 @@ def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
         model: a compiled model; where nothing is under way, returns at once.
         timeout_s: seconds to wait at most.
     """
-    wait: Any = getattr(adapted(model).__dict__.get("forward"), "settle", None)
-    if wait is not None:
-        wait(timeout_s)
+    engine = engine_of(adapted(model))
+    if engine is not None:
+        engine.settle(timeout_s)
 
 
 def adapted(model: nn.Module) -> nn.Module:

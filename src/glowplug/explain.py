@@ -143,7 +143,7 @@ def _kinds(model: nn.Module) -> tuple[int, ...]:
 
     if not is_causal_lm(model):
         return ()
-    from glowplug.hf.template import stack_of
+    from glowplug.frontends.hf.discover import stack_of
 
     stack = stack_of(model)
     return stack.kinds if stack is not None else ()
@@ -151,16 +151,17 @@ def _kinds(model: nn.Module) -> tuple[int, ...]:
 
 def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
     from glowplug.api import is_causal_lm
+    from glowplug.engine import Engine
 
     if is_causal_lm(model) and not args and not kwargs:
-        from glowplug.hf.engine import Engine
+        from glowplug.frontends.hf.front import HfFrontEnd
 
-        return Engine(model, options).prepare()
+        return Engine(HfFrontEnd(model, options), options).prepare()
     if not args and not kwargs:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
-    from glowplug.plain.engine import ModuleEngine
+    from glowplug.frontends.plain.front import PlainFrontEnd
 
-    engine = ModuleEngine(model, options)
+    engine = Engine(PlainFrontEnd(model, options), options)
     with torch.no_grad():
         engine(*args, **kwargs)
     return engine.report

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glowplug.errors import UsageError
-from glowplug.forks import make_lock
 from glowplug.reasons import one_line
+from glowplug.runtime.forks import make_lock
 
 logger = logging.getLogger("glowplug")
 
@@ -162,13 +162,14 @@ class Report:
     _lock: Any = field(default_factory=make_lock, repr=False, compare=False)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
+    def phase(self, name: str, apart: Sequence[str] = ()) -> Iterator[None]:
+        """Add the time spent inside to a phase, but for what is added meanwhile to others, `apart`."""
+        start, others = time.perf_counter(), sum(self.phases[other] for other in apart)
         try:
             yield
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+            others = sum(self.phases[other] for other in apart) - others
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start - others
 
     def fall_back(self, reason: str, layers: tuple[str, ...] = (), to: str = "eager") -> None:
         """Record, once, a step down the ladder, and log it once."""

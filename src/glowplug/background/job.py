@@ -27,8 +27,8 @@ from typing import Any, Protocol
 import torch
 
 from glowplug.compilers.environment import read_switches
-from glowplug.forks import Scratch, finalize, fork_plainly
 from glowplug.reasons import why
+from glowplug.runtime.forks import Scratch, finalize, fork_plainly
 
 logger = logging.getLogger("glowplug")
 

@@ -20,6 +20,9 @@ import glowplug
 from glowplug.bench.models import load_model, one_line
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import get_strategy
+from glowplug.engine import attach
+from glowplug.frontends.hf.front import HfFrontEnd
+from glowplug.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +104,8 @@ def _apply(model: nn.Module, wanted: Generation) -> None:
         spec = Spec(model=wanted.folder, depth=1, strategy=wanted.strategy, experts="opaque", compiler=wanted.compiler)
         get_strategy(wanted.strategy).apply(model, spec)
         return
-    glowplug.compile(model, identity=wanted.strategy, experts="opaque", compiler=wanted.compiler, verify="off")
-    engine: Any = model.forward
-    engine.check_order = False
+    options = Options(identity=wanted.strategy, experts="opaque", compiler=wanted.compiler, verify="off")  # type: ignore[arg-type]
+    attach(HfFrontEnd, model, options, check_order=False)
 
 
 def _run(model: PreTrainedModel, inputs: Any, tokens: int) -> tuple[list[int], TokenClock]:

@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from glowplug.hf.engine import engine_of
-from glowplug.hf.served import Served
+from glowplug.engine import engine_of
 
 _RUNS = 50
 OVERHEAD_STEPS = _RUNS + 2
@@ -34,10 +33,10 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
         when the model runs eager, or by several programs.
     """
     engine = engine_of(model)
-    served = [value for value in engine._served.values() if isinstance(value, Served)] if engine is not None else []
-    if len(served) != 1:
+    programs = engine.compilation.programs if engine is not None else []
+    if len(programs) != 1:
         return {}
-    program = served[0].program
+    program = programs[0].program
     ops = {name: v for name, v in program.names.items() if callable(v) and not isinstance(v, nn.Module)}
     results: list[Any] = []
 
@@ -57,7 +56,7 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
         exec(program.source, names)
         return functools.partial(names["run"], tuple(map(replace, program.slots.values())))
 
-    calls, programs = [], []
+    calls, times = [], []
     try:
         object.__setattr__(program, "run", replacing(record))
         step()
@@ -67,7 +66,7 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
         def timed(*args: Any) -> Any:
             start = time.perf_counter()
             output = run(*args)
-            programs.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
             return output
 
         object.__setattr__(program, "run", timed)
@@ -78,6 +77,6 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
     finally:
         object.__delattr__(program, "run")  # it is worked out anew
     return {
-        "step": round(statistics.median(programs) * 1e6 / len(results), 2),
+        "step": round(statistics.median(times) * 1e6 / len(results), 2),
         "call": round(statistics.median(calls) * 1e6, 1),
     }

@@ -20,8 +20,8 @@ from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
 from glowplug.errors import UsageError
-from glowplug.hf.caches import new_cache
-from glowplug.hf.template import stack_of
+from glowplug.frontends.hf.caches import new_cache
+from glowplug.frontends.hf.discover import stack_of
 
 _BAR = "\\|"
 """A bar inside a cell of a Markdown table."""

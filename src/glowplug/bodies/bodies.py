@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from glowplug.background.job import Job
 from glowplug.bodies.bound import BoundBody, InUse
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import Body, make_body
@@ -23,13 +24,12 @@ from glowplug.bodies.stored import StoredBody, drop_body, keep_body, make_missin
 from glowplug.bodies.trial import Verdict, try_body
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.fork import Beside
 from glowplug.errors import CaptureError
-from glowplug.forks import make_lock
-from glowplug.hf.manifests import changed_global
 from glowplug.layers.watch import ReadWatch
 from glowplug.program import PieceStore
 from glowplug.report import InsideReport, Report
+from glowplug.runtime.forks import make_lock
+from glowplug.store.address import changed_global
 
 logger = logging.getLogger("glowplug")
 Piece = Callable[..., Sequence[Tensor]]
@@ -56,7 +56,7 @@ class Bodies:
         self.report = report
         self.pieces = pieces
         self.in_use = InUse()
-        self.job: Beside | None = None
+        self.job: Job | None = None
         self._temporary: PieceStore | None = None
         self._groups = list(groups)
         self._lock = make_lock()
@@ -96,7 +96,7 @@ class Bodies:
         compiler: Any = self.compiler
         if missing and missing[0][0].device.type == "cpu" and compiler.forks([]):
             self._groups += [group for group, _ in missing]
-            self.job = Beside(lambda _: make_missing(missing))
+            self.job = Job.fork(lambda _: make_missing(missing))
 
     def poll(self, deadline: float | None = None) -> None:
         """Try the bodies that were made, and put them to use, once no more are being made.
@@ -108,14 +108,11 @@ class Bodies:
         if not self._lock.acquire(timeout=wait):
             return  # another thread tries them; serving goes on
         try:
-            if self.job is not None and self.job.lost:
+            if self.job is not None and not self.job.ours:
                 self.job = self._temporary = None
                 self.compile_in_background()
-            if self.job is not None:
-                ended: list[Any] = []
-                self.job.finish(ended.append, deadline)
-                if not ended:
-                    return
+            if self.job is not None and not self.job.ended(deadline):
+                return
             self.job = None
             groups, self._groups = self._groups, []
             for group in groups:

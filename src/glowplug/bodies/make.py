@@ -15,9 +15,9 @@ from glowplug.bodies.group import Group
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import read_assumptions
-from glowplug.graph.split import Piece, split
-from glowplug.hf.manifests import globals_of
 from glowplug.graph.sources import named
+from glowplug.graph.split import Piece, split
+from glowplug.store.address import globals_of
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

@@ -7,14 +7,14 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from glowplug.background.job import orphaned
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import Body, make_body
 from glowplug.bodies.trial import Verdict
-from glowplug.compilers.fork import orphaned
 from glowplug.errors import CaptureError
-from glowplug.hf.manifests import changed_global
 from glowplug.program import PieceStore
 from glowplug.reasons import said
+from glowplug.store.address import changed_global
 
 _KIND = "inside"
 """What the store calls them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from glowplug.bodies.bound import BoundBody
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import SIZES, Body
-from glowplug.closeness import distance
+from glowplug.verify.closeness import distance
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RUNS = 7

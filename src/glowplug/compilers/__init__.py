@@ -6,7 +6,7 @@ from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import CompileError, UsageError
-from glowplug.forks import begin as begin_thread
+from glowplug.runtime.forks import begin as begin_thread
 
 __all__ = [
     "EagerCompiler",

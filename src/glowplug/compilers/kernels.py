@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from glowplug.forks import Scratch, in_forks
+from glowplug.runtime.forks import Scratch, in_forks
 
 Sources = dict[str, tuple[tuple[str, ...], str]]
 """Digest of a kernel -> the types of its arguments, and its C++ source."""

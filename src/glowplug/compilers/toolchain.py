@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from glowplug.forks import begin, in_forks
 from glowplug.reasons import no_cpp_compiler, no_folder, why
+from glowplug.runtime.forks import begin, in_forks
 
 _KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>

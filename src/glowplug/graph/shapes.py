@@ -30,8 +30,8 @@ class ShapeAssumptions:
     dims: Mapping[str, tuple[Any, ...]]
     relations: tuple[Any, ...]
 
-    def broken_by(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        """Why a call with these shapes can't be served; None when it can."""
+    def broken_by(self, shapes: Mapping[str, tuple[int, ...]], smallest: int = 0) -> str | None:
+        """Why a call with these shapes can't be served; None when it can. `smallest`: of sizes that vary."""
         values: dict[Any, int] = {}
         for source, dims in self.dims.items():
             given, name = shapes.get(source), named(source)
@@ -43,6 +43,8 @@ class ShapeAssumptions:
                 if isinstance(dim, int):
                     if size != dim:
                         return f"dimension {position} of {name} is {size}; the trace fixed it at {dim}"
+                elif size < smallest:
+                    return f"dimension {position} of {name} is {size}; the program was compared at {smallest} or more"
                 elif values.setdefault(dim, size) != size:
                     return f"dimension {position} of {name} is {size}, but the same size is {values[dim]} elsewhere"
         for relation in self.relations:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from glowplug.errors import NotStampableError
-from glowplug.layers.registry import MARKS, LayerRegistry, register_layers
+from glowplug.layers.reads import MARKS
+from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.reasons import said
 
 

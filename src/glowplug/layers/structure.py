@@ -7,6 +7,7 @@ is the very one it was made for. What has no description that holds in another p
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import sys
 import types

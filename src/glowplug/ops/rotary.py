@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from glowplug.errors import NotServableError
-from glowplug.forks import make_lock
 from glowplug.ops.layer_op import layer_op
+from glowplug.runtime.forks import make_lock
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from glowplug.program.program import Program
 from glowplug.program.slots import PieceSlot, count_uses
 from glowplug.program.write import Slots
 from glowplug.report import Report
-from glowplug.trace_log import log_pieces
+from glowplug.runtime.trace_log import log_pieces
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import StoreError
-from glowplug.forks import Scratch
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.reasons import said
+from glowplug.runtime.forks import Scratch
 from glowplug.store.store import ArtifactStore
 
 Run = Callable[..., Sequence[Any]]

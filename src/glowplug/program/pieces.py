@@ -21,15 +21,15 @@ from torch import fx
 from glowplug.background.job import Job, Say, orphaned
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.errors import CompileError
-from glowplug.forks import Scratch, make_lock
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece
 from glowplug.program.piece_store import PieceStore, Run
 from glowplug.program.slots import Deferred, PieceSlot, choose_deferred
-from glowplug.progress import piece_progress
 from glowplug.reasons import why
 from glowplug.report import Report
+from glowplug.runtime.forks import Scratch, make_lock
+from glowplug.runtime.progress import piece_progress
 
 _WAIT_S = 600.0
 """How long to wait for another process that compiles the same piece."""
@@ -72,6 +72,13 @@ class PieceCache:
         if self._temporary is None or self._temporary.lost:
             self._temporary = PieceStore.temporary(compiler) if isinstance(compiler, StoringCompiler) else None
         return self._temporary
+
+    def add(self, order: Iterable[Fingerprint], runners: Mapping[Fingerprint, Run], deferred: Deferred | None) -> None:
+        """Take the pieces of a stored program."""
+        self.compiled |= runners
+        self.order += [piece for piece in order if piece not in self.order]
+        if deferred is not None:
+            self.deferred.append(deferred)
 
     def load(self, found: Fingerprint) -> bool:
         """Take a piece from the store; returns whether it was there."""

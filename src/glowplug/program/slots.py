@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from glowplug.background.job import Job
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece, may_mutate
-from glowplug.program.paired import why_different
 from glowplug.program.piece_store import PieceStore, Run
 from glowplug.program.program import Program
 from glowplug.reasons import said
+from glowplug.verify.slots import run_both
 
 logger = logging.getLogger("glowplug")
 
@@ -78,7 +78,7 @@ class PieceSlot:
         with torch.no_grad():
             for args in self._seen:
                 try:
-                    problem = why_different(code(*args), self.graph(*args))
+                    _, problem = run_both(self.graph, code, args)
                 except Exception as exc:
                     problem = f"it raised {said(exc)}"
                 if problem is not None:
@@ -93,8 +93,8 @@ def _size(value: Any) -> int:
 def with_arrived(program: Program, slots: tuple[PieceSlot, ...]) -> tuple[Program, tuple[PieceSlot, ...]]:
     """A program with the code that has arrived in some of its slots, and the slots that are left pending."""
     pending = tuple(slot for slot in slots if slot.pending)
-    arrived = {id(slot): slot.compiled for slot in slots if slot not in pending and slot.compiled is not None}
-    return program.replacing(arrived) if arrived else program, pending
+    arrived = {slot.fingerprint: slot.compiled for slot in slots if slot.compiled is not None}
+    return program.with_slots(arrived) if arrived else program, pending
 
 
 class Deferred:

@@ -140,8 +140,6 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
     return find
 
 
-
-
 def stamping(
     model: nn.Module, template: Template, captured: Captured, arguments: Mapping[str, str], registry: LayerRegistry
 ) -> Stamping:

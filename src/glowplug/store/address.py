@@ -23,8 +23,8 @@ from torch import nn
 
 from glowplug.errors import NotStorableError
 from glowplug.graph.sources import follow, parse
-from glowplug.layers.structure import code_text
 from glowplug.layers.reads import is_own
+from glowplug.layers.structure import code_text
 
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 _VERSIONED = (str(Path(torch.__file__).parent) + os.sep, "<frozen ", "<string>")

@@ -13,7 +13,7 @@ from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.program.plan import Plan
 from glowplug.store.codec import codec
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Record:
         stack: qualified name of the stack of a stamped model; None for a full trace.
         handles: paths in a layer that are handles.
         assumptions: what the trace assumed of sizes.
-        output_type: `module:qualified name` of the class of the model's output.
         reads: sources of everything in Python that the trace depended on.
         globals, sources: values and files of Python modules among them, see `glowplug.store.address`.
         addresses: digest of a piece -> what the store knows it by, where that is not the digest.
@@ -47,7 +46,6 @@ class Record:
     stack: str | None
     handles: frozenset[str]
     assumptions: ShapeAssumptions
-    output_type: str
     reads: tuple[str, ...]
     globals: Mapping[str, str]
     sources: Mapping[str, str]

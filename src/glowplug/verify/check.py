@@ -18,6 +18,7 @@ from typing import Any
 
 from glowplug.errors import GlowplugError, NotServableError
 from glowplug.program import Program
+from glowplug.program.program import piece_name
 from glowplug.reasons import said
 from glowplug.verify.closeness import END_TO_END, EXACT, Tolerance, difference
 from glowplug.verify.slots import Run, run_both
@@ -101,10 +102,12 @@ class _Pair:
 
 def _paired(program: Program, graphs: Program) -> tuple[Program, list[_Pair]]:
     """The program of graphs, each of which also runs its compiled form; and these pairs."""
-    pieces = {name: graph for name, graph in graphs.names.items() if name.startswith("piece_")}
-    pairs = {name: _Pair(name, graph, program.names[name]) for name, graph in pieces.items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair.compiled is not pair.graph}
-    return graphs.replacing({id(pair.graph): pair for pair in pairs.values()}), list(pairs.values())
+    pairs = {
+        slot: _Pair(piece_name(number), graph, program.slots[slot])
+        for number, (slot, graph) in enumerate(graphs.slots.items())
+        if program.slots[slot] is not graph
+    }
+    return graphs.with_slots(pairs), list(pairs.values())
 
 
 def _first_problem(pairs: Iterable[_Pair]) -> str | None:

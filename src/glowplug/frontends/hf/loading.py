@@ -15,10 +15,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from glowplug.background.job import Job
 from glowplug.compilers import get_compiler, warm_up_loading
+from glowplug.engine import attach
 from glowplug.errors import UsageError
-from glowplug.hf.background import begin_baking, why_unused, with_store
-from glowplug.hf.engine import attach, engine_of
-from glowplug.hf.weightless import auto_class, read_dtype
+from glowplug.frontends.hf.builds import begin_baking, with_store
+from glowplug.frontends.hf.front import HfFrontEnd
+from glowplug.frontends.hf.weightless import auto_class, read_dtype
 from glowplug.options import Options
 from glowplug.report import ElsewhereReport
 
@@ -53,14 +54,12 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
         told.waited_seconds = round(time.perf_counter() - start, 3)
         if outcome is not None:
             told.seconds, told.reason = outcome.seconds, outcome.reason
-    attach(model, dataclasses.replace(options, background=False))
-    engine = engine_of(model)
-    assert engine is not None
-    engine.keeps = kept, build  # which may still compile deferred pieces
+    # The job may still compile deferred pieces.
+    engine = attach(HfFrontEnd, model, dataclasses.replace(options, background=False), keeps=(kept, build))
     engine.report.elsewhere = told
     engine.prepare()
     if outcome is not None and outcome.reason is None and engine.report.start == "cold":
-        told.reason = why_unused(outcome, engine.builder)
+        told.reason = engine.compilation.why_unused(outcome.facts)
     return model
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
-from glowplug.hf.caches import new_cache, seen_tokens
+from glowplug.frontends.hf.caches import new_cache, seen_tokens
 
 Masks = Tensor | None | dict[str, Tensor | None]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from glowplug.hf.caches import new_cache, seen_tokens
-from glowplug.hf.call import Call, cache_argument
-from glowplug.hf.rotary_entry import rotary_state_kept
-from glowplug.hf.template import stack_of
+from glowplug.frontends.hf.caches import new_cache, seen_tokens
+from glowplug.frontends.hf.calls import HfCall, cache_argument
+from glowplug.frontends.hf.discover import stack_of
+from glowplug.frontends.hf.rotary import rotary_state_kept
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.verify.closeness import EXACT, distance
@@ -83,7 +83,7 @@ class Positions:
             self._found = self._ask()
         return self._found
 
-    def fill(self, call: Call) -> Tensor | str:
+    def fill(self, call: HfCall) -> Tensor | str:
         """The positions that the model would give a call, `[batch, tokens]`; or why they can't be told."""
         batch, tokens = call.inputs.shape[:2]
         seen = seen_tokens(call.cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -13,9 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from glowplug.hf.caches import new_cache
-from glowplug.hf.interfaces import forward_parameters
-from glowplug.hf.masks import Masks, make_masks
+from glowplug.frontends.hf.caches import has_begun, new_cache
+from glowplug.frontends.hf.masks import Masks, make_masks
 
 _SERVED = {
     "input_ids",
@@ -54,7 +54,7 @@ class Signature:
 
 
 @dataclass(slots=True)
-class Call:
+class HfCall:
     """A call made ready for the program.
 
     Attributes:
@@ -77,8 +77,18 @@ class Call:
     cache: Cache | None
     return_tuple: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.inputs.device
 
-def first_call(model: PreTrainedModel) -> Call | str:
+    @property
+    def has_begun(self) -> bool:
+        """Whether the call goes on with a sequence."""
+        return has_begun(self.cache)
+
+
+def first_call(model: PreTrainedModel) -> HfCall | str:
     """The call for token ids with which `generate` begins; or why the model has none that can be served."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
@@ -86,7 +96,7 @@ def first_call(model: PreTrainedModel) -> Call | str:
     return read_call(model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
 
 
-def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
+def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HfCall | str:
     """Make a call ready, or say why the program can't serve it."""
     names = forward_parameters(type(model))  # type: ignore[arg-type]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -148,7 +158,7 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     position_ids = position_ids.contiguous() if position_ids is not None else None
     keep = keep.contiguous() if keep is not None else None
     padding, return_tuple = given.get("attention_mask"), given.get("return_dict") is False
-    return Call(signature, inputs, position_ids, padding, masks, keep, cache, return_tuple)
+    return HfCall(signature, inputs, position_ids, padding, masks, keep, cache, return_tuple)
 
 
 def _masks_usable(masks: Any) -> bool:
@@ -235,3 +245,10 @@ def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: to
         return "a negative logits_to_keep"
     first = 0 if keep == 0 else max(tokens - keep, 0)
     return torch.arange(first, tokens, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def forward_parameters(cls: type) -> tuple[str, ...]:
+    """Names of the parameters of a model class's forward, in order, without self."""
+    names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    return tuple(name for name in names[1:] if name not in ("kwargs", "args"))

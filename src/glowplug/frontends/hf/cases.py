@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from glowplug.errors import NotServableError
-from glowplug.hf.caches import new_cache, seen_tokens
-from glowplug.hf.call import Call, cache_argument, read_call
-from glowplug.hf.shadow import Shadow
+from glowplug.frontends.hf.caches import new_cache, seen_tokens
+from glowplug.frontends.hf.calls import HfCall, cache_argument, read_call
+from glowplug.frontends.hf.shadow import Shadow
 from glowplug.reasons import said
 
 Classes = Sequence[tuple[int, tuple[int, ...]]]
@@ -46,12 +46,12 @@ class Step:
     """
 
     what: str
-    call: Call
+    call: HfCall
     output: ModelOutput
 
 
 def sequences(
-    model: PreTrainedModel, call: Call, classes: Classes = CLASSES, *, unsaid: bool = False
+    model: PreTrainedModel, call: HfCall, classes: Classes = CLASSES, *, unsaid: bool = False
 ) -> Iterator[tuple[PreTrainedModel, list[Step]]]:
     """The steps of some sequences, for each class of sizes, and the model whose caches they take.
 
@@ -95,7 +95,7 @@ def with_short_windows(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 @torch.no_grad()
-def _steps(model: PreTrainedModel, call: Call, batch: int, steps: tuple[int, ...], unsaid: bool) -> list[Step]:
+def _steps(model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, ...], unsaid: bool) -> list[Step]:
     signature = call.signature
     whole, mask, positions = _text(model, call, batch, steps)
     if batch == 1 and unsaid:
@@ -135,7 +135,7 @@ def _steps(model: PreTrainedModel, call: Call, batch: int, steps: tuple[int, ...
 
 
 def _text(
-    model: PreTrainedModel, call: Call, batch: int, steps: tuple[int, ...]
+    model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Seeded text, its mask and its positions. Of several sequences the first is padded on the left, the second on the
     right of its first step, and the third behind it."""

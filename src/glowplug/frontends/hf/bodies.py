@@ -18,15 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from glowplug.bodies.form import ATTENTION, CallForm, Forms
 from glowplug.bodies.group import Group
 from glowplug.errors import NotStorableError
-from glowplug.hf.interfaces import has_hooks
-from glowplug.layers.reads import LOADING as SKIP
-from glowplug.store.address import sources_of
-from glowplug.hf.shadow import Shadow
+from glowplug.frontends.hf.shadow import Shadow
+from glowplug.layers.reads import LOADING, hooks_of
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import describe_layers
 from glowplug.layers.structure import structure_of
 from glowplug.ops.arguments import parse
 from glowplug.ops.attention import ATTENTION_FN_ATTR
+from glowplug.store.address import class_modules, modules_of, sources_of
 
 _IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation whose body is worth compiling. On a CPU a compiled `batched_mm` took half the time of
@@ -59,7 +58,7 @@ def _alike(registry: LayerRegistry, names: Sequence[str]) -> list[tuple[tuple[st
     """Names of layers of each structure, and what it is told by. Layers with hooks are of none."""
     groups: dict[tuple[str, Any], list[str]] = {}
     for name, described in zip(names, describe_layers([registry[name] for name in names]), strict=True):
-        if not has_hooks(registry[name]):
+        if not hooks_of(registry[name]):
             attend = registry[name].__dict__.get(ATTENTION_FN_ATTR)
             groups.setdefault((described, attend), []).append(name)
     return [(tuple(alike), described) for (described, _), alike in groups.items()]
@@ -97,8 +96,8 @@ def _address(layer: nn.Module, form: CallForm, attend: Callable[..., Any] | None
             _IMPLEMENTATION.get(next(layer.parameters()).device.type),
             f"{attend.__module__}.{attend.__qualname__}" if attend is not None else None,
             form.to_facts(),
-            structure_of(layer, SKIP),
-            sorted(sources_of(layer, files).items()),
+            structure_of(layer, LOADING),
+            sorted(sources_of(class_modules(layer) | modules_of(files)).items()),
         ]
     except NotStorableError:
         return None

@@ -1,120 +1,106 @@
-"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force in what
-is to be captured. Checked on transformers 5.17 and 5.23.
+"""Which modules of a transformers model are what: attention, other mixers, experts, the layer stack; and what happens
+to its experts in a trace: left in the graph, or hidden behind a layer op. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
+from glowplug.frontends.hf.rotary import rope_types, rotary_layers
+from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.sharding import sharded_modules
 from glowplug.graph.capture import in_mode_of, is_fake
-from glowplug.hf.caches import own_cache_class
-from glowplug.hf.mixer_entry import mixer_entry
-from glowplug.hf.rotary_entry import rotary_entry, rotary_layers
-from glowplug.hf.shadow import Shadow
-from glowplug.hf.sharding import entry_of, sharded_modules
-from glowplug.layers.reads import FORWARD_HOOKS, hooks_of
-from glowplug.ops.arguments import encode
-from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update, layer_index
-from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
+from glowplug.layers.stack import LayerStack, find_stack
+from glowplug.ops.attention import ATTENTION_FN_ATTR, layer_index
+from glowplug.ops.moe import shared_experts_name
 
 NAME = "glowplug"
+"""glowplug's entry in transformers' interfaces."""
 _CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value", "layer_past"}
+_COUNTING = {"tolist", "item", "nonzero"}
+_TRACEABLE = ("grouped_mm", "batched_mm")
 
 
-def _attention_entry(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The attention function that traces see: hands everything to `glowplug::attention`."""
-    tensors, options = encode(kwargs)
-    return attention(module, query, key, value, attention_mask, tensors, options), None
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How one model's experts are captured.
 
-
-def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts function that traces see when experts are opaque."""
-    return moe_forward(module, hidden_states, top_k_index, top_k_weights)
-
-
-AttentionInterface.register(NAME, _attention_entry)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
-
-
-class CaptureCache(Cache):
-    """The cache that a trace sees: updates become `glowplug::kv_cache_update`, lengths become symbolic sizes. Any
-    other question can't be answered without running the model, and makes the model fall back.
-
-    Args:
-        layers: layer index -> attention module.
-        extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
-        past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
-        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where they are
-            made outside.
+    Attributes:
+        kind: `"inline"`, `"opaque"`, or `"none"` when the model has none that glowplug recognises.
+        implementation: the experts implementation for the capture; None leaves the model's own.
+        routed: experts that take routed tokens, which run behind `glowplug::moe_forward`.
+        blocks: blocks that run whole, behind `glowplug::moe_forward_shared`.
+        layers: every layer that an op of this capture may ask for, by name.
+        orders: op -> names of its layers in the order of creation.
     """
 
-    def __init__(
-        self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
-    ) -> None:
-        self.layers: Any = _NoLayers()
-        self.attention_layers = layers
-        self.extent = extent
-        self.past = past
-        self.padding = padding
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Trace the update of one layer."""
-        if layer_idx not in self.attention_layers:
-            raise CaptureError("a layer that glowplug does not know for attention writes to the cache")
-        return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states, self.extent)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The symbolic length of the cache before the step."""
-        return self.past.shape[0]
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
-        """The symbolic length of what each layer attends to, where masks are not made outside the program."""
-        if self.padding is None:
-            raise CaptureError("the model asks the cache for mask sizes inside its forward")
-        return self.padding.shape[1], 0
+    kind: str
+    implementation: str | None
+    blocks: dict[str, nn.Module]
+    routed: dict[str, nn.Module]
+    layers: dict[str, nn.Module]
+    orders: dict[str, list[str]]
 
 
-def capture_cache(
-    model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
-) -> CaptureCache:
-    """A `CaptureCache` for a model; of the model's own class of caches as well, if it has one and asks for it."""
-    own = own_cache_class(model)
-    made = CaptureCache if own is None else _capturing(own)  # type: ignore[arg-type]
-    return made(layers, extent, past, padding)
+def plan(model: PreTrainedModel, choice: str, *, bodies: bool = False) -> ExpertsPlan:
+    """Decide, from the option and from what the model is.
+
+    Args:
+        model: the model.
+        choice: `Options.experts`.
+        bodies: whether the bodies of opaque experts get compiled, too. `"auto"` then means opaque on a CPU: a
+            compiled body takes the implementation that suits the number of tokens (gpt-oss, tiny, 36 layers, two
+            cores: a decode step of 5.2 ms against 8.2 inline, a prefill of 128 tokens 22.8 against 24.3).
+    """
+    modules = dict(model.named_modules())
+    attention, mixers = attention_layers(model), token_mixers(model)
+    sharded = sharded_modules(model)
+    all_experts, all_routed = experts_layers(model), routed_experts_layers(model)
+    experts, routed_only = _without(sharded, all_experts), _without(sharded, all_routed)
+    orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
+    orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
+    orders["glowplug::sharded"] = list(sharded)
+    rotary = rotary_layers(model)
+    orders["glowplug::rotary"] = [name for name, module in rotary.items() for _ in rope_types(module)]
+    hidden_size = model.config.get_text_config().hidden_size
+    probe = choice != "inline" and not sharded
+    untraceable = untraceable_blocks(model, hidden_size, all_experts | all_routed | mixers) if probe else {}
+    seen = mixers.keys() | sharded.keys() | rotary.keys() | untraceable.keys()
+    always = {name: m for name, m in modules.items() if name in seen}
+    hidden = any(name in sharded for name in all_experts)
+    if not experts and not routed_only:
+        orders["glowplug::moe_forward_shared"] = list(untraceable)
+        return ExpertsPlan("opaque" if hidden or untraceable else "none", None, untraceable, {}, always, orders)
+    own = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    inline = (own in _TRACEABLE or not experts) and not (bodies and on_cpu)
+    if choice == "inline" or (choice == "auto" and inline):
+        implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
+        return ExpertsPlan("inline", implementation, {}, {}, always, orders)
+    blocks = shared_blocks(model, hidden_size, all_experts)
+    covered = {id(module) for block in blocks.values() for module in block.modules()}
+    behind = {**experts, **routed_only}
+    routed = {name: m for name, m in modules.items() if name in behind and id(m) not in covered}
+    orders["glowplug::moe_forward"] = list(routed)
+    orders["glowplug::moe_forward_shared"] = list(blocks)
+    layers = {name: m for name, m in modules.items() if name in always or name in routed or name in blocks}
+    return ExpertsPlan("opaque", NAME if experts else None, blocks, routed_only, layers, orders)
 
 
-@functools.lru_cache(maxsize=16)
-def _capturing(own: type[Cache]) -> type[CaptureCache]:
-    return type(f"Capture{own.__name__}", (CaptureCache, own), {})
-
-
-class _NoLayers:
-    """The layers of the cache that a trace sees: none to go over, and none to read or write."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: Any) -> Any:
-        raise CaptureError("the model computes with what lies in its cache, outside of the layers' own attention")
+def _without(sharded: dict[str, nn.Module], found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules that are not distributed over processes: those run behind `glowplug::sharded`."""
+    return {name: module for name, module in found.items() if name not in sharded}
 
 
 def attention_function(layer: nn.Module, implementation: str | None) -> Callable[..., Any] | None:
@@ -265,9 +251,6 @@ def _has_stacked_weights(module: nn.Module) -> bool:
     return any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
 
 
-_COUNTING = {"tolist", "item", "nonzero"}
-
-
 @functools.lru_cache(maxsize=1024)
 def _asks_for_counts(cls: type[nn.Module]) -> bool:
     """Whether a method of a model's class takes a tensor's values into Python."""
@@ -294,83 +277,12 @@ def give_attention_functions(model: PreTrainedModel) -> None:
         object.__setattr__(layer, ATTENTION_FN_ATTR, function)
 
 
-def put_in_force(
-    shadow: Shadow,
-    *,
-    experts: str | None,
-    blocks: Mapping[str, nn.Module],
-    routed: Mapping[str, nn.Module],
-    whole: bool = False,
-) -> None:
-    """Route attention, and experts, of what is to be captured through glowplug's ops.
+def stack_of(model: nn.Module, read: Collection[str] | None = None) -> LayerStack | None:
+    """The stack of a transformers model: each of its layers mixes tokens.
 
     Args:
-        shadow: of the model that is to be captured.
-        experts: the experts implementation for the capture; None leaves the model's own.
-        blocks: the model's blocks to run whole, behind `glowplug::moe_forward_shared`.
-        routed: its experts of routed tokens to run behind `glowplug::moe_forward`.
-        whole: run attention modules whole, behind `glowplug::mixer`: for a model that computes with its masks or its
-            cache inside them.
-
-    Raises:
-        CaptureError: a module that is distributed over processes can't be traced.
+        model: the model.
+        read: see `glowplug.layers.kinds.tell_apart`.
     """
-    model, blocks, routed = shadow.root, shadow.of(blocks), shadow.of(routed)
-    mixers = token_mixers(model) if whole else mixer_layers(model)
-    entries = _sharded_entries(model, mixers, {**blocks, **routed, **mixers})
-    shadow.put_in_force(attention=None if whole else NAME, experts=experts)
-    for module, entry in entries:
-        _set_forward(module, entry)
-    for block in blocks.values():
-        _set_forward(block, _block_entry)
-    for layer in routed.values():
-        _set_forward(layer, _routed_entry)
-    opaque = [*blocks.values(), *routed.values(), *(experts_layers(model).values() if experts == NAME else ())]
-    for layer in opaque:  # the op calls the layer, and so its hooks
-        layer.__dict__.update({table: {} for table in FORWARD_HOOKS})
-    for layer in mixers.values():
-        _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
-    for layer in rotary_layers(model).values():
-        _set_forward(layer, rotary_entry(layer))
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of the layer runs hooks."""
-    return bool(hooks_of(layer))
-
-
-def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:
-    """Give a module a forward of its own; None: that of its class."""
-    module.__dict__.pop("forward", None)
-    if function is not None:
-        object.__setattr__(module, "forward", types.MethodType(function, module))
-
-
-def _sharded_entries(
-    model: nn.Module, mixers: dict[str, nn.Module], replaced: dict[str, nn.Module]
-) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
-    """The modules that are distributed over processes, with what traces see in the place of their forward.
-
-    Raises:
-        CaptureError: one can't be traced.
-    """
-    distributed = sharded_modules(model)
-    for name in attention_layers(model):
-        if name in distributed and name not in mixers:
-            raise CaptureError(f"the attention of {name} is distributed as a whole")
-    return [(module, entry_of(name, module)) for name, module in distributed.items() if name not in replaced]
-
-
-def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    return moe_forward(layer, hidden_states, None, None)
-
-
-def _block_entry(block: nn.Module, hidden_states: Tensor) -> Tensor:
-    return moe_forward_shared(block, hidden_states)
-
-
-@functools.lru_cache(maxsize=256)
-def forward_parameters(cls: type) -> tuple[str, ...]:
-    """Names of the parameters of a model class's forward, in order, without self."""
-    names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
-    return tuple(name for name in names[1:] if name not in ("kwargs", "args"))
+    config: Any = model.config
+    return find_stack(model, list(token_mixers(model).values()), config.get_text_config(), read)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from glowplug.forks import in_forks, make_lock
+from glowplug.runtime.forks import in_forks, make_lock
 
 _lock = make_lock()
 _pauses: Counter[int] = Counter()

@@ -33,6 +33,14 @@ class PlainCall:
     form: Any
     signature: Hashable
 
+    cache = None
+    has_begun = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first tensor is."""
+        return self.tensors[0].device
+
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with other tensors in the place of this call's."""
         args, kwargs = _unflatten(tensors, self.places, self.constants, self.form)

@@ -1,5 +1,5 @@
-"""Builds a model's program in another process, while this one serves it eager or loads its weights, or from its
-configuration alone. What it makes goes into the store; whoever serves the model finds it there, and compares it.
+"""Builds in other processes: a model's program is made there while this process serves the model eagerly or loads its
+weights, or from its configuration alone. It goes into the store; whoever serves the model finds it, and compares it.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from transformers.utils import logging
 from glowplug.background.job import Job, Outcome, Say
 from glowplug.compilers import PieceCompiler, get_compiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.environment import differences
 from glowplug.errors import NotServableError
-from glowplug.forks import Scratch
-from glowplug.hf.build import Builder
-from glowplug.hf.call import Call, Signature, first_call
-from glowplug.hf.weightless import auto_class, weightless_model
+from glowplug.front import FrontEnd
+from glowplug.frontends.hf.calls import HfCall, Signature
+from glowplug.frontends.hf.weightless import auto_class, weightless_model
 from glowplug.options import Options
 from glowplug.reasons import why
 from glowplug.report import ElsewhereReport, Report
+from glowplug.runtime.forks import Scratch
+from glowplug.start import Compilation, start
 from glowplug.store import open_store
 
 
 def build_for_others(
-    model: PreTrainedModel, options: Options, compiler: PieceCompiler, call: Call | str, *, bodies: bool
-) -> Builder:
+    front: FrontEnd, options: Options, compiler: PieceCompiler, call: HfCall | str, *, bodies: bool
+) -> Compilation:
     """Put the program for a call, and all that it needs, into the store.
 
     Args:
-        model: the model.
+        front: the model's front end.
         options: as those of the process that will serve it.
         compiler: compiles pieces.
         call: the call, or why there is none.
@@ -42,26 +42,29 @@ def build_for_others(
 
     Returns:
         What did it. Its report says what was done, or in `fallbacks` why nothing could be. With `ends="auto"`, deferred
-        pieces are still being compiled; see `Builder.finish`.
+        pieces are still being compiled; see `PieceCache.finish`.
     """
     store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
     report = Report(compiler=compiler.name)
-    builder = Builder(model, options, compiler, report, store, for_others=True, bakes_bodies=bodies)
+    compilation = Compilation(front, options, compiler, report, store, for_others=True, bakes_bodies=bodies)
     try:
-        found = call if isinstance(call, str) else builder.build(call)
+        found = call if isinstance(call, str) else start(compilation, call)
     except NotServableError:
         raise
-    except Exception as exc:  # whatever it is, whoever serves the model can run it eager
+    except Exception as exc:  # whatever it is, whoever serves the model can run it eagerly
         found = why(exc)
     if isinstance(found, str):
         report.strategy = "eager"
         report.fall_back(found)
-    return builder
+    return compilation
 
 
-def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Builder:
+def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Compilation:
     """The same for the first call of `generate` of a model that `weightless_model` made."""
-    return build_for_others(model, options, get_compiler(options.compiler), first_call(model), bodies=bodies)
+    from glowplug.frontends.hf.front import HfFrontEnd
+
+    front = HfFrontEnd(model, options)
+    return build_for_others(front, options, get_compiler(options.compiler), front.first_call(), bodies=bodies)
 
 
 def bake_configuration(
@@ -77,12 +80,12 @@ def bake_configuration(
     _tell(say, bake(weightless_model(config, dtype=dtype, device=device, **settings), options, bodies=False))
 
 
-def _tell(say: Say, builder: Builder) -> None:
+def _tell(say: Say, compilation: Compilation) -> None:
     """Say what came of a build, and finish what is compiled beside."""
-    fallbacks = builder.report.fallbacks
-    reason = fallbacks[-1].reason if fallbacks else "no program was made"
-    say(None if builder.report.programs else reason, **builder.facts)
-    builder.finish()
+    report = compilation.report
+    reason = report.fallbacks[-1].reason if report.fallbacks else "no program was made"
+    say(None if report.programs else reason, **compilation.facts)
+    compilation.pieces.finish()
 
 
 def can_fork(device: torch.device) -> bool:
@@ -113,16 +116,6 @@ def begin_baking(
     return Job.spawn(bake_configuration, config, dtype, device, settings, options)
 
 
-def why_unused(outcome: Outcome, builder: Builder) -> str:
-    """Why the program that a job made was not used by a builder of this process."""
-    apart = differences(outcome.facts, builder.facts) if outcome.facts and builder.facts else []
-    if apart:
-        more = f", and {len(apart) - 4} more" if len(apart) > 4 else ""
-        return f"it was built where other things hold: {', '.join(apart[:4])}{more}"
-    problems = builder.store.problems if builder.store is not None else []
-    return problems[-1] if problems else "it is gone"
-
-
 def with_store(options: Options) -> tuple[Options, Any]:
     """Options with a store, and what keeps it there: one of this process alone, if there is none."""
     if open_store(options.cache_dir) is not None:
@@ -131,43 +124,59 @@ def with_store(options: Options) -> tuple[Options, Any]:
     return dataclasses.replace(options, cache_dir=folder.path), folder
 
 
-class Background:
+class Builds:
     """The background builds of one model, one for each signature of its calls.
 
     Args:
-        model: the model.
-        options: how it is compiled; with a store.
+        front: the model's front end.
+        options: how it is compiled.
         report: receives what happens.
+
+    Attributes:
+        options: how it is compiled, with a store.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Options, report: Report) -> None:
-        self.model = model
+    def __init__(self, front: FrontEnd, options: Options, report: Report) -> None:
+        self.front = front
+        options, self._kept = with_store(options)
         self.options = dataclasses.replace(options, background=False)
         self.report = report
+        self._met: set[Signature] = set()
         self._begun: dict[Signature, Job | str] = {}
 
+    def is_first(self, call: HfCall) -> bool:
+        """Whether no call like this one was met before: nothing at all is done before the first answer."""
+        first = call.signature not in self._met
+        self._met.add(call.signature)
+        return first
+
+    def began(self, call: HfCall) -> bool:
+        """Whether a build was begun for calls like this one."""
+        return call.signature in self._known
+
     @property
-    def begun(self) -> Collection[Signature]:
+    def _known(self) -> Collection[Signature]:
         """Signatures for which a build was begun. A fork of the process that began one finds what it makes in the
         store, or begins another."""
         return {key for key, build in self._begun.items() if isinstance(build, str) or build.ours}
 
-    def start(self, call: Call) -> None:
+    def begin(self, call: HfCall) -> None:
         """Begin to build a program for calls like this one, unless that was begun. Called after the call was served,
         which so is not slowed down."""
-        if call.signature not in self.begun:
+        if call.signature not in self._known:
             self.report.elsewhere = ElsewhereReport(eager_calls=1)
             self._begun[call.signature] = self._begin(call)
 
-    def _begin(self, call: Call) -> Job | str:
-        model, device = self.model, call.inputs.device
+    def _begin(self, call: HfCall) -> Job | str:
+        model: Any = self.front.model
+        device = call.inputs.device
         if can_fork(device):
             call = dataclasses.replace(call, cache=None)
             compiler = get_compiler(self.options.compiler)  # made here, as a fork has one thread
-            options = self.options
+            front, options = self.front, self.options
 
             def build(say: Say) -> None:
-                _tell(say, build_for_others(model, options, compiler, call, bodies=False))
+                _tell(say, build_for_others(front, options, compiler, call, bodies=False))
 
             return Job.fork(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
         config = model.config
@@ -176,9 +185,9 @@ class Background:
         settings = {"attn_implementation": config._attn_implementation}
         return begin_baking(config, model.dtype, device, settings, self.options)
 
-    def outcome(self, call: Call) -> Outcome | None:
+    def outcome(self, call: HfCall) -> Outcome | None:
         """What became of the build for calls like this one; None while it is under way, or was not begun."""
-        if call.signature not in self.begun:
+        if call.signature not in self._known:
             return None
         build = self._begun[call.signature]
         outcome = Outcome(build) if isinstance(build, str) else build.outcome()

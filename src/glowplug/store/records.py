@@ -1,4 +1,4 @@
-"""Finds a model's program in the store, proves that it fits, and keeps what was made anew."""
+"""The stored programs of one model: found, proved to fit, bound to the model, and kept."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack
-from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
+from glowplug.program import Deferred, PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
 from glowplug.reasons import said
-from glowplug.store import ArtifactStore
 from glowplug.store.address import changed_global, changed_source
 from glowplug.store.record import Place, Record
+from glowplug.store.store import ArtifactStore
 
 _WAIT_S = 600.0
 
@@ -33,15 +35,20 @@ class Stored:
         record: what it was written from.
         program: the program.
         runners: its compiled pieces.
-        ends: its pieces that are still being compiled by another process, if any.
-        find_uncompiled: the program with uncompiled pieces; None when not all of them are stored.
+        deferred: its pieces that another process is compiling, if any.
+        graphs: gives the program with uncompiled pieces; None when not all of them are stored.
     """
 
     record: Record
     program: Program
     runners: Mapping[Fingerprint, Run]
-    ends: Ends | None
-    find_uncompiled: Callable[[], Program | None]
+    deferred: Deferred | None
+    graphs: Callable[[], Program | None]
+
+    @property
+    def slots(self) -> tuple[PieceSlot, ...]:
+        """Of its deferred pieces."""
+        return self.deferred.slots if self.deferred is not None else ()
 
 
 @dataclass(frozen=True)
@@ -60,27 +67,33 @@ class Records:
     store: ArtifactStore
     pieces: PieceStore
 
-    def find(
-        self, key: str, registry: LayerRegistry, *, wait: bool, rebuild: Callable[[], Build | None] | None
-    ) -> Stored | None:
+    @classmethod
+    def of(
+        cls, model: nn.Module, about: str, store: ArtifactStore, compiler: StoringCompiler, device: torch.device
+    ) -> Records:
+        """Those in a store, of a model on a device."""
+        return cls(model, about, store, PieceStore(store, compiler, compiler.environment(device)))
+
+    def find(self, key: str, registry: LayerRegistry, *, wait: bool) -> Stored | None:
         """The program of an address, bound to the model; None when there is none that can be used.
 
         Args:
             key: the address.
             registry: the model's layers.
-            wait, rebuild: see `load_pieces`.
+            wait: see `load_pieces`.
         """
         record = self.read(key)
-        loaded = load_pieces(self.pieces, record, wait=wait, rebuild=rebuild) if record is not None else None
+        loaded = load_pieces(self.pieces, record, wait=wait) if record is not None else None
         if record is None or loaded is None:
             return None
-        runners, ends = loaded
+        runners, deferred = loaded
+        slots = {slot.fingerprint: slot for slot in deferred.slots} if deferred is not None else {}
         try:
-            program = self._write(record, registry, {**runners, **(ends.runners if ends is not None else {})})
+            program = self._write(record, registry, {**runners, **slots})
         except Exception as exc:  # whatever comes of a stored program, it is made anew
             self.drop(key, said(exc))
             return None
-        return Stored(record, program, runners, ends, functools.partial(self._write_uncompiled, record, registry))
+        return Stored(record, program, runners, deferred, functools.partial(self._graphs, record, program))
 
     def read(self, key: str) -> Record | None:
         """The record of an address, if everything that it relies on is as it was."""
@@ -119,23 +132,22 @@ class Records:
         elif (record := self.read(key)) is not None and not record.verified:
             self.keep(key, replace(record, verified=True))
 
-    def _write(self, record: Record, registry: LayerRegistry, runners: Mapping[Fingerprint, Run]) -> Program:
+    def _write(self, record: Record, registry: LayerRegistry, slots: Mapping[Fingerprint, Run]) -> Program:
         values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
-        bind, name_of = None, None
-        if record.stack is not None:
-            layers: Any = self.model.get_submodule(record.stack)
-            stack = LayerStack(record.stack, tuple(layers), ())
-            bind, name_of = binder(stack, registry, record.handles), stack.name_of
-        return replace(record.plan.write(runners, values, bind), outline=record.plan.whole_outline(name_of))
+        if record.stack is None:
+            return record.plan.write(slots, values)
+        layers: Any = self.model.get_submodule(record.stack)
+        stack = LayerStack(record.stack, tuple(layers), ())
+        return record.plan.write(slots, values, binder(stack, registry, record.handles), stack.name_of)
 
-    def _write_uncompiled(self, record: Record, registry: LayerRegistry) -> Program | None:
+    def _graphs(self, record: Record, program: Program) -> Program | None:
         graphs = {}
         for piece, address in record.pieces().items():
             graph = self.pieces.load_graph(address)
             if graph is None:
                 return None
             graphs[piece] = graph
-        return self._write(record, registry, graphs)
+        return program.with_slots(graphs)
 
 
 def _same(stored: Record, made: Record) -> bool:
@@ -144,25 +156,21 @@ def _same(stored: Record, made: Record) -> bool:
 
 
 def load_pieces(
-    pieces: PieceStore, record: Record, *, wait: bool, rebuild: Callable[[], Build | None] | None
-) -> tuple[dict[Fingerprint, Run], Ends | None] | None:
-    """Every piece of a record, ready to run; None when one is missing.
+    pieces: PieceStore, record: Record, *, wait: bool
+) -> tuple[dict[Fingerprint, Run], Deferred | None] | None:
+    """Every piece of a record, ready to run; None when one is missing that nobody is compiling.
 
     Args:
         pieces: the store's.
         record: of the program.
-        wait: for pieces that another process is compiling. Otherwise they are ends, and run uncompiled for now.
-        rebuild: begins to make the program anew, beside serving. Then ends that nobody finished run uncompiled for
-            now, too.
+        wait: for pieces that another process is compiling. Otherwise they are deferred, and run uncompiled for now.
     """
-    runners, graphs, addresses = {}, {}, {}
+    runners, slots = {}, []
     for piece, address in record.pieces().items():
         run = pieces.load(address)
-        graph = None
-        if run is None and not wait:
-            graph = pieces.graph_of_pending(address, unfinished=rebuild is not None)
+        graph = pieces.load_graph(address) if run is None and not wait and pieces.busy(address) else None
         if graph is not None:
-            graphs[piece], addresses[piece] = graph, address
+            slots.append(PieceSlot(piece, graph, address))
             continue
         if run is None:
             with pieces.lock(address, _WAIT_S):
@@ -170,7 +178,7 @@ def load_pieces(
         if run is None:
             return None
         runners[piece] = run
-    return runners, Ends(graphs, StoreMaker(pieces, addresses, rebuild)) if graphs else None
+    return runners, Deferred(tuple(slots), pieces) if slots else None
 
 
 # -- where objects lie -------------------------------------------------------------------------------------------

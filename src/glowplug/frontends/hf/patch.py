@@ -1,0 +1,183 @@
+"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force in what
+is to be captured. Checked on transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
+
+from glowplug.errors import CaptureError
+from glowplug.frontends.hf.caches import own_cache_class
+from glowplug.frontends.hf.discover import (
+    NAME,
+    ExpertsPlan,
+    attention_layers,
+    experts_layers,
+    mixer_layers,
+    token_mixers,
+)
+from glowplug.frontends.hf.mixers import mixer_entry
+from glowplug.frontends.hf.rotary import rotary_entry, rotary_layers
+from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.sharding import entry_of, sharded_modules
+from glowplug.layers.reads import FORWARD_HOOKS
+from glowplug.ops.arguments import encode
+from glowplug.ops.attention import attention, kv_cache_update
+from glowplug.ops.moe import moe_forward, moe_forward_shared
+
+
+def _attention_entry(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function that traces see: hands everything to `glowplug::attention`."""
+    tensors, options = encode(kwargs)
+    return attention(module, query, key, value, attention_mask, tensors, options), None
+
+
+def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function that traces see when experts are opaque."""
+    return moe_forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+AttentionInterface.register(NAME, _attention_entry)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
+
+
+class CaptureCache(Cache):
+    """The cache that a trace sees: updates become `glowplug::kv_cache_update`, lengths become symbolic sizes. Any
+    other question can't be answered without running the model, and makes the model fall back.
+
+    Args:
+        layers: layer index -> attention module.
+        extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
+        past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
+        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where they are
+            made outside.
+    """
+
+    def __init__(
+        self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
+    ) -> None:
+        self.layers: Any = _NoLayers()
+        self.attention_layers = layers
+        self.extent = extent
+        self.past = past
+        self.padding = padding
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Trace the update of one layer."""
+        if layer_idx not in self.attention_layers:
+            raise CaptureError("a layer that glowplug does not know for attention writes to the cache")
+        return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states, self.extent)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The symbolic length of the cache before the step."""
+        return self.past.shape[0]
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
+        """The symbolic length of what each layer attends to, where masks are not made outside the program."""
+        if self.padding is None:
+            raise CaptureError("the model asks the cache for mask sizes inside its forward")
+        return self.padding.shape[1], 0
+
+
+def capture_cache(
+    model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
+) -> CaptureCache:
+    """A `CaptureCache` for a model; of the model's own class of caches as well, if it has one and asks for it."""
+    own = own_cache_class(model)
+    made = CaptureCache if own is None else _capturing(own)  # type: ignore[arg-type]
+    return made(layers, extent, past, padding)
+
+
+@functools.lru_cache(maxsize=16)
+def _capturing(own: type[Cache]) -> type[CaptureCache]:
+    return type(f"Capture{own.__name__}", (CaptureCache, own), {})
+
+
+class _NoLayers:
+    """The layers of the cache that a trace sees: none to go over, and none to read or write."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: Any) -> Any:
+        raise CaptureError("the model computes with what lies in its cache, outside of the layers' own attention")
+
+
+def put_in_force(shadow: Shadow, plan: ExpertsPlan, *, whole: bool = False) -> None:
+    """Route attention, and experts, of what is to be captured through glowplug's ops.
+
+    Args:
+        shadow: of the model that is to be captured.
+        plan: what happens to its experts.
+        whole: run attention modules whole, behind `glowplug::mixer`: for a model that computes with its masks or its
+            cache inside them.
+
+    Raises:
+        CaptureError: a module that is distributed over processes can't be traced.
+    """
+    model, blocks, routed = shadow.root, shadow.of(plan.blocks), shadow.of(plan.routed)
+    mixers = token_mixers(model) if whole else mixer_layers(model)
+    entries = _sharded_entries(model, mixers, {**blocks, **routed, **mixers})
+    shadow.put_in_force(attention=None if whole else NAME, experts=plan.implementation)
+    for module, entry in entries:
+        _set_forward(module, entry)
+    for block in blocks.values():
+        _set_forward(block, _block_entry)
+    for layer in routed.values():
+        _set_forward(layer, _routed_entry)
+    opaque = [
+        *blocks.values(),
+        *routed.values(),
+        *(experts_layers(model).values() if plan.implementation == NAME else ()),
+    ]
+    for layer in opaque:  # the op calls the layer, and so its hooks
+        layer.__dict__.update({table: {} for table in FORWARD_HOOKS})
+    for layer in mixers.values():
+        _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
+    for layer in rotary_layers(model).values():
+        _set_forward(layer, rotary_entry(layer))
+
+
+def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:
+    """Give a module a forward of its own; None: that of its class."""
+    module.__dict__.pop("forward", None)
+    if function is not None:
+        object.__setattr__(module, "forward", types.MethodType(function, module))
+
+
+def _sharded_entries(
+    model: nn.Module, mixers: dict[str, nn.Module], replaced: dict[str, nn.Module]
+) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
+    """The modules that are distributed over processes, with what traces see in the place of their forward.
+
+    Raises:
+        CaptureError: one can't be traced.
+    """
+    distributed = sharded_modules(model)
+    for name in attention_layers(model):
+        if name in distributed and name not in mixers:
+            raise CaptureError(f"the attention of {name} is distributed as a whole")
+    return [(module, entry_of(name, module)) for name, module in distributed.items() if name not in replaced]
+
+
+def _routed_entry(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    return moe_forward(layer, hidden_states, None, None)
+
+
+def _block_entry(block: nn.Module, hidden_states: Tensor) -> Tensor:
+    return moe_forward_shared(block, hidden_states)
