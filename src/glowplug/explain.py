@@ -14,11 +14,10 @@ from torch import nn
 
 from glowplug.errors import CaptureError, UsageError
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.sources import layer_index
 from glowplug.options import Options
 from glowplug.program.program import StepOutline
 from glowplug.report import Report
-
-_LAYER = re.compile(r"\._modules\['([^']+)'\]")
 
 
 @dataclass(frozen=True)
@@ -196,11 +195,7 @@ def _letter(number: int) -> str:
 
 def _layers_of(sources: Sequence[str]) -> str:
     """The indices of the layers that the sources lie in: `"3"`, or `"3-4"`."""
-    indices = set()
-    for source in sources:
-        numbers = [part for part in _LAYER.findall(source) if part.isdigit()]
-        if numbers:
-            indices.add(int(numbers[0]))
+    indices = {index for index in map(layer_index, sources) if index is not None}
     return f"{min(indices)}-{max(indices)}" if len(indices) > 1 else "".join(map(str, indices))
 
 

@@ -102,18 +102,6 @@ def is_tracers(exc: BaseException) -> bool:
     return "from user code:" in str(exc)
 
 
-def named(source: str) -> str:
-    """A source of Dynamo's as people name what lies there.
-
-    Example:
-        >>> named("L['model']._modules['layers']._modules['0']._parameters['weight']")
-        'model.layers.0.weight'
-    """
-    parts = re.sub(r"^[LG]\['__import_|^[LG]\['", "", source)
-    parts = re.sub(r"\._(?:modules|parameters|buffers)\['|\['", ".", parts)
-    return parts.replace("']", "").replace("_dot_", ".").strip(".")
-
-
 def no_cpp_compiler() -> str:
     """That there is no C++ compiler, and what to do."""
     return "there is no C++ compiler, which Inductor needs; install g++ or clang, or set CXX to the one that you have"

@@ -7,6 +7,7 @@ and 2.13).
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +19,9 @@ from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.forks import free_in_forks, make_lock
+from glowplug.graph import sources
 from glowplug.layers.handle import LayerHandle
-from glowplug.layers.sources import plain_source
-from glowplug.reasons import named, switched_off, why
+from glowplug.reasons import switched_off, why
 
 try:
     from torch._dynamo.convert_frame import compile_lock
@@ -91,8 +92,8 @@ def describe(gm: fx.GraphModule) -> Captured:
             kind = "handle"
         elif not isinstance(value, torch.Tensor):
             raise CaptureError(
-                f"{named(arg.source.name)} is a {type(value).__name__}; glowplug binds tensors, sizes and layer "
-                "handles. Keep other objects in the layer, where a layer op can read them."
+                f"{sources.named(arg.source.name)} is a {type(value).__name__}; glowplug binds tensors, sizes and "
+                "layer handles. Keep other objects in the layer, where a layer op can read them."
             )
         inputs.append(GraphInput(node.name, arg.source.name, kind, value))
     return Captured(gm, tuple(inputs))
@@ -120,7 +121,7 @@ class _Capture(Generic[T]):
     def backend(self, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
         assert self.consume is not None
         if self.reads is not None:
-            self.reads.update(map(_read_by, TracingContext.get().guards_context.dynamo_guards))
+            self.reads.update(map(sources.read_by, TracingContext.get().guards_context.dynamo_guards))
         try:
             self.result.append(self.consume(describe(gm)))
         except BaseException as exc:
@@ -135,18 +136,6 @@ class _Capture(Generic[T]):
         self.consume = self.reads = self.error = None
         self.result = []
         return result, error
-
-
-def _read_by(guard: Any) -> str:
-    """The source of what the trace relied on; of an attribute or a key that it looked for, in vain or not, too."""
-    check, name = guard.create_fn, plain_source(str(guard.name))
-    details = getattr(check, "keywords", None) or {}
-    what = getattr(getattr(check, "func", check), "__name__", "")
-    if "attr" in details:
-        return f"{name}.{details['attr']}"
-    if what == "DICT_CONTAINS" and "key" in details:
-        return f"{name}[{details['key']!r}]"
-    return f"type({name})" if what == "TYPE_MATCH" else name
 
 
 def capture(
@@ -171,10 +160,33 @@ def capture(
 
     Raises:
         CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
+        UnsupportedTorchError: this torch does not name what a trace reads as it is known to.
     """
     off = switched_off()
     if off is not None:
         raise CaptureError(off)
+    with contextlib.suppress(CaptureError):  # what keeps a tiny module from being traced keeps every other
+        _check_names()
+    return _capture(fn, args, consume, reads)
+
+
+@functools.cache
+def _check_names() -> None:
+    """Check, once in a process, that this torch names what traces read as it is known to.
+
+    Raises:
+        UnsupportedTorchError: it does not.
+    """
+    model, reads = sources.Probe(), set[str]()
+    inputs = _capture(_probe, (model, model.example), lambda captured: captured.inputs, reads)
+    model.check({entry.source: entry.value for entry in inputs}, reads)
+
+
+def _probe(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+def _capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], reads: set[str] | None) -> T:
     job = _Capture(consume, reads)
     # Dynamo keeps what it knows by code object: a fresh one each time.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)

@@ -15,7 +15,7 @@ import torch
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
-from glowplug.reasons import named
+from glowplug.graph.sources import named
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import fx
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
+from glowplug.graph.sources import is_weight
 from glowplug.ops.layer_op import LayerOp, find_layer_op
 
 
@@ -98,7 +99,7 @@ def split(
     gm = captured.gm
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     if bound is None:
-        bound = {entry.node for entry in captured.inputs if _is_bound(entry.source, entry.kind)}
+        bound = {entry.node for entry in captured.inputs if entry.kind == "handle" or is_weight(entry.source)}
     segments = _segments(gm, layer_of)
     home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
     wanted = _wanted_later(segments, home, output)
@@ -117,10 +118,6 @@ def _names(outputs: Any) -> tuple[str, ...]:
     if any(is_size(node) for node in outputs):
         raise CaptureError("the model returns a size; programs return tensors")
     return tuple(node.name for node in outputs)
-
-
-def _is_bound(source: str, kind: str) -> bool:
-    return kind == "handle" or "._parameters[" in source or "._buffers[" in source
 
 
 def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:

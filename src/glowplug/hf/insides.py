@@ -26,6 +26,7 @@ from glowplug.compilers.fork import Beside, leave, orphaned
 from glowplug.errors import CaptureError
 from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, capture
+from glowplug.graph.sources import named, parse
 from glowplug.graph.split import Piece, split
 from glowplug.hf.inside_store import inside_key, keep_inside, load_inside
 from glowplug.hf.kinds import Kind, Made
@@ -35,7 +36,6 @@ from glowplug.hf.trials import Verdict, judge
 from glowplug.layers.watch import ReadWatch
 from glowplug.ops.inside import Inside
 from glowplug.program import PieceStore
-from glowplug.reasons import named
 from glowplug.report import InsideReport, Report
 
 IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
@@ -304,7 +304,8 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
     Raises:
         CaptureError: it is more than one piece, or reads something that is not a weight of the layer.
     """
-    changing = {entry.node for entry in captured.inputs if entry.source.startswith("L['a")}
+    origins = {entry.node: parse(entry.source) for entry in captured.inputs}
+    changing = {node for node, origin in origins.items() if origin and not origin.is_global and origin.root != "layer"}
     fixed = {entry.node for entry in captured.inputs} - changing
     steps, outputs = split(captured, fixed)
     if len(steps) != 1 or not isinstance(steps[0], Piece) or steps[0].outputs != outputs or len(outputs) != 1:
@@ -317,7 +318,9 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
         if entry is None:
             raise CaptureError(f"the inside reads {name}, which is no input")
         if name in changing:
-            order.append(entry.source.replace("L['", "").replace("']", "", 1).replace(".size()", ".shape"))
+            origin = origins[name]
+            assert origin is not None
+            order.append(origin.root if origin.size is None else f"{origin.root}.shape[{origin.size}]")
         elif id(entry.value) in paths:
             order.append(f"@{paths[id(entry.value)]}")
         else:

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.sources import parse
 from glowplug.hf.call import Signature
 from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.sources import follow, parse_source
 from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import is_own
@@ -318,12 +318,12 @@ def globals_of(reads: Iterable[str]) -> dict[str, str]:
 
 
 def _global(text: str) -> str | None:
-    source = parse_source(text)
+    source = parse(text)
     if source is None or not source.is_global or is_own(source.root):
         return None
     try:
-        value = follow(sys.modules[source.root], source.path)[-1]
-    except (AttributeError, LookupError, TypeError):
+        value = source.value({})
+    except LookupError:
         return "missing"
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)

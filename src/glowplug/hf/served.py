@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from glowplug.errors import NotServableError
 from glowplug.graph.shapes import ShapeAssumptions
+from glowplug.graph.sources import size_of
 from glowplug.hf.caches import mask_extent, seen_tokens
 from glowplug.hf.call import Call
 from glowplug.hf.insides import InUse
@@ -25,10 +25,14 @@ from glowplug.program import Built, Ends, Program, Stamping, try_pieces
 
 PADDING = "L['cache'].padding"
 """Source of the mask that a model makes all others of inside its trace."""
-SIZE = re.compile(
-    r"L\['(inputs|position_ids|keep)'\]\.size\(\)\[(\d+)\]|L\['cache'\]\.(past\.size\(\)\[0\]|padding\.size\(\)\[[01]\])"
-)
-"""Sources of sizes that a call gives."""
+_PAST = "L['cache'].past"
+_SIZED = frozenset({"L['inputs']", "L['position_ids']", "L['keep']", _PAST, PADDING})
+
+
+def is_size(source: str) -> bool:
+    """Whether a source is of a size that a call gives."""
+    found = size_of(source)
+    return found is not None and found[0] in _SIZED
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class Served:
             call.position_ids = filled
         if self._reads(PADDING):
             return _make_padding(call, takes_padding(self.positions.model))
-        if self._reads("L['cache'].past") and seen_tokens(call.cache) is None:
+        if self._reads(_PAST) and seen_tokens(call.cache) is None:
             return "the cache can't say how many tokens it holds"
         return None
 
@@ -195,20 +199,13 @@ _READERS: dict[str, Any] = {
     "L['position_ids']": lambda call: call.position_ids,
     "L['keep']": lambda call: call.keep,
     PADDING: lambda call: call.padding,
-    "L['inputs'].size()[0]": lambda call: call.inputs.shape[0],
-    "L['inputs'].size()[1]": lambda call: call.inputs.shape[1],
-    "L['keep'].size()[0]": lambda call: call.keep.shape[0],
 }
 
 
 def _read_other(source: str, call: Call) -> Any:
-    if source.startswith(PADDING):
-        return call.padding.shape[int(source[-2])]
-    if source.startswith("L['cache']"):
-        return int(seen_tokens(call.cache) or 0)
-    size = SIZE.fullmatch(source)
+    size = size_of(source)
     if size is not None:
-        return getattr(call, size[1]).shape[int(size[2])]
+        return int(seen_tokens(call.cache) or 0) if size[0] == _PAST else _READERS[size[0]](call).shape[size[1]]
     for name, key in mask_sources(call.masks).items():
         if name == source:
             return call.masks if key is None else call.masks[key]  # type: ignore[index]

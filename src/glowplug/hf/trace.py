@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.graph.sources import named
 from glowplug.graph.split import OpStep, Piece, Step
 from glowplug.graph.stamp import reads
 from glowplug.hf import interfaces
@@ -22,7 +23,7 @@ from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.kinds import Slots, read_slots
 from glowplug.hf.masks import mask_sources, stand_ins, takes_padding
 from glowplug.hf.positions import Positions
-from glowplug.hf.served import PADDING, SIZE, Recipe, Served
+from glowplug.hf.served import PADDING, Recipe, Served, is_size
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.verify import output_type
 from glowplug.layers.registry import LayerRegistry
@@ -30,7 +31,6 @@ from glowplug.ops.attention import layer_index
 from glowplug.program import Built
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.reasons import named
 from glowplug.report import Report
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST = 2, 8, 5, 11, 3
@@ -105,7 +105,7 @@ def sort_inputs(captured: Captured, masks: set[str]) -> tuple[dict[str, str], di
     arguments: dict[str, str] = {}
     bound: dict[str, Any] = {}
     for entry in captured.inputs:
-        if entry.source in VARYING or entry.source in masks or SIZE.fullmatch(entry.source):
+        if entry.source in VARYING or entry.source in masks or is_size(entry.source):
             arguments[entry.node] = entry.source
         elif entry.kind != "symint":  # other sizes are those of tensors in the program, which give them
             bound[entry.node] = entry.value
@@ -128,7 +128,7 @@ def check_steps(steps: Sequence[Step], captured: Captured, masks: set[str] | Non
         if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and handed & set(reads(step)):
             raise CaptureError("the model computes with what its attention hands on from layer to layer")
     mask_nodes = {entry.node for entry in captured.inputs if masks and entry.source in masks}
-    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not SIZE.fullmatch(e.source)}
+    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not is_size(e.source)}
     for step in steps:
         if isinstance(step, Piece):
             used = bool(mask_nodes & set(step.inputs))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.graph.sources import Access, follow, parse
 from glowplug.layers.describe import PRINTED
 from glowplug.layers.registry import MARKS
 from glowplug.layers.shards import is_sharded, local_of
-from glowplug.layers.sources import Access, follow, parse_source
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _AROUND = ("_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -96,8 +96,8 @@ class ReadWatch:
             of_class.setdefault(type(module), []).append((name, module))
         known: set[tuple[type, tuple[Access, ...]]] = set()
         for text in dict.fromkeys(reads):
-            source = parse_source(text)
-            if source is None or not source.path:
+            source = parse(text)
+            if source is None or not source.path or source.size is not None:
                 continue
             path = source.path
             if source.is_global:
@@ -119,7 +119,7 @@ class ReadWatch:
         for index, access in enumerate(path[:-1]):
             try:
                 at = access.of(at)
-            except (AttributeError, LookupError, TypeError):
+            except Exception:  # whatever a property raises
                 break
             if id(at) in self._in_tree:
                 found, start = at, index + 1
@@ -135,7 +135,7 @@ class ReadWatch:
             while kept and not (kept[-1].kind == "attribute" or isinstance(objects[-1], dict)):
                 kept.pop()
                 objects.pop()
-        except (AttributeError, LookupError, TypeError):
+        except LookupError:
             return  # another module of the class may lack it
         for passed, access in zip(objects[:-1], kept, strict=False):
             if isinstance(passed, type) and access.kind == "attribute":  # such as a property

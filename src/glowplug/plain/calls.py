@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-SOURCE = re.compile(r"L\['tensors'\]\[(\d+)\](?:\.size\(\)\[(\d+)\])?")
-"""Sources of what a call gives: a tensor, or one of its sizes."""
+from glowplug.graph.sources import parse
+
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -45,10 +44,18 @@ class PlainCall:
 
     def value(self, source: str) -> Any:
         """What a source stands for."""
-        found = SOURCE.fullmatch(source)
+        found = argument(source)
         assert found is not None
-        tensor = self.tensors[int(found[1])]
-        return tensor if found[2] is None else tensor.shape[int(found[2])]
+        tensor = self.tensors[found[0]]
+        return tensor if found[1] is None else tensor.shape[found[1]]
+
+
+def argument(source: str) -> tuple[int, int | None] | None:
+    """Which tensor of a call a source stands for, and which of its sizes; None for what no call gives."""
+    found = parse(source)
+    if found is None or found.root != "tensors" or len(found.path) != 1:
+        return None
+    return found.path[0].name, found.size
 
 
 def read_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | str:

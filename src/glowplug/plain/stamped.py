@@ -24,17 +24,18 @@ from glowplug.errors import (
 from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.graph.sources import named
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import find_repetition
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.plain.calls import SOURCE, PlainCall, examples, read_plain, traced_function
+from glowplug.plain.calls import PlainCall, argument, examples, read_plain, traced_function
 from glowplug.plain.twin import differs, make_twin, states_differ
 from glowplug.program import Built, Ends, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.reasons import named, said
+from glowplug.reasons import said
 from glowplug.report import Report
 
 _PROGRAMS = 8
@@ -213,7 +214,7 @@ class Stamper:
 
         def consume(captured: Captured) -> tuple[Built, ShapeAssumptions]:
             templates.check_reads(self.model, template, reads)
-            arguments = {e.node: e.source for e in captured.inputs if SOURCE.fullmatch(e.source)}
+            arguments = {e.node: e.source for e in captured.inputs if argument(e.source) is not None}
             sizes = [e.source for e in captured.inputs if e.kind == "symint" and e.node not in arguments]
             if sizes:
                 raise NotStampableError(f"the trace depends on a size that no argument has: {named(sizes[0])}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +10,13 @@ from torch import Tensor, fx, nn
 
 from glowplug.errors import AttributesReadError, NotStampableError
 from glowplug.graph.capture import Captured
+from glowplug.graph.sources import Source, attributes_in, lies_in, module_path, named, parse
 from glowplug.graph.split import LayerOf
 from glowplug.graph.stamp import Bind, Locations, Own
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
-from glowplug.reasons import named
 
 _DEEP = 16
 """Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
@@ -91,45 +89,29 @@ def check_reads(model: nn.Module, template: Template, reads: Collection[str]) ->
     unread = template.stack.unread
     if not unread.attributes:
         return
-    names = "|".join(map(re.escape, sorted(unread.names)))
-    mention = re.compile(rf"\.(?:__dict__\[')?({names})\b(?!\()")
     found: set[str] = set()
     for read in reads:
-        source = read[5:-1] if read.startswith("type(") and read.endswith(")") else read
-        for match in mention.finditer(source):
-            owner = _evaluate(source[: match.start()], model)
-            if owner is None:  # who knows whose it is
-                found |= {place for (_, name), place in unread.attributes.items() if name == match[1]}
-            elif (id(owner), match[1]) in unread.attributes:
-                found.add(unread.attributes[id(owner), match[1]])
-        if source.endswith(".__dict__"):  # all of an object's attributes
-            owner = _evaluate(source.removesuffix(".__dict__"), model)
-            found |= {place for (holder, _), place in unread.attributes.items() if holder == id(owner)}
-        if unread.values and source.startswith("G["):
-            place = unread.values.get(id(_evaluate(source, model)))
-            found |= {place} if place is not None else set()
+        for owner, name in attributes_in(read, unread.names):
+            holder = _at(owner, model)
+            for (held_by, attribute), place in unread.attributes.items():
+                # An object that can't be told may be any; `__dict__` is all that an object has.
+                if name == attribute if holder is None else held_by == id(holder) and name in (attribute, "__dict__"):
+                    found.add(place)
+        whole = parse(read)
+        if unread.values and whole is not None and whole.is_global and id(_at(whole, model)) in unread.values:
+            found.add(unread.values[id(_at(whole, model))])
     if found:
         raise AttributesReadError(frozenset(found))
 
 
-_ROOT = re.compile(r"[LG]\['")
-
-
-def _evaluate(source: str, model: nn.Module) -> Any:
-    """What lies at a source, or at the end of one that breaks off inside of calls; None when that can't be told."""
-    for root in _ROOT.finditer(source):
-        try:
-            return eval(source[root.start() :], {"__builtins__": {}}, {"L": {"model": model}, "G": _Globals()})
-        except Exception:
-            continue
-    return None
-
-
-class _Globals(dict[str, Any]):
-    """The names under which a trace knows other files."""
-
-    def __missing__(self, name: str) -> Any:
-        return sys.modules[name.removeprefix("__import_").replace("_dot_", ".")]
+def _at(source: Source | None, model: nn.Module) -> Any:
+    """What lies at a source; None when that can't be told."""
+    if source is None:
+        return None
+    try:
+        return source.value({"model": model})
+    except LookupError:
+        return None
 
 
 def layer_of(template: Template, captured: Captured) -> LayerOf | None:
@@ -144,22 +126,13 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
             cut.add(place[0] if place is not None else None)
     if cut == set(range(template.length)):
         return None
-    prefix = "L['model']." + (f"{stack.path}." if stack.path else "")
 
     def find(node: fx.Node) -> int | None:
-        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-            index = path[len(prefix) :].partition(".")[0] if path.startswith(prefix) else ""
-            if index.isdigit():
-                return int(index)
-        return None
+        entries = (node.meta.get("nn_module_stack") or {}).values()
+        places = (stack.index_of(module_path(path)) for path, _ in entries)
+        return next((place[0] for place in places if place is not None), None)
 
     return find
-
-
-def _source(stack: LayerStack) -> str:
-    """What the source of anything that lies in a stack contains."""
-    attribute = stack.path.rpartition(".")[2]
-    return f"._modules['{attribute}']._modules['" if attribute else "L['model']._modules['"
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:
@@ -216,7 +189,7 @@ def _locate(
         aliases = names.get(id(entry.value), [])
         places = [place for place in map(stack.index_of, aliases) if place is not None]
         layers = sorted({layer for layer, _ in places})
-        if not aliases and _source(stack) in entry.source:
+        if not aliases and lies_in(entry.source, stack.path):
             raise NotStampableError(f"a layer reads a tensor that is no attribute of a module: {named(entry.source)}")
         if len(layers) == 1:
             own[entry.node] = places[0]

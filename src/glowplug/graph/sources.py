@@ -1,0 +1,312 @@
+"""Dynamo's names for what a trace reads, such as `L['model']._modules['lm_head'].training`: the one place that reads
+them.
+
+The names are Python expressions over `L` (arguments of the traced function) and `G` (its globals). They are private;
+checked on torch 2.11 and 2.13. `Probe` checks once in a process that this torch still writes them so.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from glowplug.errors import UnsupportedTorchError
+
+
+@dataclass(frozen=True)
+class Access:
+    """One step from an object to another.
+
+    Attributes:
+        kind: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
+        name: the attribute, the key, or the function.
+    """
+
+    kind: Literal["attribute", "item", "call"]
+    name: Any
+
+    def of(self, owner: Any) -> Any:
+        """What it leads to."""
+        if self.kind == "attribute":
+            return getattr(owner, self.name)
+        return owner[self.name] if self.kind == "item" else _CALLS[self.name](owner)
+
+
+_CALLS = {"type": type, "dict": dict}
+Path = tuple[Access, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A name, taken apart.
+
+    Attributes:
+        root: an argument of the traced function, or the dotted name of a Python module.
+        is_global: whether it is a Python module.
+        path: the accesses from there.
+        size: the name stands for this size of the tensor there; None: for the object itself.
+    """
+
+    root: str
+    is_global: bool = False
+    path: Path = ()
+    size: int | None = None
+
+    def value(self, arguments: Mapping[str, Any]) -> Any:
+        """The object that it stands for.
+
+        Raises:
+            LookupError: it leads nowhere.
+        """
+        start = sys.modules[self.root] if self.is_global else arguments[self.root]
+        return follow(start, self.path)[-1]
+
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules that it passes, each in the one before it."""
+        pairs = pairwise(self.path)
+        return tuple(item.name for table, item in pairs if table == _MODULES and item.kind == "item")
+
+    def attributes(self) -> Iterator[tuple[Source, str]]:
+        """Every attribute that it passes, with the object that has it. `__dict__` stands for all that an object has."""
+        for index, (access, after) in enumerate(pairwise((*self.path, None))):
+            if access is None or access.kind != "attribute":
+                continue
+            of_dict = access.name == "__dict__" and after is not None and after.kind == "item"
+            yield Source(self.root, self.is_global, self.path[:index]), after.name if of_dict and after else access.name
+
+
+_MODULES = Access("attribute", "_modules")
+_WEIGHTS = (Access("attribute", "_parameters"), Access("attribute", "_buffers"))
+
+
+@functools.lru_cache(maxsize=65536)
+def parse(text: str) -> Source | None:
+    """Take a name apart; None for one that stands for no object of Python's and no size of one."""
+    tree = _tree(text)
+    return _chain(tree) if tree is not None else None
+
+
+def _tree(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _chain(node: ast.expr) -> Source | None:
+    path: list[Access] = []
+    size: int | None = None
+    match node:
+        case ast.Subscript(ast.Call(ast.Attribute(tensor, "size"), [], []), ast.Constant(int(dim))):
+            node, size = tensor, dim
+    while not isinstance(node, ast.Name):
+        match node:
+            case ast.Attribute(owner, name):
+                path.append(Access("attribute", name))
+            case ast.Subscript(owner, index) if (key := _literal(index)) is not _NOTHING:
+                path.append(Access("item", key))
+            case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:
+                path.append(Access("call", function))
+            case _:
+                return None
+        node = owner
+    if not path or path[-1].kind != "item" or not isinstance(path[-1].name, str):
+        return None
+    root, rest = path[-1].name, _without_copies(path[-2::-1])
+    if node.id == "L":
+        return Source(root, False, rest, size)
+    if node.id == "G" and root.startswith(_IMPORT):
+        return Source(root.removeprefix(_IMPORT).replace("_dot_", "."), True, rest, size)
+    return None
+
+
+_IMPORT = "__import_"
+_NOTHING = object()
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        key = ast.literal_eval(node)
+        hash(key)
+    except (ValueError, TypeError):
+        return _NOTHING
+    return key
+
+
+def _without_copies(path: Sequence[Access]) -> Path:
+    """`dict(x.__dict__)['name']` is an attribute of `x`, read past its descriptor."""
+    made: list[Access] = []
+    for access in path:
+        copied = made[-2:] == [Access("attribute", "__dict__"), Access("call", "dict")]
+        if copied and access.kind == "item" and isinstance(access.name, str):
+            made[-2:] = [Access("attribute", access.name)]
+        else:
+            made.append(access)
+    return tuple(made)
+
+
+def follow(root: Any, path: Sequence[Access]) -> list[Any]:
+    """The objects along a path, `root` first.
+
+    Raises:
+        LookupError: it leads nowhere.
+    """
+    objects = [root]
+    for access in path:
+        try:
+            objects.append(access.of(objects[-1]))
+        except Exception as exc:  # whatever a property raises
+            raise LookupError(f"{access.name} is not there") from exc
+    return objects
+
+
+# -- questions about a name ----------------------------------------------------------------------------------
+
+
+def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | None, str]]:
+    """The attributes of some names, and `__dict__`, that a source mentions anywhere, with the objects that have them:
+    None where that can't be told."""
+    if not any(name in text for name in (*names, "__dict__")):
+        return
+    tree = _tree(text)
+    if tree is None:
+        yield from ((None, name) for name in re.findall(r"\.(\w+)", text) if name in names)
+        return
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        source = _chain(node) if isinstance(node, ast.expr) else None
+        if source is not None:
+            for owner, name in source.attributes():
+                if name in names or name == "__dict__":
+                    yield None if any(access.kind == "call" for access in owner.path) else owner, name
+            continue
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            yield None, node.attr
+        is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        nodes += [*ast.iter_child_nodes(node.func), *node.args] if is_method else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=1024)
+def size_of(text: str) -> tuple[str, int] | None:
+    """The source of a tensor and its dim, for `L['x'].size()[0]`; None for a name that stands for no size."""
+    source = parse(text)
+    return None if source is None or source.size is None else (text.rpartition(".size()")[0], source.size)
+
+
+def is_weight(text: str) -> bool:
+    """Whether a source lies in a module's parameters or buffers."""
+    source = parse(text)
+    return source is not None and any(access in _WEIGHTS for access in source.path)
+
+
+def layer_index(text: str) -> int | None:
+    """The index in the first list of modules that a source passes; None when it passes none."""
+    source = parse(text)
+    return next((int(name) for name in source.modules() if name.isdigit()), None) if source is not None else None
+
+
+def lies_in(text: str, stack: str) -> bool:
+    """Whether a source lies in a module of the list that has a qualified name in the traced model."""
+    source, name = parse(text), stack.rpartition(".")[2]
+    passed = source.modules() if source is not None else ()
+    return any(one == name for one, _ in pairwise(passed)) if name else bool(passed)
+
+
+def module_path(text: str) -> str:
+    """The qualified name of a module of the traced model that an `nn_module_stack` calls `L['model'].layers.0`."""
+    return text.removeprefix("L['model'].")
+
+
+def named(text: str) -> str:
+    """A source as people name what lies there.
+
+    Example:
+        >>> named("L['model']._modules['layers']._modules['0']._parameters['weight']")
+        'model.layers.0.weight'
+    """
+    parts = re.sub(r"^[LG]\['__import_|^[LG]\['", "", text)
+    parts = re.sub(r"\._(?:modules|parameters|buffers)\['|\['", ".", parts)
+    return parts.replace("']", "").replace("_dot_", ".").strip(".")
+
+
+def read_by(guard: Any) -> str:
+    """The source of what a guard relies on; of an attribute or a key that the trace looked for, in vain or not, too."""
+    check = guard.create_fn
+    details = getattr(check, "keywords", None) or {}
+    what = getattr(getattr(check, "func", check), "__name__", "")
+    if "attr" in details:
+        return f"{guard.name}.{details['attr']}"
+    if what == "DICT_CONTAINS" and "key" in details:
+        return f"{guard.name}[{details['key']!r}]"
+    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
+
+
+# -- whether torch still writes them so ----------------------------------------------------------------------
+
+SCALE = 2.0
+"""What the probe reads of a Python module."""
+
+
+class Probe(nn.Module):
+    """A module whose trace reads one thing of each sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.device("cpu"):
+            self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.layers[0].__dict__["scale"] = 3.0
+        self.example = torch.zeros(5, 2, device="cpu")
+        torch._dynamo.mark_dynamic(self.example, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reads a weight, a size, an attribute, a type and a global."""
+        layer: Any = self.layers[0]
+        y: Tensor = layer(x) * (SCALE * layer.scale) + x.new_ones(x.shape[0], 2)
+        return y
+
+    def check(self, inputs: Mapping[str, Any], reads: Collection[str]) -> None:
+        """Compare what a trace of `probe(model, x)` said with what it is known to read.
+
+        Args:
+            inputs: source -> object of each input of its graph.
+            reads: sources of what it read.
+
+        Raises:
+            UnsupportedTorchError: something was not said as it should.
+        """
+        layer = self.layers[0]
+        seen = {
+            "weights": any(held is layer.weight and self._lies_at(text, held) for text, held in inputs.items()),
+            "sizes": any(size_of(text) == ("L['x']", 0) for text in inputs),
+            "layers": any(is_weight(text) and layer_index(text) == 0 for text in inputs),
+            "attributes": any(
+                owner is not None and name == "scale" and self._lies_at(owner, layer)
+                for text in reads
+                for owner, name in attributes_in(text, ("scale",))
+            ),
+            "types": any(text.startswith("type(") and self._lies_at(text, type(layer)) for text in reads),
+            "globals": any(text.startswith("G[") and self._lies_at(text, SCALE) for text in reads),
+        }
+        missing = [what for what, found in seen.items() if not found]
+        if missing:
+            raise UnsupportedTorchError(
+                f"torch {torch.__version__} names the {', '.join(missing)} that a trace reads in a way that glowplug "
+                "does not know, so it could not notice when they change; it was checked on torch 2.11 and 2.13"
+            )
+
+    def _lies_at(self, source: str | Source, held: Any) -> bool:
+        found = parse(source) if isinstance(source, str) else source
+        try:
+            return found is not None and found.size is None and found.value({"model": self}) is held
+        except LookupError:
+            return False
