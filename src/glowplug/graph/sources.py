@@ -67,8 +67,11 @@ class Source:
         Raises:
             LookupError: it leads nowhere.
         """
-        start = sys.modules[self.root] if self.is_global else arguments[self.root]
-        return follow(start, self.path)[-1]
+        return self.objects(arguments)[-1]
+
+    def objects(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """The objects that it passes, and the one that it stands for."""
+        return follow(sys.modules[self.root] if self.is_global else arguments[self.root], self.path)
 
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that it passes, each in the one before it."""

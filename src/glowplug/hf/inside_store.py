@@ -12,8 +12,9 @@ import transformers
 
 from glowplug.errors import NotStorableError
 from glowplug.hf.kinds import Kind, Made
-from glowplug.hf.manifests import SKIP, sources_of
+from glowplug.hf.manifests import sources_of
 from glowplug.hf.trials import Verdict
+from glowplug.layers.reads import LOADING
 from glowplug.layers.structure import structure_of
 from glowplug.program import PieceStore
 from glowplug.reasons import said
@@ -29,7 +30,7 @@ def inside_key(pieces: PieceStore, kind: Kind, implementation: str | None) -> st
             kind.op,
             implementation,
             kind.facts,
-            structure_of(layer, SKIP),
+            structure_of(layer, LOADING),
             sorted(sources_of(layer, kind.files).items()),
         ]
     except NotStorableError:

@@ -25,7 +25,7 @@ from glowplug.hf.mixer_entry import mixer_entry
 from glowplug.hf.rotary_entry import rotary_entry, rotary_layers
 from glowplug.hf.shadow import Shadow
 from glowplug.hf.sharding import entry_of, sharded_modules
-from glowplug.layers.watch import without_inert
+from glowplug.layers.reads import FORWARD_HOOKS, hooks_of
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention, kv_cache_update, layer_index
 from glowplug.ops.moe import moe_forward, moe_forward_shared, shared_experts_name
@@ -327,19 +327,16 @@ def put_in_force(
         _set_forward(layer, _routed_entry)
     opaque = [*blocks.values(), *routed.values(), *(experts_layers(model).values() if experts == NAME else ())]
     for layer in opaque:  # the op calls the layer, and so its hooks
-        layer.__dict__.update({table: {} for table in _HOOKS})
+        layer.__dict__.update({table: {} for table in FORWARD_HOOKS})
     for layer in mixers.values():
         _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
     for layer in rotary_layers(model).values():
         _set_forward(layer, rotary_entry(layer))
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-
-
 def has_hooks(layer: nn.Module) -> bool:
     """Whether a call of the layer runs hooks."""
-    return any(without_inert(layer.__dict__[table]) for table in _HOOKS[:2])
+    return bool(hooks_of(layer))
 
 
 def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:

@@ -27,10 +27,10 @@ from glowplug.hf.experts import ExpertsPlan
 from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
+from glowplug.layers.reads import LOADING, is_own
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
-from glowplug.layers.watch import is_own
 from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
@@ -39,43 +39,6 @@ from glowplug.reasons import said
 from glowplug.store.manifest import Manifest, Place
 from glowplug.store.store import ArtifactStore
 
-SKIP = frozenset(
-    {
-        "_commit_hash",
-        "_ep_plan",
-        "_experts_implementation_internal",
-        "_fsdp_plan",
-        "_is_hf_initialized",
-        "_keep_in_fp32_modules",
-        "_keep_in_fp32_modules_strict",
-        "_keys_to_ignore_on_load_missing",
-        "_keys_to_ignore_on_load_unexpected",
-        "_keys_to_ignore_on_save",
-        "_name_or_path",
-        "_no_split_modules",
-        "_output_attentions",
-        "_pp_plan",
-        "_skip_keys_device_placement",
-        "_tp_plan",
-        "_use_kernels",
-        "_weight_conversions",
-        "all_tied_weights_keys",
-        "architectures",
-        "dtype",
-        "generation_config",
-        "hf_device_map",
-        "id2label",
-        "kernel_config",
-        "label2id",
-        "loss_type",
-        "name_or_path",
-        "rope_deltas",
-        "transformers_version",
-        "transformers_weights",
-        "_glowplug_attention_fn",
-    }
-)
-"""Attributes of transformers' models and configurations that say how to load or train a model, not how it computes."""
 _WAIT_S = 600.0
 
 
@@ -128,7 +91,7 @@ class Manifests:
             NotStorableError: the model can't be described.
         """
         self.facts = {
-            "structure of the model": structure_of(self.model, SKIP, followed=rotary_layers(self.model).values()),
+            "structure of the model": structure_of(self.model, LOADING, followed=rotary_layers(self.model).values()),
             "environment": self.pieces.environment,
             "transformers": transformers.__version__,
             "call": repr(replace(signature, device=torch.device(signature.device.type))),

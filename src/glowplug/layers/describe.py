@@ -1,7 +1,8 @@
-"""Values that layers hold, as text that is equal where they do the same in both layers.
+"""Values that modules hold, as text that is equal where they do the same.
 
 Plain values go by content, and so does what is made of them: containers, functions and what their cells and defaults
-hold, partials, bound methods, objects of Python classes. Anything else goes by identity.
+hold, partials, bound methods, objects of Python classes. Anything else goes by identity, in this process (`Describer`),
+or has no description (`glowplug.layers.structure`, which must hold in every process).
 """
 
 from __future__ import annotations
@@ -19,17 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from glowplug.layers.registry import MARKS
+from glowplug.layers.reads import MARKS
 from glowplug.layers.shards import is_mesh, is_placement, mesh_text, sharding_text
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
-PRINTED = frozenset({"extra_repr", "_get_name", "__repr__", "__str__"})
-"""Attributes that only print a module; no forward reads them."""
-_BY_IDENTITY = (type, types.ModuleType, enum.Enum, types.CodeType)
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
 _LONGEST = 200
 _LARGEST = 2000
-"""Objects that one value may hold, at most: what holds more goes by identity."""
+"""Objects that one value may hold, at most: what holds more is not looked at."""
+_DEEPEST = 60
 _POINTER = object.__basicsize__ // 2
 
 
@@ -38,19 +37,28 @@ class _TooLarge(Exception):
 
 
 class Describer:
-    """Describes what the modules of one layer hold.
+    """Describes what the modules below a root hold.
 
     Args:
-        layer: the layer. What refers to a module of it is described by that module's place in it.
-        model: ids of the modules of the whole model: those that lie outside of the layer go by identity.
-        known: id of an object that refers to nothing of its layer -> the object, and its text. Shared by the layers.
+        root: such as a layer. What refers to a module below it is described by that module's place.
+        model: ids of the modules of the whole model: those that lie elsewhere go by identity.
+        known: id of an object that refers to nothing below the root -> the object, and its text; describers may share.
+        skip: names of attributes that are left out.
     """
 
+    by_identity = True
+    """Whether what has no content to describe goes by identity."""
+
     def __init__(
-        self, layer: nn.Module, model: Collection[int] = (), known: dict[int, tuple[Any, str]] | None = None
+        self,
+        root: nn.Module,
+        model: Collection[int] = (),
+        known: dict[int, tuple[Any, str]] | None = None,
+        skip: Collection[str] = MARKS,
     ) -> None:
-        self._places = {id(module): path for path, module in layer.named_modules()}
+        self._places = {id(module): path for path, module in root.named_modules()}
         self._model = model
+        self._skip = skip
         self._known: dict[int, tuple[Any, str]] = known if known is not None else {}
         self._mine: dict[int, tuple[Any, str]] = {}
         self._open: dict[int, int] = {}
@@ -59,7 +67,7 @@ class Describer:
         self._count = 0
 
     def text(self, value: Any) -> str:
-        """A value as text. Equal texts mean: the same to any code that reads it, of its own layer each."""
+        """A value as text. Equal texts mean: the same to any code that reads it, each below its own root."""
         if type(value) in PLAIN:
             return repr(value)
         if not self._open:
@@ -68,8 +76,41 @@ class Describer:
                 return self._look(value)
             except _TooLarge:
                 self._open.clear()
-                self._known[id(value)] = value, _identity(value)
+                self._known[id(value)] = value, self.unknown(value)
         return self._look(value)
+
+    # -- what a description in every process does otherwise ----------------------------------------------------
+
+    def named(self, value: Any) -> str:
+        """A class, an enum's member, a Python module or code: never looked into."""
+        return _identity(value)
+
+    def unknown(self, value: Any) -> str:
+        """What can't be looked into."""
+        return _identity(value)
+
+    def tensor(self, tensor: torch.Tensor) -> str:
+        """A tensor that is no attribute of a module: a program can't bind it."""
+        return f"tensor {id(tensor)} {layout_text(tensor)}"
+
+    def function(self, function: types.FunctionType) -> str:
+        """A function by its code and by what it holds."""
+        return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {self.held(function)}"
+
+    def attribute(self, name: str, value: Any) -> str:
+        """An attribute of an object."""
+        return f"{name}={self.text(value)}"
+
+    def arrange(self, texts: list[str]) -> list[str]:
+        """What has no order of its own, in the order in which a loop meets it."""
+        return texts
+
+    # -- looking into values -----------------------------------------------------------------------------------
+
+    def held(self, function: types.FunctionType) -> str:
+        """What a function holds besides its code."""
+        cells = [held_by(cell) for cell in function.__closure__ or ()]
+        return self._all(function.__defaults__, function.__kwdefaults__, vars(function), *cells)
 
     def _look(self, value: Any) -> str:
         """The text of an object; one that is being described already, further out, by how far out."""
@@ -86,7 +127,7 @@ class Describer:
             self._lowest = min(self._lowest, self._open[key])
             return f"what holds it, {level - self._open[key]} up"
         self._count += 1
-        if self._count > _LARGEST or level > 60:
+        if self._count > _LARGEST or level > _DEEPEST:
             raise _TooLarge
         outer, self._lowest, self._relative = (self._lowest, self._relative), _LARGEST, False
         self._open[key] = level
@@ -104,22 +145,25 @@ class Describer:
         return ", ".join(map(self.text, values))
 
     def _content(self, value: Any) -> str:
-        if isinstance(value, torch.Tensor):  # a program can't bind it, as no attribute of a module holds it
-            return f"tensor {id(value)} {layout_text(value)}"
-        if isinstance(value, nn.Module):
-            return _identity(value) if id(value) in self._model else self._object(value, ())
-        if isinstance(value, _BY_IDENTITY):
-            return _identity(value)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, types.MethodType):
-            return f"method {self._all(value.__func__, value.__self__)}"
-        if isinstance(value, types.BuiltinFunctionType):
-            return f"builtin {value.__qualname__} of {self.text(value.__self__)}"
-        if isinstance(value, functools.partial):
-            return f"{_class(value)} {self._all(value.func, value.args, value.keywords, vars(value))}"
-        if isinstance(value, weakref.ref):
-            return f"reference {self.text(value())}"
+        match value:
+            case torch.Tensor():
+                return self.tensor(value)
+            case nn.Module():
+                return _identity(value) if id(value) in self._model else self._object(value, [])
+            case type() | types.ModuleType() | enum.Enum() | types.CodeType():
+                return self.named(value)
+            case types.FunctionType():
+                return self.function(value)
+            case types.MethodType():
+                return f"method {self._all(value.__func__, value.__self__)}"
+            case types.BuiltinFunctionType():
+                owner = value.__self__
+                of = owner.__name__ if isinstance(owner, types.ModuleType) else self.text(owner)
+                return f"builtin {value.__module__}.{value.__qualname__} of {of}"
+            case functools.partial():
+                return f"{self.named(type(value))} {self._all(value.func, value.args, value.keywords, vars(value))}"
+            case weakref.ref():
+                return f"reference {self.text(value())}"
         if hasattr(value, "cache_parameters") and hasattr(value, "__wrapped__"):  # functools.lru_cache
             return f"cached {self._all(value.__wrapped__, value.cache_parameters())}"
         if is_mesh(value):
@@ -128,36 +172,34 @@ class Describer:
             return repr(value)
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             held = f"{value.dtype} {value.shape} {value.strides} {value.flags.writeable}"
-            return f"{_class(value)} {held} {hashlib.sha256(value.tobytes()).hexdigest()}"
+            return f"{self.named(type(value))} {held} {hashlib.sha256(value.tobytes()).hexdigest()}"
         return self._container(value)
 
     def _container(self, value: Any) -> str:
-        """Containers in the order in which a loop meets what they hold."""
-        if isinstance(value, (bool, int, float, complex, str, bytes, bytearray)):
-            base: Any = next(base for base in type(value).__mro__ if base in PLAIN or base is bytearray)
-            plain = base(value)
-            return self._object(value, (bytes(plain) if base is bytearray else plain,))
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return self._object(value, tuple(value))
-        if isinstance(value, deque):
-            return self._object(value, (value.maxlen, *value))
-        if isinstance(value, (dict, types.MappingProxyType)):
-            default = getattr(value, "default_factory", None)
-            return self._object(value, (default, *itertools.chain.from_iterable(value.items())))
-        return self._object(value, ()) if _is_transparent(type(value)) else _identity(value)
+        match value:
+            case bool() | int() | float() | complex() | str() | bytes() | bytearray():
+                base: Any = next(base for base in type(value).__mro__ if base in PLAIN or base is bytearray)
+                plain = base(value)
+                return self._object(value, [repr(bytes(plain) if base is bytearray else plain)])
+            case list() | tuple():
+                return self._object(value, list(map(self.text, value)))
+            case set() | frozenset():
+                return self._object(value, self.arrange(list(map(self.text, value))))
+            case deque():
+                return self._object(value, list(map(self.text, (value.maxlen, *value))))
+            case dict() | types.MappingProxyType():
+                default = self.text(getattr(value, "default_factory", None))
+                items = [f"{self.text(key)}: {self.text(item)}" for key, item in value.items()]
+                return self._object(value, [default, *self.arrange(items)])
+        return self._object(value, []) if _is_transparent(type(value)) else self.unknown(value)
 
-    def _object(self, value: Any, items: tuple[Any, ...]) -> str:
+    def _object(self, value: Any, items: list[str]) -> str:
         """An object by its class, what it holds as a container, and its attributes."""
         attributes = attributes_of(value) or {}
-        kept = [f"{name}={self.text(held)}" for name, held in attributes.items() if name not in MARKS]
-        if not (items or kept or callable(value) or isinstance(value, _CONTAINERS)):
+        kept = self.arrange([self.attribute(name, held) for name, held in attributes.items() if name not in self._skip])
+        if self.by_identity and not (items or kept or callable(value) or isinstance(value, _CONTAINERS)):
             return _identity(value)  # all that code can do with it is to ask whether it is another
-        return f"{_class(value)}({', '.join([*map(self.text, items), *kept])})"
-
-    def _function(self, function: types.FunctionType) -> str:
-        cells = [held_by(cell) for cell in function.__closure__ or ()]
-        held = self._all(function.__defaults__, function.__kwdefaults__, vars(function), *cells)
-        return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {held}"
+        return f"{self.named(type(value))}({', '.join([*items, *kept])})"
 
 
 def held_by(cell: types.CellType) -> Any:
@@ -184,10 +226,6 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 def _identity(value: Any) -> str:
     return f"{type(value).__qualname__} {id(value)}"
-
-
-def _class(value: Any) -> str:
-    return f"{type(value).__qualname__} {id(type(value))}"
 
 
 def _is_python(cls: type) -> bool:

@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from glowplug.layers.describe import PRINTED, Describer, layout_text, shown
+from glowplug.layers.describe import Describer, layout_text, shown
 from glowplug.layers.naming import NAMING, computed_with, mentions
-from glowplug.layers.registry import MARKS
-from glowplug.layers.watch import without_inert
-
-_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "forward"})
-_CALLED = ("_forward_hooks", "_forward_pre_hooks")
-_HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
+from glowplug.layers.reads import PRINTED, attributes_read, hooks_of
 
 
 @dataclass(frozen=True)
@@ -118,17 +113,12 @@ class LayerFacts:
             facts[f"{path}.{name}"] = Fact(layout_text(tensor), value=tensor)
         if "forward" in table:
             facts[f"{path}.forward"] = Fact(describer.text(table["forward"]), value=table["forward"])
-        for name in _CALLED:
-            hooks = without_inert(table[name]) if table[name] else None
-            if hooks:
-                flags = table[f"{name}_with_kwargs"], module._forward_hooks_always_called
-                marks = [[key in flag for flag in flags] for key in hooks]
-                text = f"{describer.text(list(hooks.values()))} {marks}"
-                facts[f"{path}.{name}"] = Fact(text, value=list(hooks.values()))
-        skipped = self._names_only(module)
-        for name, value in table.items():
-            if name in _TABLES or name in MARKS or name in skipped or name in _HOOKS:
-                continue
+        for name, hooks in hooks_of(module).items():
+            flags = table[f"{name}_with_kwargs"], module._forward_hooks_always_called
+            marks = [[key in flag for flag in flags] for key in hooks]
+            text = f"{describer.text(list(hooks.values()))} {marks}"
+            facts[f"{path}.{name}"] = Fact(text, value=list(hooks.values()))
+        for name, value in attributes_read(module, {"forward", *self._names_only(module)}):
             text = layout_text(value) if isinstance(value, torch.Tensor) else describer.text(value)
             facts[f"{path}.{name}"] = Fact(text, "", module, name, value)
 

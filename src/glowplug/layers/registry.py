@@ -1,50 +1,25 @@
-"""The registry of one model's layers: name -> layer object, the handle of each, and the order of creation."""
+"""The registry of one model's layers: name -> layer object, and the handle of each."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from torch import nn
 
 from glowplug.errors import LayerLookupError, UsageError
 from glowplug.layers.handle import LayerHandle
+from glowplug.layers.other_identities import LayerName, Ordered
+from glowplug.layers.reads import HANDLE_ATTR, OTHER_ATTR
 
 Identity = Literal["hoisted", "ordered", "baked"]
 
-HANDLE_ATTR = "_glowplug_handle"
-IDENTITY_ATTR = "_glowplug_identity"
-NAME_ATTR = "_glowplug_name"
-KIND_ATTR = "_glowplug_kind"
-MARKS = frozenset({HANDLE_ATTR, IDENTITY_ATTR, NAME_ATTR, KIND_ATTR})
-"""Attributes that registration sets on a layer. They say which layer it is and never what it computes."""
-
 _scopes = itertools.count()
-_live: weakref.WeakValueDictionary[int, LayerRegistry] = weakref.WeakValueDictionary()
 
 
-class BakedName:
-    """A layer's name as baked and ordered traces see it. In a copy of the model it names nothing until the copy is
-    registered, as a handle does.
-
-    Attributes:
-        text: `"scope:qualified.name"`.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __deepcopy__(self, memo: object) -> BakedName:
-        return BakedName(f"copy:{self.text.partition(':')[2]}")
-
-    def __reduce__(self) -> tuple[type[BakedName], tuple[str]]:
-        return BakedName, (f"copy:{self.text.partition(':')[2]}",)
-
-
-class LayerRegistry:
+class LayerRegistry(Ordered):
     """The layers of one model that layer ops may ask for.
 
     Args:
@@ -55,20 +30,14 @@ class LayerRegistry:
     def __init__(self, layers: Mapping[str, nn.Module], identity: Identity = "hoisted") -> None:
         self.scope = next(_scopes)
         self.identity = identity
-        self.traced: dict[str, bool] = {}
-        """Names of the layers that a capture of this model has seen, in the order of their calls."""
-        self._layers: dict[str, weakref.ref[nn.Module]] = {}
-        self._orders: dict[str, tuple[str, ...]] = {}
-        self._kinds: dict[str, str] = {}
-        self.handles: dict[str, LayerHandle] = {}
+        super().__init__(self.scope)
+        self._layers = {name: weakref.ref(layer) for name, layer in layers.items()}
+        self.handles = {name: LayerHandle(self.scope, name) for name in layers}
         for name, layer in layers.items():
-            handle = LayerHandle(self.scope, name)
-            handle.attach(layer)
-            self.handles[name] = handle
-            self._layers[name] = weakref.ref(layer)
-            self._kinds[name] = _kind_token(layer)
-            _mark(layer, handle, identity, BakedName(f"{self.scope}:{name}"), self._kinds[name])
-        _live[self.scope] = self
+            self.handles[name].attach(layer)
+            other = None if identity == "hoisted" else LayerName(identity, f"{self.scope}:{name}", self.kind(name))
+            object.__setattr__(layer, HANDLE_ATTR, self.handles[name])
+            object.__setattr__(layer, OTHER_ATTR, other)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -82,45 +51,6 @@ class LayerRegistry:
         if layer is None:
             raise LayerLookupError(f"no live layer {name!r} in this model; registered: {', '.join(self) or 'none'}")
         return layer
-
-    def kind(self, name: str) -> str:
-        """A short token that is equal for layers of one class with weights of the same shapes."""
-        return self._kinds[name]
-
-    def set_order(self, op: str, names: Iterable[str]) -> None:
-        """Say, once, in which order `identity="ordered"` hands out the layers of `op`."""
-        self._orders[op] = tuple(names)
-
-    def order(self, op: str) -> tuple[str, ...]:
-        """The layers of `op` in the order of creation.
-
-        Raises:
-            UsageError: no order is known; the op's author must annotate its first parameter with the layer's class.
-        """
-        order = self._orders.get(op)
-        if not order:
-            raise UsageError(
-                f'identity="ordered" needs to know which layers call {op}: annotate the first parameter of its '
-                'function with the class of the layer, or use identity="hoisted".'
-            )
-        return order
-
-
-def find_baked(name: str) -> nn.Module:
-    """The layer that a baked name (`"scope:qualified.name"`) stands for, whatever model it belongs to."""
-    return find_registry(name)[name.partition(":")[2]]
-
-
-def find_registry(name: str) -> LayerRegistry:
-    """The registry that made a baked name."""
-    scope = name.partition(":")[0]
-    registry = _live.get(int(scope)) if scope.isdigit() else None
-    if registry is None:
-        raise LayerLookupError(
-            f"no live model has registered the layer {name.partition(':')[2]!r}: its model was copied, unpickled or "
-            "deleted after it was registered. Call glowplug.register_layers(model) for the model that you run."
-        )
-    return registry
 
 
 def register_layers(
@@ -143,13 +73,3 @@ def register_layers(
         raise UsageError(f"identity must be 'hoisted', 'ordered' or 'baked', not {identity!r}")
     chosen = dict(layers) if layers is not None else {name: m for name, m in model.named_modules() if name}
     return LayerRegistry(chosen, identity)
-
-
-def _mark(layer: nn.Module, handle: LayerHandle, identity: str, name: BakedName, kind: str) -> None:
-    for attr, value in ((HANDLE_ATTR, handle), (IDENTITY_ATTR, identity), (NAME_ATTR, name), (KIND_ATTR, kind)):
-        object.__setattr__(layer, attr, value)
-
-
-def _kind_token(layer: nn.Module) -> str:
-    shapes = repr([(n, tuple(p.shape), str(p.dtype)) for n, p in layer.named_parameters()])
-    return f"{type(layer).__name__}-{hashlib.sha256(shapes.encode()).hexdigest()[:8]}"

@@ -18,24 +18,12 @@ import torch
 from torch import nn
 
 from glowplug.graph.sources import Access, follow, parse
-from glowplug.layers.describe import PRINTED
-from glowplug.layers.registry import MARKS
+from glowplug.layers.reads import CALL_HOOKS, GLOBAL_HOOKS, MARKS, NOT_WATCHED, PRINTED, TABLES, is_own, without_inert
 from glowplug.layers.shards import is_sharded, local_of
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_AROUND = ("_modules", "_forward_hooks", "_forward_pre_hooks")
+_TABLES = (*TABLES, *CALL_HOOKS)
+_AROUND = ("_modules", *CALL_HOOKS)
 """Those that a trace reads of a module whose own forward it does not see."""
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-_INERT_HOOKS = "transformers.utils.output_capturing"
-_OWN = frozenset({"torch", "glowplug", "builtins"})
-_NOT_READ = {
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "__class__",
-    "_experts_implementation_internal",  # the engine compares it: some values mean the same
-}
 _ROOTS = frozenset({"model", "layer"})
 """What the functions that glowplug traces call the module that they are traced for."""
 _MISSING = object()
@@ -106,7 +94,7 @@ class ReadWatch:
                     self._add_at(f"the module {source.root}", start, path)
             elif source.root in _ROOTS:
                 module, rest = self._last_module(root, path)
-                if rest[0].name in _NOT_READ or rest[0].name in MARKS or rest[0].name in _TABLES:
+                if rest[0].name in NOT_WATCHED or rest[0].name in MARKS or rest[0].name in _TABLES:
                     continue  # tables of the model's own modules are watched whole
                 if (type(module), rest) not in known:
                     known.add((type(module), rest))
@@ -140,7 +128,7 @@ class ReadWatch:
         for passed, access in zip(objects[:-1], kept, strict=False):
             if isinstance(passed, type) and access.kind == "attribute":  # such as a property
                 self._add(text, passed, access.name, whole=False)
-        if not kept or kept[-1].name in _NOT_READ:
+        if not kept or kept[-1].name in NOT_WATCHED:
             return
         owner, name = objects[-1], kept[-1].name
         if kept[-1].kind == "item":
@@ -292,7 +280,7 @@ class Watch(ReadWatch):
                 for method, value in vars(cls).items():
                     if isinstance(value, types.FunctionType) and not method.startswith("__") and method not in PRINTED:
                         self._add(f"the class {cls.__qualname__}", cls, method)
-        for table in _GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
+        for table in GLOBAL_HOOKS:  # torch.nn.modules.module.register_module_forward_hook; as in torch 2.11 and 2.13
             self._add_entry("torch's hooks of every module", vars(torch.nn.modules.module), table)
         for path, module in self._modules.items():
             if id(module) in self._followed:
@@ -305,17 +293,6 @@ class Watch(ReadWatch):
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 """By which an object gives what lies outside of its `__dict__`: slots, a closure's cells, defaults."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
-
-
-def is_own(module: str) -> bool:
-    """Whether a Python module is torch's, glowplug's or Python's own."""
-    return module.partition(".")[0] in _OWN
-
-
-def without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
-    """Hooks without those that transformers leaves behind once hidden states or attentions were asked for: they do
-    nothing unless a call asks again, and such a call runs eager."""
-    return {k: hook for k, hook in hooks.items() if getattr(hook, "__module__", None) != _INERT_HOOKS}
 
 
 def _freeze(value: Any) -> Any:

@@ -15,18 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from glowplug.errors import LayerLookupError, LayerOrderError, UsageError
-from glowplug.layers.context import ORDER_ADVICE, current_context
-from glowplug.layers.handle import HANDLE_TYPE_NAME, LayerHandle
-from glowplug.layers.registry import (
-    HANDLE_ATTR,
-    IDENTITY_ATTR,
-    KIND_ATTR,
-    NAME_ATTR,
-    LayerRegistry,
-    find_baked,
-    find_registry,
-)
+from glowplug.errors import LayerLookupError, UsageError
+from glowplug.layers.context import current_context
+from glowplug.layers.handle import HANDLE_TYPE_NAME
+from glowplug.layers.other_identities import check_calls, find_baked, find_ordered, note_call
+from glowplug.layers.reads import HANDLE_ATTR, OTHER_ATTR
+from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.tape import current_tape
 
 
@@ -35,6 +29,13 @@ def _library(namespace: str) -> torch.library.Library:
     """One for each namespace, for good."""
     return torch.library.Library(namespace, "FRAGMENT")
 
+
+_IDENTITIES: dict[str, tuple[str, Callable[[str, Any], nn.Module]]] = {
+    "hoisted": (f"{HANDLE_TYPE_NAME} layer", lambda _op, handle: handle.resolve()),
+    "baked": ("str layer", lambda _op, name: find_baked(name)),
+    "ordered": ("str kind", lambda op, kind: find_ordered(current_context(), op, kind)),
+}
+"""How a traced call names its layer: the first argument in the op's schema, and what finds the layer by it."""
 
 _by_overload: dict[Any, LayerOp] = {}
 _by_name: dict[str, LayerOp] = {}
@@ -62,9 +63,8 @@ class LayerOp:
         """How to find the layer of a traced call, and the arguments left for `fn`."""
         if overload is self.overloads["hoisted"]:
             return args[0].resolve, args[1:]
-        if overload is self.overloads["baked"]:
-            return (lambda: find_baked(args[0])), args[1:]
-        return (lambda: _next_in_order(self.name, args[0])), args[1:]
+        find = next(_IDENTITIES[name][1] for name, known in self.overloads.items() if known is overload)
+        return functools.partial(find, self.name, args[0]), args[1:]
 
     def direct(self, overload: Any) -> Callable[..., Any]:
         """What a traced call does, as a plain Python function: no dispatcher, gradients flow."""
@@ -129,33 +129,23 @@ def layer_op(
         parameters = list(signature.parameters)
         writes = {parameters.index(written) for written in mutates if written in parameters}
 
-        def run(layer: nn.Module, args: tuple[Any, ...]) -> Any:
-            tape = current_tape()
+        def run(find: Callable[[str, Any], nn.Module], first: Any, *args: Any) -> Any:
+            layer, tape = find(name, first), current_tape()
             return fn(layer, *args) if tape is None else tape.call(name, fn, layer, args, writes)
-
-        def hoisted(handle: LayerHandle, *args: Any) -> Any:
-            return run(handle.resolve(), args)
-
-        def baked(baked_name: str, *args: Any) -> Any:
-            return run(find_baked(baked_name), args)
-
-        def ordered(kind: str, *args: Any) -> Any:
-            return run(_next_in_order(name, kind), args)
 
         def fake_of_any_identity(_identity: Any, *args: Any) -> Any:
             return fake(*args)
 
-        first = {"hoisted": f"{HANDLE_TYPE_NAME} layer", "baked": "str layer", "ordered": "str kind"}
-        for identity, implementation in (("hoisted", hoisted), ("baked", baked), ("ordered", ordered)):
-            head = first[identity] + (", " if not schema.startswith("()") else "")
+        for identity, (first, find) in _IDENTITIES.items():
+            head = first + (", " if not schema.startswith("()") else "")
             library.define(f"{op}.{identity}({head}{schema[1:]}")
-            library.impl(f"{op}.{identity}", implementation, "CompositeExplicitAutograd")
+            library.impl(f"{op}.{identity}", functools.partial(run, find), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{name}.{identity}", fake_of_any_identity, lib=library)
             overload = getattr(getattr(getattr(torch.ops, namespace), op), identity)
             record.overloads[identity] = overload
             _by_overload[overload] = record
         _by_name[name] = record
-        traced_hoisted, traced_baked, traced_ordered = (record.overloads[i] for i in ("hoisted", "baked", "ordered"))
+        hoisted, baked, ordered = record.overloads.values()
 
         def call(layer: nn.Module, *args: Any) -> Any:
             if not torch.compiler.is_compiling():
@@ -166,12 +156,12 @@ def layer_op(
                     f"{name} was traced for a layer that is not registered. Call glowplug.register_layers(model) "
                     "before torch.compile, or use glowplug.compile(model)."
                 )
-            identity = getattr(layer, IDENTITY_ATTR)
-            if identity == "hoisted":
-                return traced_hoisted(handle, *args)
-            if identity == "baked":
-                return traced_baked(getattr(layer, NAME_ATTR).text, *args)
-            return traced_ordered(_note_call(name, getattr(layer, NAME_ATTR).text, getattr(layer, KIND_ATTR)), *args)
+            other = getattr(layer, OTHER_ATTR)
+            if other is None:
+                return hoisted(handle, *args)
+            if other.identity == "baked":
+                return baked(other.text, *args)
+            return ordered(note_call(name, other.text, other.kind), *args)
 
         call.__name__, call.__doc__, call.__module__ = fn.__name__, fn.__doc__, fn.__module__
         call.layer_op = record  # type: ignore[attr-defined]
@@ -208,46 +198,16 @@ def order_layers(registry: LayerRegistry) -> None:
                 registry.set_order(op.name, names)
 
 
-_traced_calls: dict[str, list[str]] = {}
-
-
-@torch.compiler.assume_constant_result
-def _note_call(op: str, baked_name: str, kind: str) -> str:
-    """Runs while an ordered call is traced, and never in a graph: notes which layer made the call."""
-    _traced_calls.setdefault(op, []).append(baked_name)
-    return kind
-
-
 def check_traced_order(gm: torch.fx.GraphModule) -> None:
-    """Compare the order in which layers made ordered calls in a trace with the order in which they will be served.
+    """Compare the order of a graph's ordered calls with that of the layers; see `check_calls`.
 
     Raises:
-        LayerOrderError: a graph that calls an op once for each registered layer calls it in another order. (A graph
-            that calls it more or less often is found out when it runs, before its output is used.)
+        LayerOrderError: they differ.
     """
     for op in known_layer_ops():
         calls = sum(node.target is op.overloads["ordered"] for node in gm.graph.nodes)
-        noted = _traced_calls.get(op.name, [])[-calls:] if calls else []
-        if not noted:
-            continue
-        registry = find_registry(noted[0])
-        served = [f"{registry.scope}:{name}" for name in registry.order(op.name)]
-        if calls == len(served) and noted != served:
-            wrong = next(i for i, pair in enumerate(zip(noted, served, strict=True)) if pair[0] != pair[1])
-            raise LayerOrderError(
-                f"call {wrong + 1} of {op.name} is made by {noted[wrong].partition(':')[2]!r}, but "
-                f"{served[wrong].partition(':')[2]!r} was created in its place. {ORDER_ADVICE}"
-            )
-
-
-def _next_in_order(op: str, kind: str) -> nn.Module:
-    context = current_context()
-    if context is None:
-        raise LayerLookupError(
-            f'{op} with identity="ordered" ran outside a ForwardContext. Run the model through '
-            "glowplug.compile(model), or inside glowplug.forward_context(ForwardContext(registry))."
-        )
-    return context.next_layer(op, kind)
+        if calls:
+            check_calls(op.name, calls)
 
 
 def _without_layer(fn: Callable[..., Any], name: str) -> tuple[inspect.Signature, type[nn.Module] | None]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glowplug.closeness import distance
 from glowplug.errors import NotStampableError
-from glowplug.layers.registry import MARKS, LayerRegistry, register_layers
+from glowplug.layers.reads import MARKS
+from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.reasons import said
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

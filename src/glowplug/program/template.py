@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,9 +98,11 @@ def check_reads(model: nn.Module, template: Template, reads: Collection[str]) ->
                 # An object that can't be told may be any; `__dict__` is all that an object has.
                 if name == attribute if holder is None else held_by == id(holder) and name in (attribute, "__dict__"):
                     found.add(place)
-        whole = parse(read)
-        if unread.values and whole is not None and whole.is_global and id(_at(whole, model)) in unread.values:
-            found.add(unread.values[id(_at(whole, model))])
+        source = parse(read) if unread.values else None
+        if source is not None and source.is_global:
+            with contextlib.suppress(LookupError):
+                passed = map(id, source.objects({}))
+                found |= {unread.values[key] for key in passed if key in unread.values}
     if found:
         raise AttributesReadError(frozenset(found))
 
