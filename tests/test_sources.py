@@ -145,5 +145,5 @@ def test_other_names_of_inputs_are_an_error(unchecked: None, monkeypatch: pytest
         return captured
 
     monkeypatch.setattr(capturing, "describe", renamed)
-    with pytest.raises(UnsupportedTorchError, match="names the weights, layers that"):
+    with pytest.raises(UnsupportedTorchError, match="names the weights that"):
         _trace()

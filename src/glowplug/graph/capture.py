@@ -179,7 +179,7 @@ def _check_names() -> None:
     """
     model, reads = sources.Probe(), set[str]()
     inputs = _capture(_probe, (model, model.example), lambda captured: captured.inputs, reads)
-    model.check({entry.source: entry.value for entry in inputs}, reads)
+    model.check([entry.source for entry in inputs], reads)
 
 
 def _probe(model: nn.Module, x: Tensor) -> Any:

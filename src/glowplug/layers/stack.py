@@ -147,7 +147,7 @@ _NO_HOLDERS = (nn.Module, type, types.FunctionType, types.ModuleType)
 def _columns(prefix: str, holder: Any, depth: int) -> Iterator[tuple[str, list[Fact]]]:
     for name, value in vars(holder).items():
         if isinstance(value, (list, tuple)) and len(value) == depth and list(value) != list(range(depth)):
-            yield f"{prefix}{name}", [Fact("", "", holder, name, entry) for entry in value]
+            yield f"{prefix}{name}", [Fact("", entry, holder, name) for entry in value]
 
 
 def why_distinct(stack: LayerStack) -> str:
