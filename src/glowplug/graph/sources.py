@@ -113,16 +113,11 @@ def _chain(node: ast.expr) -> Source | None:
         case ast.Subscript(ast.Call(ast.Attribute(tensor, "size"), [], []), ast.Constant(int(dim))):
             node, size = tensor, dim
     while not isinstance(node, ast.Name):
-        match node:
-            case ast.Attribute(owner, name):
-                path.append(Access("attribute", name))
-            case ast.Subscript(owner, index) if (key := _literal(index)) is not _NOTHING:
-                path.append(Access("item", key))
-            case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:
-                path.append(Access("call", function))
-            case _:
-                return None
-        node = owner
+        step = _last_access(node)
+        if step is None:
+            return None
+        node = step[0]
+        path.append(step[1])
     if not path or path[-1].kind != "item" or not isinstance(path[-1].name, str):
         return None
     root, rest = path[-1].name, _without_copies(path[-2::-1])
@@ -134,16 +129,23 @@ def _chain(node: ast.expr) -> Source | None:
 
 
 _IMPORT = "__import_"
-_NOTHING = object()
 
 
-def _literal(node: ast.expr) -> Any:
-    try:
-        key = ast.literal_eval(node)
-        hash(key)
-    except (ValueError, TypeError):
-        return _NOTHING
-    return key
+def _last_access(node: ast.expr) -> tuple[ast.expr, Access] | None:
+    match node:
+        case ast.Attribute(owner, name):
+            return owner, Access("attribute", name)
+        # Torch 2.11 says so of an object whose class has a `__getattribute__`, as transformers' configurations have.
+        case ast.Call(ast.Attribute(ast.Name("object"), "__getattribute__"), [owner, ast.Constant(str(name))]):
+            return owner, Access("attribute", name)
+        case ast.Subscript(owner, index) | ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, index]):
+            with contextlib.suppress(ValueError, TypeError):
+                key = ast.literal_eval(index)
+                hash(key)
+                return owner, Access("item", key)
+        case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:
+            return owner, Access("call", function)
+    return None
 
 
 def _without_copies(path: Sequence[Access]) -> Path:
@@ -194,10 +196,10 @@ def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | 
                 if name in names or name == "__dict__":
                     yield None if any(access.kind == "call" for access in owner.path) else owner, name
             continue
-        if isinstance(node, ast.Attribute) and node.attr in names:
-            yield None, node.attr
-        is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        nodes += [*ast.iter_child_nodes(node.func), *node.args] if is_method else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
+        mentioned = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+        if isinstance(mentioned, str) and mentioned in names:
+            yield None, mentioned
+        nodes += ast.iter_child_nodes(node)
 
 
 @functools.lru_cache(maxsize=1024)
