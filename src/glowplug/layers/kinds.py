@@ -52,11 +52,6 @@ class Unread:
     attributes: Mapping[tuple[int, str], str] = field(default_factory=dict)
     values: Mapping[int, str] = field(default_factory=dict)
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the attributes."""
-        return frozenset(name for _, name in self.attributes)
-
 
 class LayerFacts:
     """What the layers of a stack are told apart by.

@@ -31,29 +31,20 @@ _OUTSIDE = (types.MemberDescriptorType, types.GetSetDescriptorType)
 """By which an object gives what lies outside of its `__dict__`: slots, a closure's cells, defaults."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 _MISSING = object()
+_Read = Literal["item", "attribute", "dict"]
 
 
 @dataclass(slots=True)
 class _Entry:
-    """Something watched.
+    """Something watched."""
 
-    Attributes:
-        text: whose it is, for a person.
-        owner: a dict that has it as an item, or is it; or an object that has it as an attribute.
-        key: its name.
-        read: how it is read.
-        whole: of a dict there, whether what it holds is watched, too.
-        before: a copy of it if it is a container whose content is watched, else itself.
-        is_open: whether it is such a container.
-    """
-
-    text: str
-    owner: Any
+    text: str  # whose it is, for a person
+    owner: Any  # a dict that has it as an item, or is it; or an object that has it as an attribute
     key: Any
-    read: Literal["item", "attribute", "dict"]
-    whole: bool
-    before: Any = None
-    is_open: bool = False
+    read: _Read
+    whole: bool  # of a dict there, whether what it holds is watched, too
+    before: Any = None  # a copy, if it is a container whose content is watched; else itself
+    is_open: bool = False  # whether it is such a container
 
     def now(self) -> Any:
         if self.read == "dict":
@@ -189,15 +180,7 @@ class ReadWatch:
             self._outside[cls, name] = isinstance(kept, _OUTSIDE)
         return self._outside[cls, name]
 
-    def _add_entry(
-        self,
-        text: str,
-        owner: Any,
-        key: Any,
-        read: Literal["item", "attribute", "dict"] = "item",
-        *,
-        whole: bool = True,
-    ) -> None:
+    def _add_entry(self, text: str, owner: Any, key: Any, read: _Read = "item", *, whole: bool = True) -> None:
         entry = self._entries.get((id(owner), key))
         if entry is not None:
             entry.whole |= whole
