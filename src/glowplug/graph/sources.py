@@ -28,18 +28,18 @@ class Access:
     """One step from an object to another.
 
     Attributes:
-        kind: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
+        by: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
         name: the attribute, the key, or the function.
     """
 
-    kind: Literal["attribute", "item", "call"]
+    by: Literal["attribute", "item", "call"]
     name: Any
 
     def of(self, owner: Any) -> Any:
         """What it leads to."""
-        if self.kind == "attribute":
+        if self.by == "attribute":
             return getattr(owner, self.name)
-        return owner[self.name] if self.kind == "item" else _CALLS[self.name](owner)
+        return owner[self.name] if self.by == "item" else _CALLS[self.name](owner)
 
 
 _CALLS = {"type": type, "dict": dict}
@@ -77,15 +77,15 @@ class Source:
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that it passes, each in the one before it."""
         pairs = pairwise(self.path)
-        return tuple(item.name for table, item in pairs if table == _MODULES and item.kind == "item")
+        return tuple(item.name for table, item in pairs if table == _MODULES and item.by == "item")
 
     def attributes(self) -> Iterator[tuple[Source, str]]:
         """Every attribute that it passes, with the object that has it. `__dict__` stands for all that an object has."""
-        for index, (access, after) in enumerate(pairwise((*self.path, None))):
-            if access is None or access.kind != "attribute":
-                continue
-            of_dict = access.name == "__dict__" and after is not None and after.kind == "item"
-            yield Source(self.root, self.is_global, self.path[:index]), after.name if of_dict and after else access.name
+        for index, access in enumerate(self.path):
+            if access.by == "attribute":
+                after = self.path[index + 1 : index + 2]
+                in_dict = access.name == "__dict__" and after and after[0].by == "item"
+                yield Source(self.root, self.is_global, self.path[:index]), (after[0] if in_dict else access).name
 
 
 _MODULES = Access("attribute", "_modules")
@@ -118,7 +118,7 @@ def _chain(node: ast.expr) -> Source | None:
             return None
         node = step[0]
         path.append(step[1])
-    if not path or path[-1].kind != "item" or not isinstance(path[-1].name, str):
+    if not path or path[-1].by != "item" or not isinstance(path[-1].name, str):
         return None
     root, rest = path[-1].name, _without_copies(path[-2::-1])
     if node.id == "L":
@@ -153,7 +153,7 @@ def _without_copies(path: Sequence[Access]) -> Path:
     made: list[Access] = []
     for access in path:
         copied = made[-2:] == [Access("attribute", "__dict__"), Access("call", "dict")]
-        if copied and access.kind == "item" and isinstance(access.name, str):
+        if copied and access.by == "item" and isinstance(access.name, str):
             made[-2:] = [Access("attribute", access.name)]
         else:
             made.append(access)
@@ -194,7 +194,7 @@ def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | 
         if source is not None:
             for owner, name in source.attributes():
                 if name in names or name == "__dict__":
-                    yield None if any(access.kind == "call" for access in owner.path) else owner, name
+                    yield None if any(access.by == "call" for access in owner.path) else owner, name
             continue
         mentioned = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
         if isinstance(mentioned, str) and mentioned in names:

@@ -142,16 +142,16 @@ class ReadWatch:
             objects = follow(start, kept[:-1])
         except LookupError:
             return  # another module of the class may lack it
-        while kept and not (kept[-1].kind == "attribute" or isinstance(objects[-1], dict)):
+        while kept and not (kept[-1].by == "attribute" or isinstance(objects[-1], dict)):
             kept.pop()
             objects.pop()
         for passed, access in zip(objects[:-1], kept, strict=False):
-            if isinstance(passed, type) and access.kind == "attribute":  # such as a property
+            if isinstance(passed, type) and access.by == "attribute":  # such as a property
                 self._add(text, passed, access.name, whole=False)
         if not kept or kept[-1].name in NOT_WATCHED:
             return
         owner, name = objects[-1], kept[-1].name
-        if kept[-1].kind == "item":
+        if kept[-1].by == "item":
             self._add_entry(f"{text}'s dict", owner, name)
             return
         if owner is not start and not isinstance(owner, (type, types.ModuleType)):
