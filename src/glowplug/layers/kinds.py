@@ -53,10 +53,11 @@ class Unread:
     values: Mapping[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class LayerFacts:
     """What the layers of a stack are told apart by.
 
-    Args:
+    Attributes:
         layers: the layers.
         columns: what code outside of the layers may look up for each of them: place -> an entry a layer.
         model: ids of the model's modules.
@@ -64,28 +65,19 @@ class LayerFacts:
         caches: whether attributes that name the layer are handed to caches.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        columns: Mapping[str, Sequence[Fact]] | None = None,
-        model: Collection[int] = (),
-        *,
-        strict: bool = False,
-        caches: bool = True,
-    ) -> None:
-        self._layers = layers
-        self._columns = columns or {}
-        self._model = model
-        self._strict = strict
-        self._caches = caches
-        self._known: dict[int, tuple[Any, str]] = {}
-        self._computed: dict[tuple[Any, ...], frozenset[str]] = {}
+    layers: Sequence[nn.Module]
+    columns: Mapping[str, Sequence[Fact]] = field(default_factory=dict)
+    model: Collection[int] = ()
+    strict: bool = False
+    caches: bool = True
+    _known: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    _computed: dict[tuple[Any, ...], frozenset[str]] = field(default_factory=dict)
 
     def of(self, index: int) -> Facts:
         """Everything that a layer's forward can read, but for what merely names the layer and the weights' values."""
-        layer = self._layers[index]
-        describer = Describer(layer, self._model, self._known)
-        columns = ((place, column[index]) for place, column in self._columns.items())
+        layer = self.layers[index]
+        describer = Describer(layer, self.model, self._known)
+        columns = ((place, column[index]) for place, column in self.columns.items())
         facts = {place: replace(fact, text=describer.text(fact.value)) for place, fact in columns}
         for path, module in layer.named_modules(remove_duplicate=False):
             facts |= {f"{path}{place}": fact for place, fact in self._read(module, describer)}
@@ -109,8 +101,8 @@ class LayerFacts:
 
     def _names_only(self, module: nn.Module) -> frozenset[str]:
         """The attributes of a module that merely name the layer, or only print it."""
-        printed = PRINTED if self._strict else frozenset()
-        if not self._caches:
+        printed = PRINTED if self.strict else frozenset()
+        if not self.caches:
             return printed
         if not mentions(type(module)):  # type: ignore[arg-type]
             return NAMING | printed
