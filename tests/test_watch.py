@@ -39,6 +39,10 @@ def set_attribute(block: Any) -> None:
     block.scale = 3.0
 
 
+def set_equal_attribute(block: Any) -> None:
+    block.scale = 2  # as eager computes another dtype with it
+
+
 def grow_list(block: Any) -> None:
     block.sizes.append(3)
 
@@ -58,6 +62,7 @@ def own_forward(block: Any) -> None:
         (swap_module, "modules of the model changed"),
         (add_hook, "forward hooks of up changed"),
         (set_attribute, "scale of the model changed"),
+        (set_equal_attribute, "scale of the model changed"),
         (grow_list, "sizes of the model changed"),
         (set_item, "a of the model's dict changed"),
         (own_forward, "forward of up changed"),

@@ -62,7 +62,9 @@ class _Entry:
         now, before = self.now(), self.before
         if self.key in CALL_HOOKS and self.read == "dict":
             return without_inert(now) != without_inert(before)
-        return now is not before if type(before) is dict and not self.is_open else not _equal(now, before)
+        if self.is_open or now is before:
+            return not _equal(now, before)
+        return type(before) is dict or type(now) is not type(before) or not _equal(now, before)  # 2 is not 2.0
 
     def __str__(self) -> str:
         key = self.key.strip("_").replace("_", " ") if self.read == "dict" else self.key
