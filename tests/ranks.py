@@ -18,7 +18,7 @@ from transformers.distributed import DistributedConfig
 
 import glowplug
 from glowplug.hf import verify
-from glowplug.hf.engine import engine_of
+from glowplug.engine import engine_of
 
 IDS = torch.arange(12).reshape(2, 6)
 

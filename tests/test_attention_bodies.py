@@ -15,7 +15,7 @@ import glowplug
 from glowplug.bodies import Bodies, BoundBody, Forms, read_forms, trial
 from glowplug.graph.capture import capture
 from glowplug.frontends.hf.bodies import body_groups
-from glowplug.hf.interfaces import attention_layers
+from glowplug.frontends.hf.discover import attention_layers
 from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention
 from test_bodies import Uncompiled

@@ -17,7 +17,7 @@ import families
 import glowplug
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.fingerprint import fingerprint
-from glowplug.hf.engine import Engine, engine_of
+from glowplug.engine import Engine, engine_of
 from glowplug.program.slots import PieceSlot, choose_deferred
 from test_changes import eager, quiet
 

@@ -14,7 +14,7 @@ import families
 import glowplug
 from glowplug.bench.families import build_family
 from glowplug.errors import CaptureError, NotServableError
-from glowplug.hf.interfaces import attention_layers, mixer_layers, token_mixers
+from glowplug.frontends.hf.discover import attention_layers, mixer_layers, token_mixers
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.ops.arguments import NOTHING, decode, encode
 from glowplug.ops.layer_op import known_layer_ops

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glowplug.bench.families import build_family
-from glowplug.hf.template import stack_of
+from glowplug.frontends.hf.discover import stack_of
 from glowplug.layers.naming import computed_with
 from glowplug.layers.stack import choose_template, describe_layers, find_stack, why_no_template
 from glowplug.layers.watch import Watch

@@ -39,6 +39,8 @@ LAYER = "L['model']._modules['layers']._modules['3']"
         ("G['__import_torch_dot_nn'].Linear", Source("torch.nn", True, (Access("attribute", "Linear"),))),
         ("G['__builtins_dict___0']['len']", None),
         ("list(dict.keys(L['m'].table))[0]", None),
+        ("object.__getattribute__(L['m'], 'a')", Source("m", path=(Access("attribute", "a"),))),
+        ("dict.__getitem__(L['m'], 'a')", Source("m", path=(Access("item", "a"),))),
         ("L['m'].f()", None),
         ("Local(m)", None),
         ("", None),
@@ -69,7 +71,9 @@ def test_a_name_is_followed() -> None:
         ("f(L['model'].a).scale", [(None, "scale")]),
         ("type(L['model'].a).scale", [(None, "scale")]),
         ("L['model'.scale", [(None, "scale")]),
-        ("L['model'].scale()", []),
+        ("f(L['model'].a)['scale']", [(None, "scale")]),
+        ("object.__getattribute__(L['model'].a, 'scale')", [("L['model'].a", "scale")]),
+        ("object.__getattribute__(f(), 'scale')", [(None, "scale")]),
         ("L['model'].rescale", []),
     ],
 )
@@ -145,5 +149,5 @@ def test_other_names_of_inputs_are_an_error(unchecked: None, monkeypatch: pytest
         return captured
 
     monkeypatch.setattr(capturing, "describe", renamed)
-    with pytest.raises(UnsupportedTorchError, match="names the weights, layers that"):
+    with pytest.raises(UnsupportedTorchError, match="names the weights that"):
         _trace()

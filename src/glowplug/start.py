@@ -28,7 +28,7 @@ from glowplug.errors import (
 from glowplug.front import Call, FrontEnd, Rung
 from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
-from glowplug.layers.fitness import unfit
+from glowplug.fitness import unfit
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.program import Built, PieceCache, Program, Stamping, build_program

@@ -8,6 +8,7 @@ checked on torch 2.11 and 2.13. `Probe` checks once in a process that this torch
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import re
 import sys
@@ -27,18 +28,18 @@ class Access:
     """One step from an object to another.
 
     Attributes:
-        kind: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
+        by: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
         name: the attribute, the key, or the function.
     """
 
-    kind: Literal["attribute", "item", "call"]
+    by: Literal["attribute", "item", "call"]
     name: Any
 
     def of(self, owner: Any) -> Any:
         """What it leads to."""
-        if self.kind == "attribute":
+        if self.by == "attribute":
             return getattr(owner, self.name)
-        return owner[self.name] if self.kind == "item" else _CALLS[self.name](owner)
+        return owner[self.name] if self.by == "item" else _CALLS[self.name](owner)
 
 
 _CALLS = {"type": type, "dict": dict}
@@ -76,15 +77,15 @@ class Source:
     def modules(self) -> tuple[str, ...]:
         """The names of the modules that it passes, each in the one before it."""
         pairs = pairwise(self.path)
-        return tuple(item.name for table, item in pairs if table == _MODULES and item.kind == "item")
+        return tuple(item.name for table, item in pairs if table == _MODULES and item.by == "item")
 
     def attributes(self) -> Iterator[tuple[Source, str]]:
         """Every attribute that it passes, with the object that has it. `__dict__` stands for all that an object has."""
-        for index, (access, after) in enumerate(pairwise((*self.path, None))):
-            if access is None or access.kind != "attribute":
-                continue
-            of_dict = access.name == "__dict__" and after is not None and after.kind == "item"
-            yield Source(self.root, self.is_global, self.path[:index]), after.name if of_dict and after else access.name
+        for index, access in enumerate(self.path):
+            if access.by == "attribute":
+                after = self.path[index + 1 : index + 2]
+                in_dict = access.name == "__dict__" and after and after[0].by == "item"
+                yield Source(self.root, self.is_global, self.path[:index]), (after[0] if in_dict else access).name
 
 
 _MODULES = Access("attribute", "_modules")
@@ -112,17 +113,12 @@ def _chain(node: ast.expr) -> Source | None:
         case ast.Subscript(ast.Call(ast.Attribute(tensor, "size"), [], []), ast.Constant(int(dim))):
             node, size = tensor, dim
     while not isinstance(node, ast.Name):
-        match node:
-            case ast.Attribute(owner, name):
-                path.append(Access("attribute", name))
-            case ast.Subscript(owner, index) if (key := _literal(index)) is not _NOTHING:
-                path.append(Access("item", key))
-            case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:
-                path.append(Access("call", function))
-            case _:
-                return None
-        node = owner
-    if not path or path[-1].kind != "item" or not isinstance(path[-1].name, str):
+        step = _last_access(node)
+        if step is None:
+            return None
+        node = step[0]
+        path.append(step[1])
+    if not path or path[-1].by != "item" or not isinstance(path[-1].name, str):
         return None
     root, rest = path[-1].name, _without_copies(path[-2::-1])
     if node.id == "L":
@@ -133,16 +129,23 @@ def _chain(node: ast.expr) -> Source | None:
 
 
 _IMPORT = "__import_"
-_NOTHING = object()
 
 
-def _literal(node: ast.expr) -> Any:
-    try:
-        key = ast.literal_eval(node)
-        hash(key)
-    except (ValueError, TypeError):
-        return _NOTHING
-    return key
+def _last_access(node: ast.expr) -> tuple[ast.expr, Access] | None:
+    match node:
+        case ast.Attribute(owner, name):
+            return owner, Access("attribute", name)
+        # Torch 2.11 says so of an object whose class has a `__getattribute__`, as transformers' configurations have.
+        case ast.Call(ast.Attribute(ast.Name("object"), "__getattribute__"), [owner, ast.Constant(str(name))]):
+            return owner, Access("attribute", name)
+        case ast.Subscript(owner, index) | ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, index]):
+            with contextlib.suppress(ValueError, TypeError):
+                key = ast.literal_eval(index)
+                hash(key)
+                return owner, Access("item", key)
+        case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:
+            return owner, Access("call", function)
+    return None
 
 
 def _without_copies(path: Sequence[Access]) -> Path:
@@ -150,7 +153,7 @@ def _without_copies(path: Sequence[Access]) -> Path:
     made: list[Access] = []
     for access in path:
         copied = made[-2:] == [Access("attribute", "__dict__"), Access("call", "dict")]
-        if copied and access.kind == "item" and isinstance(access.name, str):
+        if copied and access.by == "item" and isinstance(access.name, str):
             made[-2:] = [Access("attribute", access.name)]
         else:
             made.append(access)
@@ -191,12 +194,12 @@ def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | 
         if source is not None:
             for owner, name in source.attributes():
                 if name in names or name == "__dict__":
-                    yield None if any(access.kind == "call" for access in owner.path) else owner, name
+                    yield None if any(access.by == "call" for access in owner.path) else owner, name
             continue
-        if isinstance(node, ast.Attribute) and node.attr in names:
-            yield None, node.attr
-        is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        nodes += [*ast.iter_child_nodes(node.func), *node.args] if is_method else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
+        mentioned = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+        if isinstance(mentioned, str) and mentioned in names:
+            yield None, mentioned
+        nodes += ast.iter_child_nodes(node)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -244,36 +247,14 @@ def named(text: str) -> str:
 
 def read_by(guard: Any) -> str:
     """The source of what a guard relies on; of an attribute or a key that the trace looked for, in vain or not, too."""
-    check, name = guard.create_fn, plain(str(guard.name))
+    check = guard.create_fn
     details = getattr(check, "keywords", None) or {}
     what = getattr(getattr(check, "func", check), "__name__", "")
     if "attr" in details:
-        return f"{name}.{details['attr']}"
+        return f"{guard.name}.{details['attr']}"
     if what == "DICT_CONTAINS" and "key" in details:
-        return f"{name}[{details['key']!r}]"
-    return f"type({name})" if what == "TYPE_MATCH" else name
-
-
-def plain(text: str) -> str:
-    """A source with plain accesses. Of an object whose class has a `__getattribute__` of its own, as transformers'
-    configurations have, torch 2.11 says `object.__getattribute__(x, 'name')`; of a dict that code goes over,
-    `dict.__getitem__(x, key)`."""
-    if "object.__getattribute__(" not in text and "dict.__getitem__(" not in text:
-        return text
-    tree = _tree(text)
-    return ast.unparse(_Plain().visit(tree)) if tree is not None else text
-
-
-class _Plain(ast.NodeTransformer):
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Write a call of the two as the access that it is."""
-        self.generic_visit(node)
-        match node:
-            case ast.Call(ast.Attribute(ast.Name("object"), "__getattribute__"), [owner, ast.Constant(str(name))]):
-                return ast.Attribute(owner, name, ast.Load())
-            case ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, key]):
-                return ast.Subscript(owner, key, ast.Load())
-        return node
+        return f"{guard.name}[{details['key']!r}]"
+    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
 
 
 # -- whether torch still writes them so ----------------------------------------------------------------------
@@ -283,55 +264,46 @@ SCALE = 2.0
 
 
 class Probe(nn.Module):
-    """A module whose trace reads one thing of each sort."""
+    """A module whose trace, by a function of `model` and `x`, reads one thing of each sort."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.device("cpu"):
-            self.layers = nn.ModuleList([nn.Linear(2, 2)])
-        self.layers[0].__dict__["scale"] = 3.0
+        self.layers = nn.ModuleList([nn.Linear(2, 2, device="cpu")])
+        self.scale = 3.0
         self.example = torch.zeros(5, 2, device="cpu")
         torch._dynamo.mark_dynamic(self.example, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Reads a weight, a size, an attribute, a type and a global."""
-        layer: Any = self.layers[0]
-        y: Tensor = layer(x) * (SCALE * layer.scale) + x.new_ones(x.shape[0], 2)
-        return y
+        return self.layers[0](x) * (SCALE * self.scale) + x.new_ones(x.shape[0], 2)
 
-    def check(self, inputs: Mapping[str, Any], reads: Collection[str]) -> None:
-        """Compare what a trace of `probe(model, x)` said with what it is known to read.
+    def check(self, inputs: Collection[str], reads: Collection[str]) -> None:
+        """Compare what a trace said that it read with what it is known to read.
 
         Args:
-            inputs: source -> object of each input of its graph.
-            reads: sources of what it read.
+            inputs: sources of the inputs of its graph.
+            reads: sources of everything else.
 
         Raises:
-            UnsupportedTorchError: something was not said as it should.
+            UnsupportedTorchError: something was not said as it should be.
         """
         layer = self.layers[0]
+        weights = [text for text in inputs if is_weight(text) and layer_index(text) == 0]
         seen = {
-            "weights": any(held is layer.weight and self._lies_at(text, held) for text, held in inputs.items()),
-            "sizes": any(size_of(text) == ("L['x']", 0) for text in inputs),
-            "layers": any(is_weight(text) and layer_index(text) == 0 for text in inputs),
-            "attributes": any(
-                owner is not None and name == "scale" and self._lies_at(owner, layer)
-                for text in reads
-                for owner, name in attributes_in(text, ("scale",))
-            ),
-            "types": any(text.startswith("type(") and self._lies_at(text, type(layer)) for text in reads),
-            "globals": any(text.startswith("G[") and self._lies_at(text, SCALE) for text in reads),
+            "weights": any(self._at(text) is layer.weight for text in weights),
+            "sizes": ("L['x']", 0) in map(size_of, inputs),
+            "attributes": any(self._at(text) is self.scale for text in reads),
+            "types": any(self._at(text) is type(layer) for text in reads),
+            "globals": any(self._at(text) is SCALE for text in reads),
         }
-        missing = [what for what, found in seen.items() if not found]
+        missing = [sort for sort, said in seen.items() if not said]
         if missing:
             raise UnsupportedTorchError(
                 f"torch {torch.__version__} names the {', '.join(missing)} that a trace reads in a way that glowplug "
                 "does not know, so it could not notice when they change; it was checked on torch 2.11 and 2.13"
             )
 
-    def _lies_at(self, source: str | Source, held: Any) -> bool:
-        found = parse(source) if isinstance(source, str) else source
-        try:
-            return found is not None and found.size is None and found.value({"model": self}) is held
-        except LookupError:
-            return False
+    def _at(self, text: str) -> Any:
+        source = parse(text)
+        with contextlib.suppress(LookupError):
+            return source.value({"model": self}) if source is not None and source.size is None else None

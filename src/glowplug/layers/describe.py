@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from glowplug.layers.reads import MARKS
-from glowplug.layers.shards import is_mesh, is_placement, mesh_text, sharding_text
+from glowplug.layers.shards import placing_text, sharding_text
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
@@ -166,10 +166,9 @@ class Describer:
                 return f"reference {self.text(value())}"
         if hasattr(value, "cache_parameters") and hasattr(value, "__wrapped__"):  # functools.lru_cache
             return f"cached {self._all(value.__wrapped__, value.cache_parameters())}"
-        if is_mesh(value):
-            return mesh_text(value)
-        if is_placement(value):
-            return repr(value)
+        placing = placing_text(value)
+        if placing is not None:
+            return placing
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             held = f"{value.dtype} {value.shape} {value.strides} {value.flags.writeable}"
             return f"{self.named(type(value))} {held} {hashlib.sha256(value.tobytes()).hexdigest()}"

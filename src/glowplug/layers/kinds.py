@@ -7,8 +7,8 @@ only a trace says. So kinds may leave out the attributes in which layers differ,
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,22 +25,15 @@ class Fact:
 
     Attributes:
         text: equal where it does the same.
-        shown: the same for a person.
+        value: what it is.
         owner: of an attribute that kinds may leave out, the object that has it.
         name: its name.
-        value: its value.
     """
 
     text: str
-    shown: str = ""
+    value: Any
     owner: Any = None
     name: str = ""
-    value: Any = None
-
-    @property
-    def words(self) -> str:
-        """What a person reads of it."""
-        return self.shown or shown(self.value)
 
 
 Facts = dict[str, Fact]
@@ -59,16 +52,12 @@ class Unread:
     attributes: Mapping[tuple[int, str], str] = field(default_factory=dict)
     values: Mapping[int, str] = field(default_factory=dict)
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the attributes."""
-        return frozenset(name for _, name in self.attributes)
 
-
+@dataclass(frozen=True)
 class LayerFacts:
     """What the layers of a stack are told apart by.
 
-    Args:
+    Attributes:
         layers: the layers.
         columns: what code outside of the layers may look up for each of them: place -> an entry a layer.
         model: ids of the model's modules.
@@ -76,56 +65,44 @@ class LayerFacts:
         caches: whether attributes that name the layer are handed to caches.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        columns: Mapping[str, Sequence[Fact]] | None = None,
-        model: Collection[int] = (),
-        *,
-        strict: bool = False,
-        caches: bool = True,
-    ) -> None:
-        self._layers = layers
-        self._columns = columns or {}
-        self._model = model
-        self._strict = strict
-        self._caches = caches
-        self._known: dict[int, tuple[Any, str]] = {}
-        self._computed: dict[tuple[Any, ...], frozenset[str]] = {}
+    layers: Sequence[nn.Module]
+    columns: Mapping[str, Sequence[Fact]] = field(default_factory=dict)
+    model: Collection[int] = ()
+    strict: bool = False
+    caches: bool = True
+    _known: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    _computed: dict[tuple[Any, ...], frozenset[str]] = field(default_factory=dict)
 
     def of(self, index: int) -> Facts:
         """Everything that a layer's forward can read, but for what merely names the layer and the weights' values."""
-        layer = self._layers[index]
-        describer = Describer(layer, self._model, self._known)
-        facts: Facts = {}
-        for place, column in self._columns.items():
-            fact = column[index]
-            facts[place] = Fact(describer.text(fact.value), "", fact.owner, fact.name, fact.value)
+        layer = self.layers[index]
+        describer = Describer(layer, self.model, self._known)
+        columns = ((place, column[index]) for place, column in self.columns.items())
+        facts = {place: replace(fact, text=describer.text(fact.value)) for place, fact in columns}
         for path, module in layer.named_modules(remove_duplicate=False):
-            self._read(path, module, describer, facts)
+            facts |= {f"{path}{place}": fact for place, fact in self._read(module, describer)}
         return facts
 
-    def _read(self, path: str, module: nn.Module, describer: Describer, facts: Facts) -> None:
+    def _read(self, module: nn.Module, describer: Describer) -> Iterator[tuple[str, Fact]]:
         cls, table = type(module), module.__dict__
-        facts[f"{path}:"] = Fact(f"{cls.__module__}.{cls.__qualname__} {id(cls)}", f"a {cls.__qualname__}")
-        facts[f"{path}.training"] = Fact(str(module.training), str(module.training))
+        yield ":", Fact(f"{cls.__module__}.{cls.__qualname__} {id(cls)}", cls)
+        yield ".training", Fact(str(module.training), module.training)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            facts[f"{path}.{name}"] = Fact(layout_text(tensor), value=tensor)
+            yield f".{name}", Fact(layout_text(tensor), tensor)
         if "forward" in table:
-            facts[f"{path}.forward"] = Fact(describer.text(table["forward"]), value=table["forward"])
+            yield ".forward", Fact(describer.text(table["forward"]), table["forward"])
         for name, hooks in hooks_of(module).items():
             flags = table[f"{name}_with_kwargs"], module._forward_hooks_always_called
             marks = [[key in flag for flag in flags] for key in hooks]
-            text = f"{describer.text(list(hooks.values()))} {marks}"
-            facts[f"{path}.{name}"] = Fact(text, value=list(hooks.values()))
+            yield f".{name}", Fact(f"{describer.text(list(hooks.values()))} {marks}", list(hooks.values()))
         for name, value in attributes_read(module, {"forward", *self._names_only(module)}):
             text = layout_text(value) if isinstance(value, torch.Tensor) else describer.text(value)
-            facts[f"{path}.{name}"] = Fact(text, "", module, name, value)
+            yield f".{name}", Fact(text, value, module, name)
 
     def _names_only(self, module: nn.Module) -> frozenset[str]:
         """The attributes of a module that merely name the layer, or only print it."""
-        printed = PRINTED if self._strict else frozenset()
-        if not self._caches:
+        printed = PRINTED if self.strict else frozenset()
+        if not self.caches:
             return printed
         if not mentions(type(module)):  # type: ignore[arg-type]
             return NAMING | printed
@@ -143,29 +120,24 @@ def tell_apart(layers: Sequence[Facts], told: Collection[str] | None) -> tuple[t
         told: the places of attributes that a trace has read. Others in which layers differ are left out, and returned.
             None: nothing is left out.
     """
-    texts: dict[str, set[str]] = {}
-    for facts in layers:
-        for place, fact in facts.items():
-            texts.setdefault(place, set()).add(fact.text)
-    varying = {place for place, found in texts.items() if len(found) > 1}
     attributes: dict[tuple[int, str], str] = {}
     values: dict[int, str] = {}
-    numbers: dict[frozenset[tuple[str, str]], int] = {}
-    kinds = []
-    for facts in layers:
-        differing = set()
-        for place, fact in facts.items():
-            if place not in varying:
-                continue
-            if told is None or place in told or fact.owner is None:
-                differing.add((place, fact.text))
-                continue
-            attributes[id(fact.owner), fact.name] = place
-            if not isinstance(fact.value, _CONSTANTS):
-                values[id(fact.value)] = place
-        absent = {(place, "") for place in texts if place not in facts}
-        kinds.append(numbers.setdefault(frozenset(differing | absent), len(numbers)))
-    return tuple(kinds), Unread(attributes, values)
+    columns: list[list[str | None]] = []
+    for place in {place: None for facts in layers for place in facts}:
+        column = [facts.get(place) for facts in layers]
+        varies = len({fact.text for fact in column if fact is not None}) > 1
+        if not varies and None not in column:
+            continue
+        columns.append([fact.text if fact is not None else None for fact in column])
+        for index, fact in enumerate(column if varies and told is not None and place not in told else ()):
+            if fact is not None and fact.owner is not None:
+                columns[-1][index] = ""
+                attributes[id(fact.owner), fact.name] = place
+                if not isinstance(fact.value, _CONSTANTS):
+                    values[id(fact.value)] = place
+    numbers: dict[tuple[str | None, ...], int] = {}
+    rows = list(zip(*columns, strict=True)) or [()] * len(layers)
+    return tuple(numbers.setdefault(row, len(numbers)) for row in rows), Unread(attributes, values)
 
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
@@ -192,12 +164,14 @@ def difference(few: Mapping[int, Facts], unread: Unread, name_of: Callable[[int,
 
 
 def _words(one: Fact | None, other: Fact | None, place: str) -> list[str]:
-    label = f"{place[:-1] or 'themselves'} being" if place.endswith(":") else place
-    if one is None or other is None:
-        return [f"{label} {fact.words}, which only one of them has"[:160] for fact in (one, other) if fact is not None]
-    if place.endswith(":") and one.words == other.words:
-        return [f"{label} {one.words}, each of a class of its own"]
-    return [f"{label} {fact.words}"[:120] for fact in (one, other)]
+    is_class = place.endswith(":")
+    label = f"{place[:-1] or 'themselves'} being a" if is_class else place
+    words = [f"{label} {shown(fact.value)}" for fact in (one, other) if fact is not None]
+    if len(words) == 1:
+        return [f"{words[0]}, which only one of them has"[:160]]
+    return (
+        [f"{words[0]}, each of a class of its own"] if is_class and words[0] == words[1] else [w[:120] for w in words]
+    )
 
 
 def _use(facts: Facts, places: Sequence[str], layer: int, name_of: Callable[[int, str], str]) -> str:
@@ -205,7 +179,7 @@ def _use(facts: Facts, places: Sequence[str], layer: int, name_of: Callable[[int
     attributes = [place for place in places if place in facts and facts[place].owner is not None]
     if any(place.rpartition(".")[2] in NAMING for place in attributes):
         return ", which their code computes with"
-    if any(repr(name_of(layer, place.rpartition(".")[0])) in facts[place].words for place in attributes):
+    if any(repr(name_of(layer, place.rpartition(".")[0])) in shown(facts[place].value) for place in attributes):
         return ": the layers read their own name"
     return ", which their forward reads" if attributes else ""
 

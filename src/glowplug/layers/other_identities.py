@@ -175,7 +175,7 @@ def check_calls(op: str, calls: int) -> None:
         LayerOrderError: a graph that calls an op once for each registered layer calls it in another order. (A graph
             that calls it more or less often is found out when it runs, before its output is used.)
     """
-    noted = _traced_calls.get(op, [])[-calls:]
+    noted = _traced_calls.pop(op, [])[-calls:]
     if not noted:
         return
     registry = _registry(noted[0])

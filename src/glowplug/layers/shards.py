@@ -34,17 +34,17 @@ def sharding_text(tensor: torch.Tensor) -> str:
         return ""
     held: Any = tensor
     local = held._local_tensor
-    return f" shard {tuple(local.shape)} {local.stride()} {held.placements!r} on {mesh_text(held.device_mesh)}"
+    return f" shard {tuple(local.shape)} {local.stride()} {held.placements!r} on {placing_text(held.device_mesh)}"
 
 
-def is_mesh(value: Any) -> bool:
-    """Whether a value is a mesh of devices."""
-    return hasattr(value, "mesh_dim_names") and hasattr(value, "device_type") and hasattr(value, "get_group")
-
-
-def mesh_text(mesh: Any) -> str:
-    """A mesh of devices by its form alone: whose place in it a process has, is left out."""
-    return f"mesh {mesh.device_type} {tuple(mesh.shape)} {mesh.mesh_dim_names}"
+def placing_text(value: Any) -> str | None:
+    """A mesh of devices by its form alone (whose place in it a process has, is left out), or how one dim of a mesh
+    holds a tensor; None for any other value."""
+    if type(value).__module__.startswith("torch.distributed.tensor"):
+        return repr(value)
+    if hasattr(value, "mesh_dim_names") and hasattr(value, "device_type") and hasattr(value, "get_group"):
+        return f"mesh {value.device_type} {tuple(value.shape)} {value.mesh_dim_names}"
+    return None
 
 
 def wrapped_forward(module: nn.Module) -> types.FunctionType | None:
@@ -60,8 +60,3 @@ def cells_of(function: types.FunctionType) -> dict[str, Any]:
     """What a function's cells hold, by name."""
     names = function.__code__.co_freevars
     return dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-
-
-def is_placement(value: Any) -> bool:
-    """Whether a value says how one dim of a mesh holds a tensor; its text tells all of it."""
-    return type(value).__module__.startswith("torch.distributed.tensor")

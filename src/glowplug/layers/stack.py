@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -61,17 +61,17 @@ def find_stack(
         told: see `glowplug.layers.kinds.tell_apart`.
     """
     wanted = {id(module) for module in inside}
-    best: tuple[bool, int, str, nn.ModuleList] | None = None
+    found: list[tuple[bool, int, str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             held = [sum(id(child) in wanted for child in layer.modules()) for layer in module]
             each, holding = all(held), sum(map(bool, held))
-            fits = each or (holding > 1 and sum(held) == len(wanted))
-            if fits and (best is None or (each, holding) > best[:2]):
-                best = each, holding, path, module
-    if best is None:
+            if each or (holding > 1 and sum(held) == len(wanted)):
+                found.append((each, holding, path, module))
+    if not found:
         return None
-    return _describe_stack(model, best[2], best[3], config, told, caches=True)
+    _, _, path, stack = max(found, key=lambda candidate: candidate[:2])
+    return _describe_stack(model, path, stack, config, told, caches=True)
 
 
 def find_repetition(model: nn.Module, told: Collection[str] = ()) -> LayerStack | None:
@@ -83,25 +83,18 @@ def find_repetition(model: nn.Module, told: Collection[str] = ()) -> LayerStack 
         model: the model.
         told: see `glowplug.layers.kinds.tell_apart`.
     """
-    best: tuple[int, int, LayerStack] | None = None
+    found: list[tuple[int, int, LayerStack]] = []
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or choose_template(_classes(module)) is None:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        if list(module._modules) != [str(index) for index in range(len(module))]:
+        classes = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in module]
+        if choose_template(classes) is None or list(module._modules) != list(map(str, range(len(module)))):
             continue
         stack = _describe_stack(model, path, module, None, told, caches=False)
         length = choose_template(stack.kinds)
         sizes = [len(list(layer.modules())) for layer in stack.layers]
-        rank = (sum(sizes[length:]) if length is not None else 0), sum(sizes)
-        if rank > (best[:2] if best is not None else (0, 0)):
-            best = *rank, stack
-    return best[2] if best is not None else None
-
-
-def _classes(stack: Iterable[nn.Module]) -> list[int]:
-    numbers: dict[str, int] = {}
-    names = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in stack]
-    return [numbers.setdefault(name, len(numbers)) for name in names]
+        found.append((sum(sizes[length:]) if length is not None else 0, sum(sizes), stack))
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else None
 
 
 def _describe_stack(
@@ -147,37 +140,32 @@ _NO_HOLDERS = (nn.Module, type, types.FunctionType, types.ModuleType)
 def _columns(prefix: str, holder: Any, depth: int) -> Iterator[tuple[str, list[Fact]]]:
     for name, value in vars(holder).items():
         if isinstance(value, (list, tuple)) and len(value) == depth and list(value) != list(range(depth)):
-            yield f"{prefix}{name}", [Fact("", "", holder, name, entry) for entry in value]
+            yield f"{prefix}{name}", [Fact("", entry, holder, name) for entry in value]
 
 
 def why_distinct(stack: LayerStack) -> str:
-    """What keeps the stack's layers apart, shown on the two of different kinds, of the first few, that differ least."""
-    found = _difference(stack)
-    return f"most layers are of a kind of their own{f': {found}' if found else ''}"
+    """That most of a stack's layers are of a kind of their own, and what keeps them apart."""
+    return f"most layers are of a kind of their own{_difference(stack, ': ')}"
 
 
 def why_not_repeated(stack: LayerStack) -> str:
     """Why no prefix of a stack shows how to run all of it, and what keeps its layers apart."""
-    found = _difference(stack)
-    return f"{why_no_template(stack.kinds)}{f'; {found}' if found else ''}"
+    return f"{why_no_template(stack.kinds)}{_difference(stack, '; ')}"
 
 
-def _difference(stack: LayerStack) -> str | None:
-    """What keeps the first layers of the first few kinds apart."""
+def _difference(stack: LayerStack, before: str) -> str:
+    """What keeps the first layers of the first few kinds apart, shown on the two that differ least."""
     assert stack.facts is not None
     first = [stack.kinds.index(kind) for kind in range(len(set(stack.kinds)))][:_FEW]
-    few = {index: stack.facts.of(index) for index in first}
-    return difference(few, stack.unread, stack.name_of)
+    found = difference({index: stack.facts.of(index) for index in first}, stack.unread, stack.name_of)
+    return f"{before}{found}" if found else ""
 
 
 def why_no_template(kinds: Sequence[int]) -> str:
     """Why no prefix of a stack shows how to run all of it: which of its layers the prefixes lack."""
-    depth, seen, last = len(kinds), set(), 0
-    for start in range(depth - 2):
-        triple = tuple(kinds[start : start + 3])
-        if triple not in seen:
-            last = start
-        seen.add(triple)
+    depth = len(kinds)
+    triples = [tuple(kinds[start : start + 3]) for start in range(depth - 2)]
+    last = max((triples.index(triple) for triple in triples), default=0)
     if last + 3 >= depth - 1:
         return (
             f"no part of the {depth} layers shows how all of them follow each other: layers {last} to {last + 2} do so "
@@ -186,7 +174,7 @@ def why_no_template(kinds: Sequence[int]) -> str:
     return f"no part of the {depth} layers shows often enough how all of them follow each other"
 
 
-def choose_template(kinds: Sequence[int]) -> int | None:
+def choose_template(kinds: Sequence[Hashable]) -> int | None:
     """The length of the shortest prefix of a stack that shows how to run all of it.
 
     It shows every run of three neighbouring kinds that the stack has; it ends in the stack's last two kinds; and each
@@ -211,11 +199,11 @@ def choose_template(kinds: Sequence[int]) -> int | None:
     return None
 
 
-def _runs(kinds: Sequence[int], size: int) -> set[tuple[int, ...]]:
+def _runs(kinds: Sequence[Hashable], size: int) -> set[tuple[Hashable, ...]]:
     return {tuple(kinds[start : start + size]) for start in range(len(kinds) - size + 1)}
 
 
-def _repeated(kinds: Sequence[int]) -> set[tuple[int, int]]:
+def _repeated(kinds: Sequence[Hashable]) -> set[tuple[Hashable, Hashable]]:
     """Transitions that occur at least twice behind the first, whose step also depends on what comes before it."""
     pairs = list(pairwise(kinds[1:]))
     return {pair for pair in pairs if pairs.count(pair) > 1}

@@ -93,13 +93,19 @@ def check_reads(model: nn.Module, template: Template, reads: Collection[str]) ->
     if not unread.attributes:
         return
     found: set[str] = set()
+    names = {name for _, name in unread.attributes}
     for read in reads:
-        for owner, name in attributes_in(read, unread.names):
+        for owner, name in attributes_in(read, names):
             holder = _at(owner, model)
-            for (held_by, attribute), place in unread.attributes.items():
-                # An object that can't be told may be any; `__dict__` is all that an object has.
-                if name == attribute if holder is None else held_by == id(holder) and name in (attribute, "__dict__"):
-                    found.add(place)
+            place = unread.attributes.get((id(holder), name))
+            if place is not None:
+                found.add(place)
+            elif holder is None or name == "__dict__":  # any object that has such an attribute; all that this one has
+                found |= {
+                    place
+                    for (held_by, attribute), place in unread.attributes.items()
+                    if (attribute == name if holder is None else held_by == id(holder))
+                }
         source = parse(read) if unread.values else None
         if source is not None and source.is_global:
             with contextlib.suppress(LookupError):

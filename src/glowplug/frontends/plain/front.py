@@ -27,7 +27,7 @@ from glowplug.graph.sources import named
 from glowplug.graph.split import Step
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.copies import make_twin
-from glowplug.layers.fitness import unfit
+from glowplug.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.stack import find_repetition
 from glowplug.layers.watch import Watch
