@@ -384,7 +384,6 @@ class Builder:
             compiler=self.compiler,
             report=self.report,
             cache=self._pieces,
-            both=self.options.verify == "once",
             defer_ends=self._defers_ends,
         )
         traced = trace.trace_program(
@@ -392,7 +391,11 @@ class Builder:
         )
         self._reads |= traced.reads
         self._slots |= traced.slots
-        return traced.served
+        served = traced.served
+        if self.options.verify == "once" and self.compiler.name != "eager":
+            assert served.recipe is not None
+            served.uncompiled = served.program.with_slots(served.recipe.built.graphs)
+        return served
 
     def _verify(self, served: Served, call: Call, classes: verify.Classes = verify.CLASSES) -> verify.Problem | None:
         """Compare a program with eager, and start watching the model: from here on, changes make the program stale."""

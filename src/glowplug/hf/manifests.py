@@ -28,13 +28,13 @@ from glowplug.hf.sharding import Processes, world_text
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.sources import follow, parse_source
-from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import is_own
 from glowplug.options import Options
 from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
 from glowplug.program.piece_store import Run
-from glowplug.program.template import binder, tensor_names
+from glowplug.program.plan import Binder
+from glowplug.program.template import tensor_names
 from glowplug.reasons import said
 from glowplug.store.manifest import Manifest, Place
 from glowplug.store.store import ArtifactStore
@@ -201,12 +201,10 @@ class Manifests:
         model = self.model
         try:
             values = {name: _find(model, registry, place) for name, place in manifest.places.items()}
-            bind, name_of = None, None
+            binder = None
             if manifest.stack is not None:
-                layers: Any = model.get_submodule(manifest.stack)
-                stack = LayerStack(manifest.stack, tuple(layers), ())
-                bind, name_of = binder(stack, registry, manifest.handles), stack.name_of
-            return manifest.plan.write(runners, values, bind, name_of)
+                binder = Binder.of(model, manifest.stack, registry, manifest.handles)
+            return manifest.plan.write(runners, values, binder)
         except (AttributeError, KeyError, IndexError) as exc:
             raise ArtifactError(f"it does not fit the model: {said(exc)}") from exc
 

@@ -232,5 +232,5 @@ def trace_program(
     built = recipe.built
     names = positions, cache_argument(model)
     served = Served(built.program, assumptions, *names, output_type(model), built.ends)
-    served.uncompiled, served.recipe = built.uncompiled, recipe
+    served.recipe = recipe
     return Traced(served, frozenset(sources), slots)

@@ -185,8 +185,8 @@ def describe(
     return Manifest(
         plan=recipe.built.plan,
         places=places_of(model, outside, recipe.unread),
-        stack=recipe.stamping.stack if recipe.stamping is not None else None,
-        handles=recipe.stamping.handles if recipe.stamping is not None else frozenset(),
+        stack=recipe.stamping.binder.stack if recipe.stamping is not None else None,
+        handles=recipe.stamping.binder.handles if recipe.stamping is not None else frozenset(),
         assumptions=served.assumptions,
         output_type=f"{served.output_type.__module__}:{served.output_type.__qualname__}",
         reads=tuple(sorted(reads)),
