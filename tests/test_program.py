@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import random
 import traceback
@@ -20,7 +21,7 @@ from glowplug.graph.stamp import Local, Outside, Own, Previous, Stamped, Unit, U
 from glowplug.ops.layer_op import find_op_by_name, layer_op
 from glowplug.program.plan import Plan
 from glowplug.program.program import Program, piece_name
-from glowplug.program.write import Run, fold
+from glowplug.program.write import Run, fold, write_program
 
 
 class Token:
@@ -106,12 +107,14 @@ class Model:
 
     def program(self) -> Program:
         """The program."""
-        return self.plan.write(self.slots, self.values, self.bind)
+        return write_program(
+            self.plan.deep, self.plan.returned, self.plan.arguments, self.slots, self.values, self.bind
+        )
 
     def expected(self, ids: Token, mask: Token) -> tuple[list[int], list[set[Any]]]:
         """What it returns, step by step; and for each step, the values of layers that it or a later step reads."""
         values: dict[Any, Any] = {"ids": ids, "mask": mask}
-        deep, last = self.plan.deep_steps(), dict[Any, int]()
+        deep, last = self.plan.deep, dict[Any, int]()
         for index, step in enumerate(deep):
             fetched = {n: values[s] if s in values else self.fixed(step.layer, s) for n, s in step.inputs.items()}
             if isinstance(step.step, OpStep):
@@ -202,7 +205,7 @@ def test_a_traceback_shows_the_text_while_the_program_lives() -> None:
     broken = program.with_slots({head: lambda *args: 1 / 0})
     with pytest.raises(ZeroDivisionError) as raised:
         broken.run(Token(), Token())
-    assert "piece_a(ids, mask, *WEIGHTS_0)" in "".join(traceback.format_tb(raised.value.__traceback__))
+    assert "piece_a(ids, mask, *WEIGHTS)" in "".join(traceback.format_tb(raised.value.__traceback__))
     filename = program.code.__code__.co_filename
     assert filename in linecache.cache
     del raised, broken, program
@@ -213,7 +216,7 @@ def full(steps: Sequence[Any], outputs: Sequence[str], arguments: Sequence[str],
     """A full trace; each piece adds up what it is given and returns that for each output."""
     prints = [Fingerprint(f"{n}") if isinstance(step, Piece) else None for n, step in enumerate(steps)]
     slots = {
-        found: (lambda *args, _n=len(step.outputs): (sum(args),) * _n)
+        found: functools.partial(lambda count, *args: (sum(args),) * count, len(step.outputs))
         for found, step in zip(prints, steps, strict=True)
         if found is not None
     }
@@ -222,7 +225,7 @@ def full(steps: Sequence[Any], outputs: Sequence[str], arguments: Sequence[str],
 
 
 def test_names_do_not_clash() -> None:
-    names = ("slots", "piece_a", "run", "for", "l_x_", "x", "_", "WEIGHTS_0", "a.b", "value")
+    names = ("slots", "piece_a", "run", "for", "l_x_", "x", "_", "WEIGHTS", "a.b", "value")
     program = full([Piece(None, (*names, "w"), ("piece_b", "class"))], ("class", "w", "piece_b"), names, w=100)
     assert program.run(*range(10)) == (145, 100, 145)
     assert "piece_a" in program.source.splitlines()[1]

@@ -79,7 +79,7 @@ class Ready:
         assumptions: what its trace assumed of sizes.
         returns: what the front end needs to know to wrap its outputs.
         slots: its deferred pieces.
-        bind_to: binds a stamped program to a copy of the model, see `Built`.
+        bind_to: binds a stamped program to a copy of the model, see `Built.for_copy`; until it was compared.
         graphs: gives the same program with uncompiled pieces, until it was compared; None: there is none.
         address: in the store; None when it is not there.
         proved: whether an earlier process compared it with eager.

@@ -25,10 +25,10 @@ from glowplug.errors import (
     NotStampableError,
     NotStorableError,
 )
+from glowplug.fitness import unfit
 from glowplug.front import Call, FrontEnd, Rung
 from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
-from glowplug.fitness import unfit
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.program import Built, PieceCache, Program, Stamping, build_program
@@ -413,7 +413,7 @@ def _make(c: Compilation, call: Call) -> tuple[Ready | str, Traced | None]:
 def _make_in_full(c: Compilation, call: Call, rung: Rung) -> tuple[Ready | str, Traced | None]:
     c.report.strategy, c.report.template_layers = c.options.resolved_identity, 0
     ready, traced = _trace(c, call, rung, None)
-    reason = check(c, ready, graphs_of(c, traced), call)
+    reason = check(c, ready, _graphs_of(traced), call)
     return (ready, traced) if reason is None else (reason, None)
 
 
@@ -425,7 +425,7 @@ def _make_stamped(c: Compilation, call: Call, rung: Rung) -> tuple[Ready | str, 
         if template is None:
             return None
         ready, traced = _trace(c, call, rung, template)
-        reason = check(c, ready, graphs_of(c, traced), call)
+        reason = check(c, ready, _graphs_of(traced), call)
     except AttributesReadError as exc:
         c.read_attributes |= exc.places
         return _make_stamped(c, call, rung)
@@ -470,7 +470,6 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
             check=target.check,
             stamping=stamping,
             drop_unused=True,
-            both=c.options.verify == "once",
             defer=c.defers,
             layer_of=layer_of,
         )
@@ -481,18 +480,19 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
         traced = capture(target.function, target.examples, consume, reads)
     c.reads |= reads
     built = traced.built
-    ready = Ready(c.front, built.program, traced.assumptions, c.front.returns(), built.slots, built.bind_to)
+    ready = Ready(c.front, built.program, traced.assumptions, c.front.returns(), built.slots)
+    ready.bind_to = built.for_copy if template is not None else None
     if c.processes is not None:
-        ready.graphs = lambda: graphs_of(c, traced)
+        ready.graphs = lambda: _graphs_of(traced)
     return ready, traced
 
 
 # -- check and keep ----------------------------------------------------------------------------------------------
 
 
-def graphs_of(c: Compilation, traced: Traced) -> Program | None:
+def _graphs_of(traced: Traced) -> Program:
     """The program of a trace with uncompiled pieces."""
-    return traced.built.program if c.compiler.name == "eager" else traced.built.uncompiled
+    return traced.built.program.with_slots(traced.built.graphs)
 
 
 def check(c: Compilation, ready: Ready, graphs: Program | None, call: Call, *, glance: bool = False) -> str | None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
-from glowplug.runtime.forks import free_in_forks, make_lock
 from glowplug.graph import sources
 from glowplug.layers.handle import LayerHandle
 from glowplug.reasons import switched_off, why
+from glowplug.runtime.forks import free_in_forks, make_lock
 
 try:
     from torch._dynamo.convert_frame import compile_lock

@@ -8,7 +8,7 @@ stamped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,7 +330,3 @@ def _check_joints(units: Sequence[Unit], sequence: Sequence[int]) -> None:
     for layer in range(1, len(sequence)):
         if not _fits(units, sequence[layer - 1], sequence[layer]):
             raise NotStampableError(f"layer {layer} does not fit behind layer {layer - 1}", (layer - 1, layer))
-
-
-Bind = Callable[[int, Own], Any]
-"""`bind(layer, own)`: the very object that a layer of the deep model has at a path."""

@@ -9,16 +9,15 @@ from typing import Any
 from torch import nn
 
 from glowplug.compilers.base import PieceCompiler
-from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.capture import Captured
 from glowplug.graph.fingerprint import fingerprint
 from glowplug.graph.split import LayerOf, Piece, Step, split
-from glowplug.graph.stamp import Bind, Locations, Stamped, reads, stamp
+from glowplug.graph.stamp import Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.pieces import PieceCache, compile_pieces
-from glowplug.program.plan import Plan, outline_of
+from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
 from glowplug.program.slots import PieceSlot, count_uses
 from glowplug.program.write import Slots
@@ -34,21 +33,13 @@ class Stamping:
         locations: where the template's inputs lie.
         template: the kinds of the template's layers.
         kinds: the kinds of all layers.
-        bind: finds the object that a layer has at a path.
-        bind_to: the same for a copy of the model, given the copy and its registry.
-        name_of: the qualified name of what a layer has at a path, for reports.
-        stack: qualified name of the stack.
-        handles: which paths in a layer are handles.
+        binder: finds what layers have.
     """
 
     locations: Locations
     template: tuple[int, ...]
     kinds: tuple[int, ...]
-    bind: Bind
-    bind_to: Callable[[nn.Module, LayerRegistry], Bind]
-    name_of: Callable[[int, str], str]
-    stack: str = ""
-    handles: frozenset[str] = frozenset()
+    binder: Binder
 
 
 @dataclass(frozen=True)
@@ -59,19 +50,27 @@ class Built:
         program: the program.
         plan: what it was written from.
         bound: graph value -> object, for what is bound now.
-        uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none, or
-            when the pieces of `program` are uncompiled anyway.
-        bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
-            the id of what is bound to its copy. Only of a stamped program.
+        graphs: each distinct piece uncompiled, to compare with eager closely.
+        binder: finds what a stamped program is bound to in the layers.
         slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
     plan: Plan
     bound: Mapping[str, Any]
-    uncompiled: Program | None = None
-    bind_to: Callable[..., Program] | None = None
+    graphs: Slots
+    binder: Binder | None = None
     slots: tuple[PieceSlot, ...] = ()
+
+    def for_copy(self, model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any]) -> Program:
+        """The same stamped program for a copy of the model; `of` maps the id of what is bound to its copy."""
+        assert self.binder is not None
+        values = {
+            name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
+            for name, value in self.bound.items()
+        }
+        binder = Binder.of(model, self.binder.stack, registry, self.binder.handles)
+        return self.plan.write(self.program.slots, values, binder)
 
 
 def build_program(
@@ -85,7 +84,6 @@ def build_program(
     check: Callable[[Sequence[Step], Captured], None] | None = None,
     stamping: Stamping | None = None,
     drop_unused: bool = False,
-    both: bool = False,
     defer: bool = False,
     layer_of: LayerOf | None = None,
 ) -> Built:
@@ -101,7 +99,6 @@ def build_program(
         check: may refuse the steps by raising.
         stamping: stamp the steps over a stack.
         drop_unused: leave out arguments that no step reads.
-        both: also bind the steps with uncompiled pieces.
         layer_of: cut at the boundaries of layers, too.
         defer: pieces that run seldom in a step may start uncompiled, see `glowplug.program.slots`.
 
@@ -142,30 +139,20 @@ def build_program(
     distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
     graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
     with report.phase("compile"), cache.lock:
-        uses = count_uses(step.slot for step in plan.deep_steps()) if defer else None
+        uses = count_uses(step.slot for step in plan.deep) if defer else None
         before = cache.count
         slots = compile_pieces(distinct, compiler, cache, captured, uses)
         report.compiled_pieces += cache.count - before
     with report.phase("bind"):
-        where = (stamping.bind, stamping.name_of) if stamping is not None else ()
-        program = plan.write(slots, bound, *where)
-        uncompiled = program.with_slots(graphs) if both and not isinstance(compiler, EagerCompiler) else None
+        binder = stamping.binder if stamping is not None else None
+        program = plan.write(slots, bound, binder)
         deferred = tuple(slot for slot in slots.values() if isinstance(slot, PieceSlot))
         if deferred:
             report.pending_pieces = len(cache.slots)
-
-    def bind_to(model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any], *, uncompiled: bool) -> Program:
-        assert stamping is not None
-        values = {
-            name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
-            for name, value in bound.items()
-        }
-        return plan.write(graphs if uncompiled else slots, values, stamping.bind_to(model, registry))
-
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, deferred)
+    return Built(program, plan, bound, graphs, binder, deferred)

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import OpStep, Step
-from glowplug.graph.stamp import Bind, Local, Outside, Own, Reference, Stamped, reads
+from glowplug.graph.stamp import Local, Outside, Own, Reference, Stamped, reads
+from glowplug.layers.registry import LayerRegistry
 from glowplug.program.program import Program, StepOutline
 from glowplug.program.write import DeepStep, Key, Slots, write_program
+
+
+@dataclass(frozen=True)
+class Binder:
+    """Finds what a stamped program is bound to in the layers of a model.
+
+    Attributes:
+        stack: qualified name of the stack.
+        layers: its layers.
+        registry: finds their handles.
+        handles: which paths in a layer are handles.
+    """
+
+    stack: str
+    layers: Sequence[nn.Module]
+    registry: LayerRegistry
+    handles: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, stack: str, registry: LayerRegistry, handles: frozenset[str]) -> Binder:
+        """The binder of a model."""
+        layers: Any = model.get_submodule(stack)
+        return cls(stack, tuple(layers), registry, handles)
+
+    def find(self, layer: int, own: Own) -> Any:
+        """The very object that a layer has at a path."""
+        if own.path in self.handles:
+            return self.registry.handles[self.name_of(layer, own)]
+        return _getter(own.path)(self.layers[layer + own.offset])
+
+    def name_of(self, layer: int, own: Own) -> str:
+        """Its qualified name."""
+        return ".".join(filter(None, (self.stack, str(layer + own.offset), own.path)))
+
+
+_getter = functools.cache(operator.attrgetter)
 
 
 @dataclass(frozen=True)
@@ -33,58 +74,48 @@ class Plan:
     stamped: Stamped | None
     outline: tuple[StepOutline, ...]
 
-    def deep_steps(self) -> list[DeepStep]:
+    @functools.cached_property
+    def deep(self) -> tuple[DeepStep, ...]:
         """Every step of the deep model, in the order in which they run."""
-        deep = [
+        steps = [
             DeepStep(step, slot, {name: name for name in reads(step)}, step.outputs)
             for step, slot in zip(self.steps, self.prints, strict=True)
         ]
-        if self.stamped is not None:
-            for layer, unit in enumerate(self.stamped.sequence):
-                for place, step in enumerate(self.stamped.units[unit].steps):
-                    inputs = {name: _source(ref, layer) for name, ref in step.inputs.items()}
-                    outputs = [(layer, place, at) if name else None for at, name in enumerate(step.step.outputs)]
-                    deep.append(DeepStep(step.step, step.found, inputs, outputs, layer))
-        return deep
+        for layer, number in enumerate(self.stamped.sequence if self.stamped is not None else ()):
+            for place, step in enumerate(self.stamped.units[number].steps):  # type: ignore[union-attr]
+                inputs = {name: _source(ref, layer) for name, ref in step.inputs.items()}
+                outputs = [(layer, place, at) if name else None for at, name in enumerate(step.step.outputs)]
+                steps.append(DeepStep(step.step, step.found, inputs, outputs, layer))
+        return tuple(steps)
+
+    @property
+    def returned(self) -> tuple[Any, ...]:
+        """Where the program's outputs come from."""
+        if self.stamped is None:
+            return self.outputs
+        return tuple(_source(ref, len(self.stamped.sequence) - 1) for ref in self.stamped.outputs)
 
     def pieces(self) -> tuple[Fingerprint, ...]:
-        """Each distinct piece, those of the head first."""
-        found = [*self.prints]
-        if self.stamped is not None:
-            found += [step.found for unit in self.stamped.units for step in unit.steps]
-        return tuple(dict.fromkeys(one for one in found if one is not None))
+        """Each distinct piece, in the order of first use."""
+        return tuple(dict.fromkeys(step.slot for step in self.deep if step.slot is not None))
 
     def values(self) -> frozenset[str]:
         """Names of the graph values that `write` may ask for."""
-        found = {name for step in self.steps for name in reads(step)} | set(self.outputs)
-        if self.stamped is not None:
-            wiring = [ref for unit in self.stamped.units for step in unit.steps for ref in step.wiring]
-            found |= {ref.name for ref in (*wiring, *self.stamped.outputs) if isinstance(ref, Outside)}
-        return frozenset(found)
+        sources = [*self.returned, *(source for step in self.deep for source in step.inputs.values())]
+        return frozenset(source for source in sources if isinstance(source, str))
 
-    def write(
-        self,
-        slots: Slots,
-        values: Mapping[str, Any],
-        bind: Bind | None = None,
-        name_of: Callable[[int, str], str] | None = None,
-    ) -> Program:
+    def write(self, slots: Slots, values: Mapping[str, Any], binder: Binder | None = None) -> Program:
         """The program.
 
         Args:
             slots: the callable of each distinct piece.
             values: graph value -> object, for what is bound and lies outside the stack.
-            bind: finds the object that a layer has at a path, for a stamped model.
-            name_of: the qualified name of that, for the outline; None: an outline of the head alone.
+            binder: finds what lies in the stack, for a stamped model.
         """
-        deep = self.deep_steps()
-        outputs: list[Any] = [*self.outputs]
-        if self.stamped is not None:
-            outputs = [_source(ref, len(self.stamped.sequence) - 1) for ref in self.stamped.outputs]
-        program = write_program(deep, outputs, self.arguments, slots, values, bind)
-        if name_of is None:
-            return replace(program, outline=self.outline)
-        return replace(program, outline=(*self.outline, *(_outline(s, name_of) for s in deep[len(self.steps) :])))
+        find = binder.find if binder is not None else None
+        program = write_program(self.deep, self.returned, self.arguments, slots, values, find)
+        outline = [_outline(step, binder) for step in self.deep if binder is not None and step.layer is not None]
+        return replace(program, outline=(*self.outline, *outline))
 
 
 def _source(ref: Reference, layer: int) -> Key | Own:
@@ -96,9 +127,9 @@ def _source(ref: Reference, layer: int) -> Key | Own:
     return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.slot)
 
 
-def _outline(deep: DeepStep, name_of: Callable[[int, str], str]) -> StepOutline:
+def _outline(deep: DeepStep, binder: Binder) -> StepOutline:
     assert deep.layer is not None
-    names = tuple(name_of(deep.layer + ref.offset, ref.path) for ref in deep.inputs.values() if isinstance(ref, Own))
+    names = tuple(binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own))
     return StepOutline(deep.step.op.name if isinstance(deep.step, OpStep) else None, deep.slot, names)
 
 

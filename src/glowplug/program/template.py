@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,12 +13,13 @@ from glowplug.errors import AttributesReadError, NotStampableError
 from glowplug.graph.capture import Captured
 from glowplug.graph.sources import Source, attributes_in, lies_in, module_path, named, parse
 from glowplug.graph.split import LayerOf
-from glowplug.graph.stamp import Bind, Locations, Own
+from glowplug.graph.stamp import Locations
 from glowplug.layers.copies import shallow_copy
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import LayerStack, choose_template, why_distinct, why_not_repeated
 from glowplug.ops.layer_op import find_layer_op
 from glowplug.program.build import Stamping
+from glowplug.program.plan import Binder
 
 _DEEP = 16
 """Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
@@ -157,14 +156,8 @@ def stamping(
     stack = template.stack
     own, handles = _locate(model, stack, captured, arguments)
     outside = frozenset(entry.node for entry in captured.inputs if entry.node not in own)
-    kinds = (template.kinds, stack.kinds)
-
-    def bind_to(model: nn.Module, registry: LayerRegistry) -> Bind:
-        layers: Any = model.get_submodule(stack.path)
-        return binder(replace(stack, layers=tuple(layers)), registry, handles)
-
-    bind = binder(stack, registry, handles)
-    return Stamping(Locations(own, outside), *kinds, bind, bind_to, stack.name_of, stack.path, handles)
+    binder = Binder(stack.path, stack.layers, registry, handles)
+    return Stamping(Locations(own, outside), template.kinds, stack.kinds, binder)
 
 
 def _locate(
@@ -211,17 +204,3 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in table.items():
             if isinstance(value, Tensor):
                 yield name, value
-
-
-def binder(stack: LayerStack, registry: LayerRegistry, handles: frozenset[str]) -> Bind:
-    """Finds the very object that a layer of a stack has at a path; `handles`: which paths are handles."""
-
-    getter = functools.cache(operator.attrgetter)
-
-    def bind(layer: int, own: Own) -> Any:
-        index = layer + own.offset
-        if own.path in handles:
-            return registry.handles[stack.name_of(index, own.path)]
-        return getter(own.path)(stack.layers[index])
-
-    return bind

@@ -20,6 +20,7 @@ from glowplug.backend import glowplug_backend
 from glowplug.bodies import Forms, Group
 from glowplug.compilers import get_compiler, why_unable
 from glowplug.errors import GlowplugError, NotStampableError
+from glowplug.fitness import unfit
 from glowplug.front import NotTracedError, Rung, Target
 from glowplug.frontends.plain.calls import PlainCall, argument, examples, read_plain, traced_function
 from glowplug.graph.capture import Captured
@@ -27,7 +28,6 @@ from glowplug.graph.sources import named
 from glowplug.graph.split import Step
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.copies import make_twin
-from glowplug.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.stack import find_repetition
 from glowplug.layers.watch import Watch
@@ -238,8 +238,9 @@ class PlainFrontEnd:
             return {"output": outputs, "arguments afterwards": copies, "state": twin.state}
 
         wanted = {"output": leaves, "arguments afterwards": given, "state": expected.state}
-        bound, own = (ready.bind_to(twin.model, twin.registry, twin.of, uncompiled=flag) for flag in (False, True))
-        return why_wrong(bound, own, [Case("this call", wanted, run)], agree)
+        program = ready.bind_to(twin.model, twin.registry, twin.of)
+        uncompiled = program.with_slots(graphs.slots) if graphs is not None else None
+        return why_wrong(program, uncompiled, [Case("this call", wanted, run)], agree)
 
     # -- the store --------------------------------------------------------------------------------------------
 
