@@ -31,7 +31,7 @@ from glowplug.graph.capture import Captured, capture, traced_files, weightless
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Built, PieceCache, Program, Stamping, build_program
+from glowplug.program import Built, PieceCache, Program, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import Ready, Refusal
@@ -245,14 +245,12 @@ class Traced:
 
     Attributes:
         built: its program, and what that was made of.
-        stamping: how it was stamped; None for a full trace.
         assumptions: what the trace assumed of sizes.
         files: of all code that was traced.
         unread: graph values that stood for sizes in the trace, and that no run reads.
     """
 
     built: Built
-    stamping: Stamping | None
     assumptions: ShapeAssumptions
     files: frozenset[str]
     unread: frozenset[str]
@@ -298,7 +296,7 @@ def _start(c: Compilation, call: Call) -> Ready | str:
     ready: Ready | str | None = _find(c, address, call)
     if ready is not None:
         return ready
-    with c.records.store.lock("manifest", address):
+    with c.records.lock(address):
         ready = _find(c, address, call)  # whoever held the lock before may have made it
         if ready is None:
             ready, traced = _make(c, call)
@@ -474,7 +472,7 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
             layer_of=layer_of,
         )
         unread = frozenset(entry.node for entry in captured.inputs if target.is_unread(entry.source))
-        return Traced(built, stamping, read_assumptions(captured, set(target.varying)), traced_files(), unread)
+        return Traced(built, read_assumptions(captured, set(target.varying)), traced_files(), unread)
 
     with c.report.phase("trace", apart=("split", "fingerprint", "stamp", "compile", "bind")):
         traced = capture(target.function, target.examples, consume, reads)
@@ -537,7 +535,7 @@ def _check(
 def _keep(c: Compilation, address: str, ready: Ready, traced: Traced) -> None:
     """Store a program that was made here."""
     assert c.records is not None
-    model, built, stamping = c.front.model, traced.built, traced.stamping
+    model, built, binder = c.front.model, traced.built, traced.built.binder
     wanted = built.plan.values()
     outside = {name: value for name, value in built.bound.items() if name in wanted}
     facts = {name: getattr(c.report, name) for name in ("strategy", "experts", "attention", "template_layers")}
@@ -545,8 +543,8 @@ def _keep(c: Compilation, address: str, ready: Ready, traced: Traced) -> None:
         record = Record(
             plan=built.plan,
             places=places_of(model, outside, traced.unread),
-            stack=stamping.stack if stamping is not None else None,
-            handles=stamping.handles if stamping is not None else frozenset(),
+            stack=binder.stack if binder is not None else None,
+            handles=binder.handles if binder is not None else frozenset(),
             assumptions=ready.assumptions,
             reads=tuple(sorted(c.reads)),
             globals=globals_of(c.reads),
@@ -555,9 +553,9 @@ def _keep(c: Compilation, address: str, ready: Ready, traced: Traced) -> None:
             facts={**facts, **c.front.to_record(ready, c.forms)},
             verified=c.options.verify == "once" and not c.for_others and c.processes is None,
         )
+        c.pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
+        c.records.keep(address, record)
     except NotStorableError as exc:
         c.records.store.note(f"the program is not stored: {exc}")
         return
-    c.pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
-    c.records.keep(address, record)
     ready.address = address

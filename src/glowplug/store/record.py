@@ -13,7 +13,7 @@ from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.program.plan import Plan
 from glowplug.store.codec import codec
 
-SCHEMA = 3
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
-from glowplug.layers.stack import LayerStack
 from glowplug.program import Deferred, PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
-from glowplug.program.template import binder, tensor_names
+from glowplug.program.plan import Binder
+from glowplug.program.template import tensor_names
 from glowplug.reasons import said
 from glowplug.store.address import changed_global, changed_source
 from glowplug.store.record import Place, Record
@@ -112,14 +113,20 @@ class Records:
         return record
 
     def keep(self, key: str, record: Record) -> None:
-        """Store a program; not in the place of the same that was compared already."""
+        """Store a program; not in the place of the same that was compared already.
+
+        Raises:
+            NotStorableError: it can't be stored.
+        """
         before = self.read(key)
-        try:
-            content = record.to_bytes()
-            if before is None or not before.verified or not _same(before, Record.from_bytes(content)):
-                self.store.put("manifest", key, content, f"{self.about}, {record.facts['strategy']}")
-        except (NotStorableError, ArtifactError) as exc:
-            self.store.note(f"the program is not stored: {exc}")
+        # Without its graphs. What a trace read of Python has other names in each process.
+        made = Record.from_bytes(record.to_bytes())
+        if before is None or replace(made, reads=before.reads, verified=True) != before:
+            self._put(key, made)
+
+    def lock(self, key: str) -> AbstractContextManager[bool]:
+        """Hold the lock of a program."""
+        return self.store.lock("manifest", key, _WAIT_S)
 
     def drop(self, key: str, why: str) -> None:
         """Forget a program that turned out to be of no use."""
@@ -130,29 +137,20 @@ class Records:
         if problem is not None:
             self.drop(key, f"it is not equal to eager: {problem}")
         elif (record := self.read(key)) is not None and not record.verified:
-            self.keep(key, replace(record, verified=True))
+            self._put(key, replace(record, verified=True))
+
+    def _put(self, key: str, record: Record) -> None:
+        self.store.put("manifest", key, record.to_bytes(), f"{self.about}, {record.facts['strategy']}")
 
     def _write(self, record: Record, registry: LayerRegistry, slots: Mapping[Fingerprint, Run]) -> Program:
         values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
-        if record.stack is None:
-            return record.plan.write(slots, values)
-        layers: Any = self.model.get_submodule(record.stack)
-        stack = LayerStack(record.stack, tuple(layers), ())
-        return record.plan.write(slots, values, binder(stack, registry, record.handles), stack.name_of)
+        binder = Binder.of(self.model, record.stack, registry, record.handles) if record.stack is not None else None
+        return record.plan.write(slots, values, binder)
 
     def _graphs(self, record: Record, program: Program) -> Program | None:
-        graphs = {}
-        for piece, address in record.pieces().items():
-            graph = self.pieces.load_graph(address)
-            if graph is None:
-                return None
-            graphs[piece] = graph
-        return program.with_slots(graphs)
-
-
-def _same(stored: Record, made: Record) -> bool:
-    """Whether two records run the same. What a trace read of Python has other names in each process."""
-    return replace(made, reads=stored.reads, verified=stored.verified) == stored
+        graphs = {piece: self.pieces.load_graph(address) for piece, address in record.pieces().items()}
+        found = {piece: graph for piece, graph in graphs.items() if graph is not None}
+        return program.with_slots(found) if len(found) == len(graphs) else None
 
 
 def load_pieces(
