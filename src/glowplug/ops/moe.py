@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glowplug.layers.copies import shallow_copy
 from glowplug.ops.inside import Inside, inside_of
 from glowplug.ops.layer_op import layer_op
 
