@@ -402,6 +402,5 @@ class Builder:
 
     def _graphs(self, served: Served) -> Program | None:
         """The program with uncompiled pieces, to compare with, if there is one."""
-        if self.options.verify == "off" or self.compiler.name == "eager":
-            return served.program
-        return served.find_graphs() if served.find_graphs is not None else None
+        find = served.find_graphs if self.options.verify == "once" else None
+        return find() if find is not None else None

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from glowplug.compilers.base import PieceCompiler
-from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.capture import Captured
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
 from glowplug.graph.split import LayerOf, Piece, Step, split
@@ -59,8 +58,7 @@ class Built:
         program: the program.
         plan: what it was written from.
         bound: graph value -> object, for what is bound now.
-        uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none, or
-            when the pieces of `program` are uncompiled anyway.
+        uncompiled: the same steps with uncompiled pieces, to compare with eager closely; None when asked for none.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
             the id of what is bound to its copy. Only of a stamped program.
         ends: its pieces that run uncompiled for now, if any.
@@ -159,7 +157,7 @@ def build_program(
         whole = plan.whole_outline(stamping.name_of if stamping is not None else None)
         program = replace(plan.write(runners, bound, bind), outline=whole)
         uncompiled = None
-        if both and not isinstance(compiler, EagerCompiler):
+        if both:
             uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
         if ends is not None:
             report.pending_pieces = cache.pending

@@ -48,7 +48,7 @@ def why_wrong(
 
     Args:
         program: the program.
-        graphs: the same steps with uncompiled pieces, which may be `program` itself; None where there is none.
+        graphs: the same steps with uncompiled pieces; None where there is none.
         cases: the calls to compare. May raise `NotServableError` with a reason.
         agree: given where several processes run the model together; all of them then call this with graphs, or none.
 
@@ -103,7 +103,7 @@ def _paired(program: Program, graphs: Program) -> tuple[Program, list[_Pair]]:
     """The program of graphs, each of which also runs its compiled form; and these pairs."""
     pieces = {name: graph for name, graph in graphs.names.items() if name.startswith("piece_")}
     pairs = {name: _Pair(name, graph, program.names[name]) for name, graph in pieces.items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair.compiled is not pair.graph}
+    pairs = {name: pair for name, pair in pairs.items() if pair.compiled != pair.graph}
     return graphs.replacing({id(pair.graph): pair for pair in pairs.values()}), list(pairs.values())
 
 
