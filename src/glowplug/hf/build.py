@@ -132,7 +132,7 @@ class Builder:
             if isinstance(served, Served) and self.insides is None:
                 self._compile_insides()
             if isinstance(served, Served):
-                served.recipe = None  # it holds the whole trace
+                served.recipe = served.find_graphs = None  # they hold the whole trace
         if self.store is not None:
             self.report.store = StoreReport.of(self.store)
         return served
