@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glowplug.layers.copies import shallow_copy
 from glowplug.ops.inside import Inside, inside_of
 from glowplug.ops.layer_op import layer_op
 
@@ -111,6 +111,6 @@ def _with_shared_on_side_stream(layer: nn.Module, hidden_states: Tensor) -> Tens
     hidden_states.record_stream(side)
     # A shallow copy of the block with its own table of children: the block itself, which other threads may be
     # running, stays as it is, and no weight is copied.
-    shadow = shallow_copy(layer)
-    shadow._modules[name] = _Ready(shared, hidden_states, output, done)
+    shadow = copy.copy(layer)
+    shadow.__dict__["_modules"] = {**layer._modules, name: _Ready(shared, hidden_states, output, done)}
     return shadow(hidden_states)
