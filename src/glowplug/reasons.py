@@ -207,6 +207,7 @@ _KNOWN = (
         "asks for the values of a tensor, which a trace does not have",
     ),
     (r"Dynamic shape operator", "makes a tensor whose size depends on the values of another"),
+    (r"Length mismatch when unpacking", "unpacks something of another length"),
     (r"graph_break\(\)", "asks for a break in the trace by torch._dynamo.graph_break()"),
     (r"recompile limit", "was traced too often, each time for other arguments"),
     (r"RNN, GRU, or LSTM", "runs an RNN, GRU or LSTM, which torch.compile does not trace"),

@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parents[1]
 MODEL = TESTS.parent / "models" / "tiny-gpt-oss"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+without_gpu = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="a process that has a GPU builds nothing in forks, nor does a fork of it"
+)
 
 PRELUDE = """
 import gc, os, sys, threading, time, traceback
@@ -110,6 +115,7 @@ check(tokens(model) == tokens(expected))
     )
 
 
+@without_gpu
 def test_a_fork_beside_a_build_of_another_thread_builds_by_itself() -> None:
     """The other thread holds every lock that a build takes, and the garbage collector stands still."""
     run("""
@@ -260,6 +266,7 @@ class Hangs(StoringGraphs):
 """
 
 
+@without_gpu
 @pytest.mark.parametrize("store", ["off", "on"])
 def test_a_build_that_does_not_answer_is_given_up(store: str, tmp_path: Path) -> None:
     run(
@@ -279,6 +286,7 @@ check(tokens(model) == tokens(load()))
     assert list(tmp_path.glob("glowplug-*")) == []
 
 
+@without_gpu
 def test_a_background_build_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     run(
         HANGS

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import glowplug
@@ -430,4 +431,7 @@ def test_gradient_checkpointing_is_no_reason() -> None:
     glowplug.compile(model, compiler="eager")
     with torch.no_grad():
         torch.testing.assert_close(model(prompt(1, 5)).logits, own(prompt(1, 5)).logits)
-    assert (glowplug.report(model).strategy, reasons_of(model)) == ("stamped", [])
+    if Version(torch.__version__) < Version("2.12"):  # which can't trace the hook that asks for gradients
+        assert len(reasons_of(model)) == 1 and "computes gradients" in reasons_of(model)[0]
+    else:
+        assert (glowplug.report(model).strategy, reasons_of(model)) == ("stamped", [])

@@ -67,16 +67,16 @@ def test_calls_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_calls_share_one_stream_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    own = torch.cuda.Stream
+    used: set[int] = set()
+    own = torch.cuda.stream
 
-    def stream(*args: Any, **kwargs: Any) -> Any:
-        made.append(own(*args, **kwargs))
-        return made[-1]
+    def enter(stream: Any) -> Any:
+        used.add(stream.cuda_stream)
+        return own(stream)
 
-    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
     block = next(m for m in families.build("glm4_moe").cuda().modules() if hasattr(m, "shared_experts"))
     with torch.no_grad():
         for _ in range(3):
             glowplug.moe_forward_shared(block, torch.randn(1, 4, 64, device="cuda"))
-    assert len(made) <= 1
+    assert len(used) == 1 and 0 not in used

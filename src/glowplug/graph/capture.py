@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.forks import free_in_forks, make_lock
 from glowplug.layers.handle import LayerHandle
+from glowplug.layers.sources import plain_source
 from glowplug.reasons import named, switched_off, why
 
 try:
@@ -138,14 +139,14 @@ class _Capture(Generic[T]):
 
 def _read_by(guard: Any) -> str:
     """The source of what the trace relied on; of an attribute or a key that it looked for, in vain or not, too."""
-    check = guard.create_fn
+    check, name = guard.create_fn, plain_source(str(guard.name))
     details = getattr(check, "keywords", None) or {}
     what = getattr(getattr(check, "func", check), "__name__", "")
     if "attr" in details:
-        return f"{guard.name}.{details['attr']}"
+        return f"{name}.{details['attr']}"
     if what == "DICT_CONTAINS" and "key" in details:
-        return f"{guard.name}[{details['key']!r}]"
-    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
+        return f"{name}[{details['key']!r}]"
+    return f"type({name})" if what == "TYPE_MATCH" else name
 
 
 def capture(

@@ -114,6 +114,30 @@ def _without_copies(path: Sequence[Access]) -> list[Access]:
     return made
 
 
+def plain_source(text: str) -> str:
+    """A name with plain accesses: of an object whose class has a `__getattribute__` of its own, as transformers'
+    configurations have, torch 2.11 says `object.__getattribute__(x, 'name')`; of a dict that somebody goes over,
+    `dict.__getitem__(x, key)`."""
+    if "object.__getattribute__(" not in text and "dict.__getitem__(" not in text:
+        return text
+    try:
+        return ast.unparse(_Plain().visit(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError):
+        return text
+
+
+class _Plain(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Write a call of the two as the access that it is."""
+        self.generic_visit(node)
+        match node:
+            case ast.Call(ast.Attribute(ast.Name("object"), "__getattribute__"), [owner, ast.Constant(str(name))]):
+                return ast.Attribute(owner, name, ast.Load())
+            case ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, key]):
+                return ast.Subscript(owner, key, ast.Load())
+        return node
+
+
 def follow(root: Any, path: Sequence[Access]) -> list[Any]:
     """The objects along a path, `root` first.
 
