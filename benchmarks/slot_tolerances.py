@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -72,12 +73,14 @@ class Measured:
         runs: how many times a piece was compared.
         rounded: how many of them needed the graph to be run with inputs that are rounded otherwise.
         refused: how many were refused all the same.
+        whole: how far the logits of the whole compiled program are from the model's own.
     """
 
     errors: list[float] = field(default_factory=list)
     runs: int = 0
     rounded: int = 0
     refused: int = 0
+    whole: float = math.nan
 
     def run_both(self, own: Any, compiled: Any, args: Any) -> Any:
         """Stands in for `glowplug.verify.slots.run_both`."""
@@ -115,7 +118,8 @@ def measure(model: transformers.PreTrainedModel, experts: str) -> Measured:
     ):
         inner = "compiled" if experts == "opaque" else "eager"
         glowplug.compile(model, experts=experts, inside=inner, ends="compiled", cache_dir="off")
-        model(torch.arange(6).view(1, 6))
+        ids = torch.arange(21).view(3, 7)
+        found.whole = _distance(model(ids).logits, type(model).forward(model, ids).logits)
     for fallback in glowplug.report(model).fallbacks:
         print(fallback.reason)
     return found
@@ -129,13 +133,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16", "float32", "float64"])
     parser.add_argument("--experts", nargs="*", default=["inline", "opaque"])
     given = parser.parse_args()
-    print("model       width     experts  dtype     largest  99%      median   runs  rounded  refused", flush=True)
+    print(
+        "model       width     experts  dtype     largest  99%      median   runs  rounded  refused  whole", flush=True
+    )
     for name, width, dtype in itertools.product(given.models, given.widths, given.dtypes):
         for experts in given.experts if _MODELS[name][1] else ["-"]:
             found = measure(build(name, width, getattr(torch, dtype)), "auto" if experts == "-" else experts)
             errors = sorted(found.errors) or [0.0]
             marks = "  ".join(f"{errors[int(share * (len(errors) - 1))]:.1e}" for share in (1, 0.99, 0.5))
-            counts = f"{found.runs:4}  {found.rounded:7}  {found.refused:7}"
+            counts = f"{found.runs:4}  {found.rounded:7}  {found.refused:7}  {found.whole:.1e}"
             print(f"{name:10}  {width:8}  {experts:7}  {dtype:8}  {marks}  {counts}", flush=True)
 
 

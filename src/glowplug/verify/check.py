@@ -105,7 +105,7 @@ def _paired(program: Program, graphs: Program) -> tuple[Program, list[_Pair]]:
     pairs = {
         slot: _Pair(piece_name(number), graph, program.slots[slot])
         for number, (slot, graph) in enumerate(graphs.slots.items())
-        if program.slots[slot] is not graph
+        if program.slots[slot] != graph
     }
     return graphs.with_slots(pairs), list(pairs.values())
 
