@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glowplug.bodies.bound import BoundBody
+from glowplug.bodies.body import Body, BoundBody, Piece, Verdict
 from glowplug.bodies.group import Group
-from glowplug.bodies.make import SIZES, Body
+from glowplug.bodies.make import SIZES
 from glowplug.closeness import distance
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -26,22 +24,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest ||compiled - own|| / ||own|| of one layer. Half precision: 0.05."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a trial found.
-
-    Attributes:
-        tokens: serve up to so many; 0: none; None: any number.
-        eager_us: microseconds of the layer's own code, for one token.
-        compiled_us: the same compiled.
-    """
-
-    tokens: int | None = 0
-    eager_us: float = math.nan
-    compiled_us: float = math.nan
-
-
-def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *, limited: bool) -> Verdict:
+def try_body(group: Group, body: Body, piece: Piece, *, limited: bool) -> Verdict:
     """Try a body on a group's first layer, for more and more tokens, until it is no longer the faster way.
 
     Args:
@@ -51,7 +34,7 @@ def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *
         limited: never let it serve any number of tokens.
     """
     layer = group.layers[0]
-    compiled = BoundBody(layer, piece, body.arguments, group.form).run
+    compiled = BoundBody(layer, piece, body, group.form).run
     own = functools.partial(group.own, layer)
     generator = torch.Generator().manual_seed(0)
     times: list[tuple[float, float]] = []
