@@ -103,5 +103,6 @@ def _relations(captured: Captured, group: Group) -> tuple[str, ...]:
     names: dict[Any, str] = {}
     for source, dims in assumptions.dims.items():
         for number, dim in enumerate(dims):
-            names.setdefault(dim, f"shape_{numbers[source]}[{number}]")
+            if not isinstance(dim, int):
+                names.setdefault(dim, f"shape_{numbers[source]}[{number}]")
     return tuple(as_python(relation, names) for relation in relations)
