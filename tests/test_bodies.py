@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import families
 import glowplug
 from glowplug.bodies import trial
+from glowplug.bodies.body import Body, Verdict
 from glowplug.bodies.form import Argument, CallForm
 from glowplug.bodies.group import Group
-from glowplug.bodies.make import Body
 from glowplug.compilers.eager import EagerCompiler
 from storing import StoringGraphs
 
@@ -189,7 +189,7 @@ class Doubling(nn.Module):
         return x * self.weight[0, 0, 0]
 
 
-def tried(piece: Callable[..., Sequence[Tensor]]) -> trial.Verdict:
+def tried(piece: Callable[..., Sequence[Tensor]]) -> Verdict:
     layer = Doubling()
     form = CallForm("op", (Argument((1, "tokens", 4), torch.float32, "values"),))
     group = Group(form, ("layer",), (layer,), "as it is", lambda layer, x: layer(x), lambda: layer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import families
 from glowplug.bodies import BoundBody
+from glowplug.bodies.body import Body
 from glowplug.bodies.form import Argument, CallForm
 from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops import moe
@@ -72,7 +73,7 @@ def test_a_compiled_body_is_used(block: nn.Module) -> None:
         Argument(("tokens", 2), weights.dtype, "shares"),
     )
     form = CallForm("glowplug::moe_forward", arguments)
-    body = BoundBody(block.experts, piece, ("tensors[0]", "tensors[1]", "tensors[2]"), form, limit=3 * 64)
+    body = BoundBody(block.experts, piece, Body(("tensors[0]", "tensors[1]", "tensors[2]")), form, limit=3 * 64)
     with forward_context(ForwardContext(register_layers(block), bodies={id(block.experts): body})):
         assert torch.equal(moe_forward(block.experts, x, index, weights), torch.zeros(3, 64))
     assert [a is b for a, b in zip(seen, (x, index, weights), strict=True)] == [True] * 3

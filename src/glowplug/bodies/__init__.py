@@ -1,7 +1,7 @@
 """Op bodies: the insides of opaque ops, compiled by themselves."""
 
 from glowplug.bodies.bodies import Bodies
-from glowplug.bodies.bound import BoundBody, InUse
+from glowplug.bodies.body import BoundBody, InUse
 from glowplug.bodies.form import CallForm, Forms, read_forms
 from glowplug.bodies.group import Group
 

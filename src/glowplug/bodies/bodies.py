@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from glowplug.background.job import Job
-from glowplug.bodies.bound import BoundBody, InUse
+from glowplug.background.job import Job, orphaned
+from glowplug.bodies.body import Body, BoundBody, InUse, Piece, Verdict
 from glowplug.bodies.group import Group
-from glowplug.bodies.make import Body, make_body
-from glowplug.bodies.stored import StoredBody, drop_body, keep_body, make_missing, read_body
-from glowplug.bodies.trial import Verdict, try_body
+from glowplug.bodies.make import make_body
+from glowplug.bodies.trial import try_body
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CaptureError
 from glowplug.layers.watch import ReadWatch
 from glowplug.program import PieceStore
+from glowplug.reasons import said
 from glowplug.report import InsideReport, Report
 from glowplug.runtime.forks import make_lock
 from glowplug.store.address import changed_global
 
+_KIND = "inside"
+"""What the store calls them."""
+_WAIT_S = 600.0
 logger = logging.getLogger("glowplug")
-Piece = Callable[..., Sequence[Tensor]]
 
 
 class Bodies:
@@ -68,35 +72,34 @@ class Bodies:
 
     def compile_here(self) -> None:
         """Make and try them all, now."""
-        for group in self._groups:
+        groups, self._groups = self._groups, []
+        for group in groups:
             if not self._take(group):
                 with contextlib.suppress(CaptureError):
                     body, (piece, artifact) = make_body(group, self._compile)
-                    self._use(group, piece, StoredBody(body, artifact))
-        self._groups = []
+                    self._use(group, replace(body, artifact=artifact), piece)
 
     def compile_for_others(self) -> None:
         """Make those that are not in the user's store, for a process that has weights to try them with."""
-        pieces = self.pieces
-        if pieces is not None:
-            make_missing([(group, pieces) for group in self._groups if group.address is not None])
-        self._groups = []
+        groups, self._groups = self._groups, []
+        if self.pieces is not None:
+            self._make([group for group in groups if group.address is not None])
 
     def compile_in_background(self) -> None:
         """Use those that have been tried, and begin to make those that are missing, where a fork can do it."""
         waiting, missing = [], []
         for group in self._groups:
-            pieces = self._store_of(group)
-            stored = read_body(pieces, group) if pieces is not None else None
-            if stored is not None and stored.verdict is None:
+            body = self._read(group)
+            if body is not None and body.verdict is None:
                 waiting.append(group)
-            elif pieces is not None and not self._take(group):
-                missing.append((group, pieces))
+            elif body is None or not self._take(group):
+                missing.append(group)
+        compiler = self.compiler
+        able = isinstance(compiler, StoringCompiler) and compiler.forks([])
+        if missing and able and missing[0].device.type == "cpu" and self._store_of(missing[0]) is not None:
+            waiting += missing
+            self.job = Job.fork(lambda _: self._make(missing))
         self._groups = waiting
-        compiler: Any = self.compiler
-        if missing and missing[0][0].device.type == "cpu" and compiler.forks([]):
-            self._groups += [group for group, _ in missing]
-            self.job = Job.fork(lambda _: make_missing(missing))
 
     def poll(self, deadline: float | None = None) -> None:
         """Try the bodies that were made, and put them to use, once no more are being made.
@@ -120,41 +123,30 @@ class Bodies:
         finally:
             self._lock.release()
 
-    def _store_of(self, group: Group) -> PieceStore | None:
-        """Where a group's body is kept: the user's store, or one of this process, for jobs to hand it over."""
-        if self.pieces is not None and group.address is not None:
-            return self.pieces
-        if self._temporary is None and isinstance(self.compiler, StoringCompiler):
-            self._temporary = PieceStore.temporary(self.compiler)
-        return self._temporary
+    # -- making and trying ------------------------------------------------------------------------------------
 
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Piece, bytes]:
         if self.pieces is not None:
             return self.pieces.compiler.compile_and_store(piece, inputs)
         return self.compiler.compile(piece, inputs), b""
 
-    def _take(self, group: Group) -> bool:
-        """Put a stored body to use; whether there is one."""
-        pieces = self._store_of(group)
-        stored = read_body(pieces, group) if pieces is not None else None
-        if pieces is None or stored is None:
-            return False
-        try:
-            piece = pieces.compiler.load(stored.artifact)
-        except Exception as exc:  # whatever a stored body raises, it is made anew
-            drop_body(pieces, group, exc)
-            return False
-        self._use(group, piece, stored)
-        return True
+    def _make(self, groups: Sequence[Group]) -> None:
+        """Make and store those that are not stored yet, nor by another process meanwhile."""
+        for group in groups:
+            pieces = self._store_of(group)
+            assert pieces is not None
+            with contextlib.suppress(CaptureError), pieces.store.lock(_KIND, _key(pieces, group), _WAIT_S):
+                if self._read(group) is None:
+                    body, artifact = make_body(group, pieces.compiler.compile_to_bytes)
+                    if not orphaned():
+                        self._keep(group, replace(body, artifact=artifact))
 
-    def _use(self, group: Group, piece: Piece, stored: StoredBody) -> None:
+    def _use(self, group: Group, body: Body, piece: Piece) -> None:
         """Give a group's layers a body, for as many tokens as a trial finds it faster for."""
-        body, verdict = stored.body, stored.verdict
+        verdict = body.verdict
         if verdict is None:
             verdict = self._try(group, body, piece)
-            pieces = self._store_of(group)
-            if pieces is not None and stored.artifact:
-                keep_body(pieces, group, replace(stored, verdict=verdict))
+            self._keep(group, replace(body, verdict=verdict))
         if verdict.tokens != 0:
             modules = {
                 f"{name}.{path}".rstrip("."): module
@@ -165,14 +157,12 @@ class Bodies:
             # Asked once it is watched: it may have changed since the group was made, while a job compiled.
             if group.changed or changed_global(body.globals) is not None:
                 return
-            limit = group.form.elements(group.sizes(verdict.tokens)) if verdict.tokens is not None else None
-            bound = {id(layer): BoundBody(layer, piece, body.arguments, group.form, limit) for layer in group.layers}
+            first, limit = group.form.arguments[0], verdict.tokens
+            if limit is not None:
+                limit = math.prod(first.shape(group.sizes(limit)))
+            bound = {id(layer): BoundBody(layer, piece, body, group.form, limit) for layer in group.layers}
             self.in_use = InUse((*self.in_use.groups, (group, watch)), {**self.in_use.every, **bound})
-        self.report.insides.append(
-            InsideReport(
-                group.form.op, group.names, body.seconds, verdict.tokens, verdict.eager_us, verdict.compiled_us
-            )
-        )
+        self.report.insides.append(InsideReport(group.form.op, group.names, body.seconds, *verdict))
 
     def _try(self, group: Group, body: Body, piece: Piece) -> Verdict:
         try:
@@ -180,3 +170,53 @@ class Bodies:
         except Exception as exc:  # whatever a trial raises: the layers go on as they are
             logger.warning("glowplug: the compiled body of %s is not used: its trial raised %s", group.form.op, exc)
             return Verdict()
+
+    # -- in a store -------------------------------------------------------------------------------------------
+
+    def _store_of(self, group: Group) -> PieceStore | None:
+        """Where a group's body is kept: the user's store, or one of this process, for jobs to hand it over."""
+        if self.pieces is not None and group.address is not None:
+            return self.pieces
+        if self._temporary is None and isinstance(self.compiler, StoringCompiler):
+            self._temporary = PieceStore.temporary(self.compiler)
+        return self._temporary
+
+    def _read(self, group: Group) -> Body | None:
+        """A group's stored body, unless the values that its trace read have changed since."""
+        pieces = self._store_of(group)
+        payload = pieces.store.get(_KIND, _key(pieces, group)) if pieces is not None else None
+        try:
+            body: Body | None = pickle.loads(payload) if payload is not None else None
+            return body if body is not None and changed_global(body.globals) is None else None
+        except Exception as exc:  # whatever a stored body raises, it is made anew
+            self._drop(group, exc)
+            return None
+
+    def _take(self, group: Group) -> bool:
+        """Put a group's stored body to use; whether there is one."""
+        body = self._read(group)
+        if body is None:
+            return False
+        try:
+            assert isinstance(self.compiler, StoringCompiler)
+            piece = self.compiler.load(body.artifact)
+        except Exception as exc:  # whatever a stored body raises, it is made anew
+            self._drop(group, exc)
+            return False
+        self._use(group, body, piece)
+        return True
+
+    def _keep(self, group: Group, body: Body) -> None:
+        pieces = self._store_of(group)
+        if pieces is not None and body.artifact:
+            about = f"{group.form.op}, {type(group.layers[0]).__name__}"
+            pieces.store.put(_KIND, _key(pieces, group), pickle.dumps(body), about)
+
+    def _drop(self, group: Group, exc: Exception) -> None:
+        pieces = self._store_of(group)
+        if pieces is not None:
+            pieces.store.drop(_KIND, _key(pieces, group), f"it can't be loaded: {said(exc)}")
+
+
+def _key(pieces: PieceStore, group: Group) -> str:
+    return pieces.key(group.address or f"{group.form.op} {group.names[0]}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +30,6 @@ _CALLS: Mapping[str, tuple[tuple[Content, tuple[str, ...]], ...]] = {
 """Op -> what lies in each tensor, and the names of its sizes that vary."""
 _ROUTED: tuple[tuple[Content, tuple[str, ...]], ...] = (("values", ("routed_tokens", "")),)
 """The same of experts that take tokens which are routed already."""
-TRACED = {"batch": 2, "tokens": 8, "kv_tokens": 11}
-"""Sizes of a trace: at least 2 and all different, so that none is taken for another."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,15 @@ class Argument:
     content: Content
     order: tuple[int, ...] = ()
 
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape in a call of these sizes."""
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.sizes)
+
     def make(self, sizes: Mapping[str, int], generator: torch.Generator | None) -> Tensor:
-        """A tensor of these sizes: random, or without a generator of zeros."""
-        shape = [sizes[size] if isinstance(size, str) else size for size in self.sizes]
+        """A tensor for a call of these sizes: random, or without a generator of zeros."""
+        shape = self.shape(sizes)
         if self.content == "mask":
-            tokens, kv_tokens = shape[-2:]
-            seen = torch.ones(shape, dtype=torch.bool).tril(kv_tokens - tokens)
+            seen = torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
             if self.dtype is torch.bool:
                 return seen
             return torch.zeros(shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
@@ -66,25 +66,13 @@ class Argument:
         if generator is None:
             made = torch.zeros(shape)
         elif self.content == "choices":
-            rows = range(math.prod(shape[:-1]))
-            chosen = [torch.randperm(sizes["experts"], generator=generator)[: shape[-1]] for _ in rows]
-            made = torch.stack(chosen).view(shape)
+            made = torch.rand(*shape[:-1], sizes["experts"], generator=generator).argsort(-1)[..., : shape[-1]]
         else:
             made = torch.rand(shape, generator=generator)
             made = made / made.sum(-1, keepdim=True) if self.content == "shares" else made * 2 - 1
-        made = made.to(self.dtype)
-        if not self.order:
-            return made
-        return made.permute(self.order).contiguous().permute(*map(self.order.index, range(len(shape))))
-
-    def fits(self, tensor: Tensor | None, sizes: dict[str, int]) -> bool:
-        """Whether a call's tensor is as described. `sizes` are those of the tensors before it, and receive its own."""
-        if tensor is None or tensor.dtype is not self.dtype or tensor.dim() != len(self.sizes):
-            return False
-        for size, actual in zip(self.sizes, tensor.shape, strict=True):
-            if actual != (size if isinstance(size, int) else sizes.setdefault(size, actual)):
-                return False
-        return (tensor.permute(self.order) if self.order else tensor).is_contiguous()
+        order = self.order or range(len(shape))
+        laid_out = made.to(self.dtype).permute(*order).contiguous()
+        return laid_out.permute(*map(order.index, range(len(shape))))
 
 
 @dataclass(frozen=True)
@@ -104,31 +92,38 @@ class CallForm:
     def make(
         self, sizes: Mapping[str, int], device: torch.device, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Tensors of a call of these sizes: random, or without a generator of zeros."""
-        return tuple(argument.make(sizes, generator).to(device) for argument in self.arguments)
-
-    def elements(self, sizes: Mapping[str, int]) -> int:
-        """Elements of the first tensor in a call of these sizes."""
-        return math.prod(sizes[size] if isinstance(size, str) else size for size in self.arguments[0].sizes)
-
-    def examples(self, sizes: Mapping[str, int], device: torch.device) -> tuple[Tensor, ...]:
-        """Tensors to trace with."""
-        tensors = self.make(sizes, device)
-        for tensor, argument in zip(tensors, self.arguments, strict=True):
-            for dim, size in enumerate(argument.sizes):
-                if isinstance(size, str):
-                    torch._dynamo.mark_dynamic(tensor, dim)
+        """Tensors for a call of these sizes: random ones to try; without a generator zeros to trace with, whose sizes
+        that vary are marked."""
+        tensors = tuple(argument.make(sizes, generator).to(device) for argument in self.arguments)
+        for tensor, argument in zip(tensors, self.arguments, strict=True) if generator is None else ():
+            for dim in (dim for dim, size in enumerate(argument.sizes) if isinstance(size, str)):
+                torch._dynamo.mark_dynamic(tensor, dim)
         return tensors
 
-    def fits(self, tensors: Sequence[Tensor | None], constants: str) -> bool:
-        """Whether a call is of this form."""
-        if constants != self.constants or len(tensors) != len(self.arguments):
-            return False
-        sizes: dict[str, int] = {}
-        return all(
-            argument.content == "positions" or argument.fits(tensor, sizes)
-            for argument, tensor in zip(self.arguments, tensors, strict=True)
-        )
+    def check(self, relations: Sequence[str]) -> Callable[..., bool]:
+        """Tells whether tensors are those of a call of this form: one expression, as it is asked at every call.
+
+        Args:
+            relations: further expressions that must hold, over `shape_0` and so on.
+        """
+        varying: dict[str, str] = {}
+        checks: list[str] = []
+        for number, argument in enumerate(self.arguments):
+            if argument.content != "positions":
+                it, shape = f"tensor_{number}", f"shape_{number}"
+                sizes = [
+                    str(size) if isinstance(size, int) else varying.setdefault(size, f"{shape}[{dim}]")
+                    for dim, size in enumerate(argument.sizes)
+                ]
+                laid_out = f"{it}.permute({argument.order})" if argument.order else it
+                checks += [
+                    f"{it} is not None and {it}.dtype is {argument.dtype}",
+                    f"len({shape} := {it}.shape) == {len(sizes)} and {shape} == ({', '.join(sizes)},)",
+                    f"{laid_out}.is_contiguous()",
+                ]
+        names = ", ".join(f"tensor_{number}" for number in range(len(self.arguments)))
+        check: Callable[..., bool] = eval(f"lambda {names}: {' and '.join([*checks, *relations])}", {"torch": torch})
+        return check
 
     def to_facts(self) -> list[Any]:
         """Itself as plain values, for a record."""

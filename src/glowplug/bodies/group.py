@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from glowplug.bodies.form import TRACED, CallForm
+from glowplug.bodies.form import CallForm
 from glowplug.layers.stack import describe_layers
 
 _CACHED = 128
@@ -29,7 +29,7 @@ class Group:
         described: everything that their forward could read when the group was made, hashed: the same for all of them.
         own: what the op computes by the layer's own code, `own(layer, *tensors)`: a function to be traced.
         traced: what stands in for the first layer in the trace.
-        address: of the group's body in a store; None when it can't be stored.
+        address: what its body depends on besides the compiler, hashed; None when that can't be described.
     """
 
     form: CallForm
@@ -50,12 +50,7 @@ class Group:
         """Where the first layer lies."""
         return next(self.layers[0].parameters()).device
 
-    @property
-    def examples(self) -> tuple[Tensor, ...]:
-        """Tensors to trace with."""
-        return self.form.examples(self.sizes(**TRACED), self.device)
-
-    def sizes(self, tokens: int, batch: int = 1, kv_tokens: int | None = None) -> Mapping[str, int]:
+    def sizes(self, tokens: int, batch: int = 1, kv_tokens: int | None = None) -> dict[str, int]:
         """Sizes of a call, by name."""
         experts, _ = self._experts
         cached = max(tokens, _CACHED) if kv_tokens is None else kv_tokens
@@ -65,10 +60,9 @@ class Group:
 
     def trial(self, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[Tensor, ...] | None:
         """Random tensors of a call; None for one that would gather too many weights."""
-        _, bytes_of_one = self._experts
         chosen = next((int(a.sizes[-1]) for a in self.form.arguments if a.content == "choices"), 1)
-        tokens = sizes["batch"] * sizes["tokens"]
-        if tokens > 1 and tokens * chosen * bytes_of_one > _GATHERED:
+        gathered = sizes["batch"] * sizes["tokens"] * chosen * self._experts[1]
+        if sizes["tokens"] > 1 and gathered > _GATHERED:
             return None
         return self.form.make(sizes, self.device, generator)
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import fx, nn
 
+from glowplug.bodies.body import Body
 from glowplug.bodies.group import Group
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture
-from glowplug.graph.shapes import read_assumptions
-from glowplug.graph.sources import named
+from glowplug.graph.shapes import ShapeAssumptions, as_python, read_assumptions
+from glowplug.graph.sources import named, parse
 from glowplug.graph.split import Piece, split
 from glowplug.store.address import globals_of
 
 T = TypeVar("T")
-_CPU = torch.device("cpu")
-_TENSOR = re.compile(r"L\['tensors'\]\[(\d+)\](?:\.size\(\)\[(\d+)\])?")
 """Source of one of the op's tensors, or of a size of one."""
+_TRACED = {"batch": 2, "tokens": 8, "kv_tokens": 11}
+"""Sizes of a trace: at least 2 and all different, so that none is taken for another."""
 SIZES = (
     {"batch": 1, "tokens": 1, "kv_tokens": 1},
     {"batch": 1, "tokens": 1, "kv_tokens": 6},
@@ -34,24 +32,6 @@ SIZES = (
 """Calls that a body must be right for, whatever its trial goes on to time."""
 
 
-@dataclass(frozen=True)
-class Body:
-    """A compiled body, bound to no layer.
-
-    Attributes:
-        arguments: for each input of the compiled piece an expression over the op's `tensors`, or `"@"` and the path of
-            a weight in the layer.
-        seconds: what making it took.
-        reads: sources of what its trace read, of the layer (`L['layer']...`) and of globals.
-        globals: the plain values that it read of Python modules, as text.
-    """
-
-    arguments: tuple[str, ...]
-    seconds: float = 0.0
-    reads: tuple[str, ...] = ()
-    globals: Mapping[str, str] = field(default_factory=dict)
-
-
 def make_body(group: Group, compile: Callable[[fx.GraphModule, Sequence[Any]], T]) -> tuple[Body, T]:
     """The body of a group, and what compiling its piece gave.
 
@@ -60,20 +40,29 @@ def make_body(group: Group, compile: Callable[[fx.GraphModule, Sequence[Any]], T
     """
     start = time.perf_counter()
 
-    def consume(captured: Captured) -> tuple[T, tuple[str, ...]]:
+    def consume(captured: Captured) -> tuple[T, tuple[str, ...], tuple[str, ...]]:
         piece, arguments = _only_piece(captured, group.layers[0])
         compiled = compile(piece.gm, [n.meta["example_value"] for n in piece.gm.graph.nodes if n.op == "placeholder"])
-        _check_sizes(captured, group)
-        return compiled, arguments
+        return compiled, arguments, _relations(captured, group)
 
     reads: set[str] = set()
-    compiled, arguments = capture(group.own, (group.traced(), *group.examples), consume, reads)
-    return Body(arguments, time.perf_counter() - start, tuple(sorted(reads)), globals_of(reads)), compiled
+    compiled, arguments, relations = capture(
+        group.own, (group.traced(), *group.form.make(group.sizes(**_TRACED), group.device)), consume, reads
+    )
+    return Body(arguments, relations, time.perf_counter() - start, tuple(sorted(reads)), globals_of(reads)), compiled
+
+
+def _tensor(source: str) -> tuple[int, int | None] | None:
+    """Which of the op's tensors a source stands for, and which of its sizes; None for anything else."""
+    found = parse(source)
+    if found is None or found.root != "tensors" or len(found.path) != 1:
+        return None
+    return found.path[0].name, found.size
 
 
 def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str, ...]]:
     """The one piece that a body consists of, and where its inputs come from, as `Body` has it."""
-    given = {entry.node: found for entry in captured.inputs if (found := _TENSOR.fullmatch(entry.source))}
+    given = {entry.node: found for entry in captured.inputs if (found := _tensor(entry.source)) is not None}
     sources = {entry.node: entry for entry in captured.inputs}
     steps, outputs = split(captured, sources.keys() - given.keys())
     if len(steps) != 1 or not isinstance(steps[0], Piece) or steps[0].outputs != outputs or len(outputs) != 1:
@@ -85,7 +74,7 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
             raise CaptureError(f"the body reads {name}, which is no input")
         entry = sources[name]
         if name in given:
-            number, dim = given[name].groups()
+            number, dim = given[name]
             arguments.append(f"tensors[{number}]" if dim is None else f"tensors[{number}].shape[{dim}]")
         elif id(entry.value) in paths:
             arguments.append(f"@{paths[id(entry.value)]}")
@@ -94,16 +83,32 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
     return steps[0], tuple(arguments)
 
 
-def _check_sizes(captured: Captured, group: Group) -> None:
-    """Refuse a trace that read positions, or that relied on sizes that calls need not have."""
-    unread = {number for number, argument in enumerate(group.form.arguments) if argument.content == "positions"}
-    sources = {entry.source: found for entry in captured.inputs if (found := _TENSOR.fullmatch(entry.source))}
-    if any(int(found[1]) in unread for found in sources.values()):
+def _relations(captured: Captured, group: Group) -> tuple[str, ...]:
+    """What the trace, or the compiler, relied on of sizes, but for relations that only exclude sizes of 1: whether the
+    body is right for those, its trial shows.
+
+    Raises:
+        CaptureError: it excludes sizes that calls have, or computes with positions.
+    """
+    arguments = group.form.arguments
+    sources = {entry.source: found for entry in captured.inputs if (found := _tensor(entry.source)) is not None}
+    if any(arguments[found[0]].content == "positions" for found in sources.values()):
         raise CaptureError("the body computes with positions")
     assumptions = read_assumptions(captured, set(sources))
+    numbers = {source: sources[source][0] for source in assumptions.dims}
+    relations = dict.fromkeys(assumptions.relations)
     for sizes in SIZES:
-        tensors = group.form.make(group.sizes(**sizes), _CPU)
-        shapes = {f"L['tensors'][{number}]": tuple(tensor.shape) for number, tensor in enumerate(tensors)}
-        broken = assumptions.broken_by(shapes)
-        if broken is not None:
-            raise CaptureError(f"the op is called with sizes that the body's trace excludes: {broken}")
+        shapes = {source: arguments[number].shape(group.sizes(**sizes)) for source, number in numbers.items()}
+        for relation in (None, *relations):
+            part = ShapeAssumptions(assumptions.dims, (relation,) if relation is not None else ())
+            broken = part.broken_by(shapes)
+            if broken is not None and (relation is None or 1 not in sizes.values()):
+                raise CaptureError(f"the op is called with sizes that the body's trace excludes: {broken}")
+            if broken is not None:
+                del relations[relation]
+    names: dict[Any, str] = {}
+    for source, dims in assumptions.dims.items():
+        for number, dim in enumerate(dims):
+            if not isinstance(dim, int):
+                names.setdefault(dim, f"shape_{numbers[source]}[{number}]")
+    return tuple(as_python(relation, names) for relation in relations)

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glowplug.bodies.bound import BoundBody
+from glowplug.bodies.body import Body, BoundBody, Piece, Verdict
 from glowplug.bodies.group import Group
-from glowplug.bodies.make import SIZES, Body
-from glowplug.verify.closeness import distance
+from glowplug.bodies.make import SIZES
+from glowplug.verify.slots import run_both
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RUNS = 7
 _FASTER = 0.95
 """Share of the layer's own time that a body may take."""
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest ||compiled - own|| / ||own|| of one layer. Half precision: 0.05."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a trial found.
-
-    Attributes:
-        tokens: serve up to so many; 0: none; None: any number.
-        eager_us: microseconds of the layer's own code, for one token.
-        compiled_us: the same compiled.
-    """
-
-    tokens: int | None = 0
-    eager_us: float = math.nan
-    compiled_us: float = math.nan
-
-
-def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *, limited: bool) -> Verdict:
+def try_body(group: Group, body: Body, piece: Piece, *, limited: bool) -> Verdict:
     """Try a body on a group's first layer, for more and more tokens, until it is no longer the faster way.
 
     Args:
@@ -51,7 +32,7 @@ def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *
         limited: never let it serve any number of tokens.
     """
     layer = group.layers[0]
-    compiled = BoundBody(layer, piece, body.arguments, group.form).run
+    compiled = BoundBody(layer, piece, body, group.form).run
     own = functools.partial(group.own, layer)
     generator = torch.Generator().manual_seed(0)
     times: list[tuple[float, float]] = []
@@ -59,13 +40,13 @@ def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *
     with torch.no_grad():
         for sizes in SIZES:
             inputs = group.trial(group.sizes(**sizes), generator)
-            if inputs is not None and not _close(compiled(*inputs), own(*inputs)):
+            if inputs is not None and run_both(own, compiled, inputs)[1] is not None:
                 return Verdict()
         for count in _TOKENS:
             inputs = group.trial(group.sizes(count), generator)
             if inputs is None:
                 break
-            if not _close(compiled(*inputs), own(*inputs)):
+            if run_both(own, compiled, inputs)[1] is not None:
                 return Verdict()
             times.append((_microseconds(own, inputs), _microseconds(compiled, inputs)))
             if times[-1][1] > times[-1][0] * _FASTER:
@@ -74,12 +55,6 @@ def try_body(group: Group, body: Body, piece: Callable[..., Sequence[Tensor]], *
     if not limited and tokens == _TOKENS[-1]:
         tokens = None
     return Verdict(tokens, *times[0])
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return False
-    return distance(actual, expected) <= _TOLERANCE.get(expected.dtype, 0.05)
 
 
 def _microseconds(run: Callable[..., Any], inputs: Sequence[Tensor]) -> float:

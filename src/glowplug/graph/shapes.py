@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._sympy.printers import PythonPrinter
 
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured
@@ -130,3 +131,9 @@ def _dim(size: Any) -> Any:
     """A fixed size as an int, a symbolic one as its expression."""
     found = size if isinstance(size, int) else size.node.expr
     return int(found) if isinstance(found, (int, sympy.Integer)) else found
+
+
+def as_python(relation: Any, names: Mapping[Any, str]) -> str:
+    """A relation of symbols as a Python expression of what they are called there."""
+    renamed = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in names.items()}
+    return str(PythonPrinter().doprint(relation.xreplace(renamed)))
