@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,15 @@ from torch import fx, nn
 
 import families
 import glowplug
-from glowplug.compilers import InductorCompiler, parallel
+from glowplug.background import job
+from glowplug.compilers import InductorCompiler
 from glowplug.compilers.eager import EagerCompiler
-from glowplug.compilers.parallel import Job, compile_jobs
 from glowplug.compilers.toolchain import cpu_toolchain
+from glowplug.graph.fingerprint import Fingerprint
+from glowplug.program import PieceCache, PieceStore
+from glowplug.program import pieces as program_pieces
+from glowplug.program.pieces import compile_pieces
+from glowplug.store import ArtifactStore, LocalStore
 
 
 class Stored(EagerCompiler):
@@ -61,51 +68,91 @@ class Stored(EagerCompiler):
         return lambda x: (x * 0 + number,)
 
 
-def jobs(count: int) -> list[Job]:
-    made = []
+def pieces(count: int, stable: bool = True) -> dict[Fingerprint, Any]:
+    """Pieces of one addition, two additions, ..."""
+    made = {}
     for number in range(1, count + 1):
         graph = fx.Graph()
         x = graph.placeholder("x")
+        x.meta["example_value"] = torch.zeros(1)
         for _ in range(number):
             x = graph.call_function(torch.add, (x, 1))
         graph.output((x,))
-        made.append(Job(fx.GraphModule(nn.Module(), graph), [torch.zeros(1)]))
+        made[Fingerprint(f"{number:064}", (), stable)] = SimpleNamespace(gm=fx.GraphModule(nn.Module(), graph))
     return made
+
+
+class Capture:
+    """A capture whose compilation may write down relations between sizes."""
+
+    def __init__(self) -> None:
+        self.guards: list[Any] = []
+        self.fake_mode = SimpleNamespace(shape_env=self)
+
+
+def results(compiler: Stored, found: dict[Fingerprint, Any], cache: PieceCache | None = None, **more: Any) -> list[int]:
+    """What the compiled pieces add to zero."""
+    capture: Any = more.get("capture") or Capture()
+    runners = compile_pieces(found, compiler, cache or PieceCache(), capture, None)
+    return [int(runners[piece](torch.zeros(1))[0]) for piece in found]
 
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_cores", lambda: 4)
+    monkeypatch.setattr(program_pieces, "_cores", lambda: 4)
 
 
-def test_children_compile_and_the_parent_loads() -> None:
-    compiler, advanced = Stored(), []
-    done = compile_jobs(compiler, jobs(9), lambda: 0, lambda: advanced.append(1))
-    assert len(done) == len(advanced) == 9
-    assert len(compiler.here) + len(compiler.loaded) == 9
-    # a piece of n additions gives x + n here, and its n + 2 nodes from a child
-    for number, result in enumerate(done, start=1):
-        assert float(result.run(torch.zeros(1))[0]) in (number, number + 2)
+def test_forks_compile_and_the_parent_loads() -> None:
+    compiler, cache = Stored(), PieceCache()
+    found = results(compiler, pieces(9), cache)
+    assert len(compiler.here) + len(compiler.loaded) == cache.count == 9
+    # a piece of n additions gives n here, and its n + 2 nodes from a fork
+    assert all(result in (number, number + 2) for number, result in enumerate(found, start=1))
 
 
 def test_no_process_left_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "fork", lambda work: None)
-    done = compile_jobs(Stored(), jobs(3), lambda: 0, lambda: None)
-    assert [float(result.run(torch.zeros(1))[0]) for result in done] == [1, 2, 3]
+    def refuse() -> int:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(job, "fork_plainly", refuse)
+    assert results(Stored(), pieces(3)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("crash", ["raise", "exit", "garbage", "hang"])
-def test_what_a_child_does_not_deliver_is_compiled_here(crash: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_PATIENCE_S", 0.5)
-    children, fork = [], parallel.fork
-    monkeypatch.setattr(parallel, "fork", lambda work: children.append(fork(work)) or children[-1])
-    compiler = Stored(crash)
-    done = compile_jobs(compiler, jobs(7), lambda: 0, lambda: None)
-    assert [float(result.run(torch.zeros(1))[0]) for result in done] == [1, 2, 3, 4, 5, 6, 7]
-    assert len(children) == 3
-    for child in children:
+def test_what_a_fork_does_not_deliver_is_compiled_here(crash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_pieces, "_PATIENCE_S", 0.5)
+    forks: list[int] = []
+    fork = job.fork_plainly
+    monkeypatch.setattr(job, "fork_plainly", lambda: forks.append(fork()) or forks[-1])
+    assert results(Stored(crash), pieces(7)) == [1, 2, 3, 4, 5, 6, 7]
+    assert len(forks) == 3
+    for pid in forks:
         with pytest.raises(ChildProcessError):
-            os.waitpid(child.pid, os.WNOHANG)  # none is left behind
+            os.waitpid(pid, os.WNOHANG)  # none is left behind
+
+
+def test_a_piece_that_writes_down_relations_is_compiled_in_the_parent() -> None:
+    capture = Capture()
+
+    class Relating(Stored):
+        def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+            capture.guards.append(SimpleNamespace(expr="x > 2"))
+            return super().compile(piece, inputs)
+
+        def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
+            capture.guards.append(SimpleNamespace(expr="x > 2"))
+            return super().compile_to_bytes(piece, inputs)
+
+    cache = PieceCache()
+    assert results(Relating(), pieces(5), cache, capture=capture) == [1, 2, 3, 4, 5]
+    assert len(capture.guards) == 5 and cache.compiled == {}  # they hold in this capture alone
+
+
+def test_what_another_process_would_not_know_goes_through_no_lasting_store(tmp_path: Path) -> None:
+    compiler = Stored()
+    cache = PieceCache(store=PieceStore(ArtifactStore(tmp_path / "store"), compiler, "test"))
+    assert results(compiler, pieces(5, stable=False), cache) == [1, 2, 3, 4, 5]
+    assert not LocalStore(tmp_path / "store", print).entries()
 
 
 def test_an_error_ends_the_compilation() -> None:
@@ -113,8 +160,8 @@ def test_an_error_ends_the_compilation() -> None:
         def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
             raise ValueError("no")
 
-    done = compile_jobs(Broken("raise"), jobs(5), lambda: 0, lambda: None)
-    assert any(isinstance(result.error, ValueError) for result in done)
+    with pytest.raises(glowplug.CompileError, match="no"):
+        results(Broken("raise"), pieces(5))
 
 
 def test_inductor_in_several_processes_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:

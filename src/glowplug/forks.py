@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -85,16 +85,23 @@ class Scratch:
 
     Args:
         what: what it is for.
-        inside: make it in there; None: where the system has such folders.
 
     Attributes:
+        home: where such folders are made in this process; None: where the system has them.
         path: the folder.
+        ours: whether this process made it.
     """
 
-    def __init__(self, what: str, inside: str | None = None) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"glowplug-{what}-", dir=inside))
-        path = self.path
+    home: ClassVar[str | None] = None
+
+    def __init__(self, what: str) -> None:
+        self._process = os.getpid()
+        self.path = path = Path(tempfile.mkdtemp(prefix=f"glowplug-{what}-", dir=Scratch.home))
         self._finalizer = finalize(self, lambda: shutil.rmtree(path, ignore_errors=True))
+
+    @property
+    def ours(self) -> bool:
+        return self._process == os.getpid()
 
     def cleanup(self) -> None:
         """Delete it now."""

@@ -17,7 +17,7 @@ from glowplug.bench.presets import PRESETS, build_config
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.cli.sizes import show_size
 from glowplug.errors import UsageError
-from glowplug.hf.bake import bake
+from glowplug.hf.background import bake
 from glowplug.hf.weightless import read_dtype, weightless_model
 from glowplug.options import Options
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from glowplug.hf.warm import Warm, describe, find, make_warm
 from glowplug.layers.fitness import unfit
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.options import Options
-from glowplug.program import Build, PieceCache, build_program
+from glowplug.program import PieceCache, build_program
 from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.report import Report, StoreReport
@@ -53,12 +52,8 @@ class Builder:
         compiler: compiles pieces.
         report: receives everything that happens.
         store: where programs and pieces are kept.
-
-    Attributes:
-        for_others: whether programs are made to be stored, and are not run here.
-        bakes_insides: whether insides are, too.
-        rebuild: begins to make a program anew in another process, for pieces that none has finished; None: programs
-            that lack such pieces are not used.
+        for_others: whether programs are made to be stored, and are not run here; so are those of a weightless model.
+        bakes_bodies: whether op bodies are made for others, too.
     """
 
     def __init__(
@@ -68,6 +63,9 @@ class Builder:
         compiler: PieceCompiler,
         report: Report,
         store: ArtifactStore | None = None,
+        *,
+        for_others: bool = False,
+        bakes_bodies: bool = True,
     ) -> None:
         self.model = model
         self.store = store
@@ -76,14 +74,13 @@ class Builder:
         self.report = report
         self.registry: LayerRegistry | None = None
         self._way: trace.Way = "cut"
-        self.for_others = weightless(model)
-        self.bakes_insides = True
-        self.rebuild: Callable[[Call], Build | None] | None = None
+        self.for_others = for_others or weightless(model)
+        self._bakes_bodies = bakes_bodies
         self.insides: Insides | None = None
         self._slots: dict[str, Slots] = {}
         self.processes: Processes | None = None
         self._refused: str | None = None
-        self._unfit = unfit(model) if not self.for_others else None
+        self._unfit = unfit(model) if not weightless(model) else None
         try:
             self.processes = processes_of(model)
         except CaptureError as exc:
@@ -149,7 +146,7 @@ class Builder:
     @property
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
-        return bool(self._pieces.ends) or (self.insides is not None and self.insides.pending)
+        return bool(self._pieces.deferred) or (self.insides is not None and self.insides.pending)
 
     @property
     def in_use(self) -> InUse:
@@ -226,8 +223,7 @@ class Builder:
                 self.model,
                 self.layers,
                 self.prover.positions,
-                wait=not self._defers_ends,
-                rebuild=self._rebuild_for(call),
+                wait=not self._defers,
             )
         if found is None:
             return None
@@ -242,9 +238,9 @@ class Builder:
         self._pieces.compiled |= found.runners
         self._slots |= found.slots
         self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
-        if found.ends is not None:
-            self._pieces.ends.append(found.ends)
-            report.pending_pieces = self._pieces.pending
+        if found.deferred is not None:
+            self._pieces.deferred.append(found.deferred)
+            report.pending_pieces = len(self._pieces.slots)
         report.found(served.program, manifest.facts, len(set(self._pieces.order)))
         return served
 
@@ -268,13 +264,8 @@ class Builder:
         warm.keep(key, manifest)
         served.key = key
 
-    def _rebuild_for(self, call: Call) -> Callable[[], Build | None] | None:
-        """Makes the program for a call anew, beside serving; None where that can't be done."""
-        able = isinstance(self.compiler, StoringCompiler) and self.compiler.forks([])
-        return functools.partial(self.rebuild, call) if self.rebuild is not None and able else None
-
     @property
-    def _defers_ends(self) -> bool:
+    def _defers(self) -> bool:
         """Whether pieces that run seldom in a step may start uncompiled."""
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
 
@@ -334,7 +325,7 @@ class Builder:
             return
         self.insides = Insides(self.model, kinds, self.compiler, self.report, self._pieces.store)
         if self.for_others:
-            if self.bakes_insides or choice == "compiled":
+            if self._bakes_bodies or choice == "compiled":
                 with self.report.phase("inside"):
                     self.insides.compile_unjudged()
             return
@@ -385,7 +376,7 @@ class Builder:
             report=self.report,
             cache=self._pieces,
             both=self.options.verify == "once",
-            defer_ends=self._defers_ends,
+            defer=self._defers,
         )
         traced = trace.trace_program(
             self.model, call, plan, template, self._way, self.layers, self.prover.positions, self.report, build

@@ -75,6 +75,14 @@ class Call:
     return_tuple: bool
 
 
+def first_call(model: PreTrainedModel) -> Call | str:
+    """The call for token ids with which `generate` begins; or why the model has none that can be served."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
+    positions = prepare(ids, {}) if prepare is not None else torch.arange(2, device=ids.device).unsqueeze(0)
+    return read_call(model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
+
+
 def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
     """Make a call ready, or say why the program can't serve it."""
     names = forward_parameters(type(model))  # type: ignore[arg-type]

@@ -22,11 +22,10 @@ from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import LayerOrderError, NotServableError
 from glowplug.forks import make_lock
-from glowplug.hf.background import can_fork
+from glowplug.hf.background import Background, why_unused, with_store
 from glowplug.hf.build import Builder
 from glowplug.hf.caches import has_begun
-from glowplug.hf.call import Call, Signature, read_call
-from glowplug.hf.elsewhere import Background, rebuild, with_store
+from glowplug.hf.call import Call, Signature, first_call, read_call
 from glowplug.hf.rotary_entry import rotary_layers
 from glowplug.hf.served import Served
 from glowplug.layers.fitness import unfit
@@ -84,7 +83,6 @@ class Engine:
             self._background = Background(model, options, self.report)
         store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
         self._make_builder = functools.partial(Builder, model, self.options, compiler, self.report, store)
-        self._rebuild = functools.partial(rebuild, model, options)
         self._builder: Builder | None = None
         self._lock = make_lock()
         self._served: dict[Signature, Served | Refusal] = {}
@@ -98,8 +96,6 @@ class Engine:
         if self._builder is None:
             with self._lock:
                 self._builder = self._builder or self._make_builder()
-                if can_fork(next(self.model.parameters()).device):
-                    self._builder.rebuild = self._rebuild
                 if self._background is not None and self._builder.distributed:
                     self._background = None
                     self.report.elsewhere = ElsewhereReport(0.0, reason="the model is distributed over processes")
@@ -216,7 +212,7 @@ class Engine:
             else:
                 found = self.builder.find_stored(call)
                 if found is None and outcome is not None:
-                    found = f"what another process built can't be used: {outcome.unused(self.builder)}"
+                    found = f"what another process built can't be used: {why_unused(outcome, self.builder)}"
             return self._keep(call.signature, found) if found is not None else None
 
     def settle(self, timeout_s: float) -> None:
@@ -227,10 +223,7 @@ class Engine:
 
     def prepare(self) -> Report:
         """Make the program for token ids now, as the first call of `generate` would."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        prepare: Any = getattr(self.model, "_prepare_position_ids_for_generation", None)
-        positions = prepare(ids, {}) if prepare is not None else torch.arange(2, device=ids.device).unsqueeze(0)
-        call = read_call(self.model, (), {"input_ids": ids, "position_ids": positions, "use_cache": True})
+        call = first_call(self.model)
         if isinstance(call, str):
             self.report.fall_back(call)
             return self.report

@@ -9,20 +9,19 @@ takes over when a sequence begins. What its trace read is watched; an inside who
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
-import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
+from glowplug.background.job import Job, Say, orphaned
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.compilers.fork import Beside, leave, orphaned
 from glowplug.errors import CaptureError
 from glowplug.forks import make_lock
 from glowplug.graph.capture import Captured, capture
@@ -109,6 +108,7 @@ class Insides:
         pieces: PieceStore | None = None,
     ) -> None:
         self.pieces = pieces
+        self._temporary: PieceStore | None = None
         self.model = model
         self.compiler = compiler
         self.report = report
@@ -116,14 +116,14 @@ class Insides:
         self.kinds = list(kinds)
         self._keys: dict[tuple[str, ...], str] = {}
         self._unjudged: list[tuple[Kind, Made]] = []
-        self.beside: Beside | None = None
+        self.job: Job | None = None
         self.in_use = InUse()
         self._lock = make_lock()
 
     @property
     def pending(self) -> bool:
         """Whether insides are being compiled elsewhere."""
-        return bool(self._unjudged) or (self.beside is not None and (self.beside.pending or self.beside.lost))
+        return bool(self._unjudged) or self.job is not None
 
     def compile_here(self) -> None:
         """Compile and judge them all, now."""
@@ -181,17 +181,20 @@ class Insides:
         def to_bytes(piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[None, bytes]:
             return None, compiler.compile_to_bytes(piece, inputs)
 
-        def work(folder: Path) -> None:
-            for number, kind in enumerate(self.kinds):
-                with contextlib.suppress(CaptureError), self._if_missing(kind) as missing:
-                    if missing:
-                        made = self._make(kind, to_bytes)
-                        leave(folder / f"{number}.inside", pickle.dumps(made))
-                        key = self._keys.get(kind.names)
-                        if self.pieces is not None and key is not None and not orphaned():
-                            keep_inside(self.pieces, key, kind, made, None)
+        self._temporary = PieceStore.temporary(compiler)
+        places = [self._place(kind) for kind in self.kinds]
 
-        self.beside = Beside(work)
+        def work(_: Say) -> None:
+            for kind, place in zip(self.kinds, places, strict=True):
+                if place is None:
+                    continue
+                pieces, key = place
+                with contextlib.suppress(CaptureError), pieces.store.lock("inside", key, _WAIT_S):
+                    made = self._make(kind, to_bytes) if pieces.store.get("inside", key) is None else None
+                    if made is not None and not orphaned():
+                        keep_inside(pieces, key, kind, made, None)
+
+        self.job = Job.fork(work)
 
     def poll(self, deadline: float | None = None) -> None:
         """Put compiled insides to use once the fork has ended.
@@ -204,11 +207,13 @@ class Insides:
             return  # another thread tries them; serving goes on
         try:
             self._judge_stored()
-            if self.beside is not None and self.beside.lost:
-                self.beside = None
+            if self.job is not None and not self.job.ours:
+                self.job = None
                 self.compile_beside()
-            if self.beside is not None:
-                self.beside.finish(self._take, deadline)
+            if self.job is not None and self.job.ended(deadline):
+                self.job = None
+                for kind in self.kinds:
+                    self._take(kind)
         finally:
             self._lock.release()
 
@@ -216,33 +221,18 @@ class Insides:
         while self._unjudged:
             self._install(*self._unjudged.pop())
 
-    @contextlib.contextmanager
-    def _if_missing(self, kind: Kind) -> Iterator[bool]:
-        """Whether an inside is still to be made, once no other process is making it."""
+    def _place(self, kind: Kind) -> tuple[PieceStore, str] | None:
+        """Where a job leaves the inside of a kind: the store, or else a temporary one."""
         key = self._keys.get(kind.names)
-        if self.pieces is None or key is None:
-            yield True
-            return
-        with self.pieces.store.lock("inside", key, _WAIT_S):
-            yield self.pieces.store.get("inside", key) is None
+        if self.pieces is not None and key is not None:
+            return self.pieces, key
+        key = hashlib.sha256(repr((kind.op, kind.names)).encode()).hexdigest()
+        return (self._temporary, key) if self._temporary is not None else None
 
-    def _take(self, folder: Path) -> None:
-        compiler = self.compiler
-        assert isinstance(compiler, StoringCompiler)
-        for number, kind in enumerate(self.kinds):
-            try:
-                made: Made = pickle.loads((folder / f"{number}.inside").read_bytes())
-                assert made.artifact is not None
-                run = compiler.load(made.artifact)
-            except Exception:
-                self._take_others(kind)
-            else:
-                self._install(kind, replace(made, run=run))
-
-    def _take_others(self, kind: Kind) -> None:
-        """Use what another process has made meanwhile; without, the layers go on as they are."""
-        key = self._keys.get(kind.names)
-        stored = load_inside(self.pieces, key) if self.pieces is not None and key is not None else None
+    def _take(self, kind: Kind) -> None:
+        """Use what a job has left; without, the layers go on as they are."""
+        place = self._place(kind)
+        stored = load_inside(*place) if place is not None else None
         if stored is not None and stored[1] is not None:
             self._use(kind, stored[0], stored[1])
         elif stored is not None:

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from glowplug.background.job import Job
 from glowplug.compilers import get_compiler, warm_up_loading
 from glowplug.errors import UsageError
-from glowplug.hf.background import Elsewhere, Forked, can_fork, spawn
-from glowplug.hf.bake import bake
-from glowplug.hf.build import Builder
-from glowplug.hf.elsewhere import with_store
+from glowplug.hf.background import begin_baking, why_unused, with_store
 from glowplug.hf.engine import attach, engine_of
-from glowplug.hf.weightless import auto_class, read_dtype, weightless_model
+from glowplug.hf.weightless import auto_class, read_dtype
 from glowplug.options import Options
 from glowplug.report import ElsewhereReport
 
@@ -39,10 +37,7 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     except Exception as exc:  # errors of many classes
         raise UsageError(f"{name} has no configuration that transformers knows: {' '.join(str(exc).split())}") from exc
     options, kept = with_store(options)
-    try:
-        build = _begin(name, config, options, settings)
-    except OSError as exc:  # such as a full disk
-        build = f"no other process can be given the model: {exc.strerror or exc}"
+    build = _begin(name, config, options, settings)
     if not isinstance(build, str):
         warm_up_loading(get_compiler(options.compiler))  # after the fork, which has one thread
     start = time.perf_counter()
@@ -61,15 +56,15 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     attach(model, dataclasses.replace(options, background=False))
     engine = engine_of(model)
     assert engine is not None
-    engine.keeps = kept, build  # which may still compile ends
+    engine.keeps = kept, build  # which may still compile deferred pieces
     engine.report.elsewhere = told
     engine.prepare()
     if outcome is not None and outcome.reason is None and engine.report.start == "cold":
-        told.reason = outcome.unused(engine.builder)
+        told.reason = why_unused(outcome, engine.builder)
     return model
 
 
-def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapping[str, Any]) -> Elsewhere | str:
+def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapping[str, Any]) -> Job | str:
     """Begin to build the program; or why it can't be, before there are weights."""
     if settings.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
         return "the weights are quantized while they load"
@@ -89,15 +84,7 @@ def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapp
     except UsageError as exc:
         return str(exc)
     chosen = {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
-    if can_fork(device):
-        compiler = get_compiler(options.compiler)  # made here, as a fork has one thread
-        options = dataclasses.replace(options, compiler=compiler, background=False)
-
-        def build() -> Builder:
-            return bake(weightless_model(config, dtype=dtype, device=device, **chosen), options, insides=False)
-
-        return Forked(build)  # loading goes first
-    return spawn(config, dtype, device, chosen, options)
+    return begin_baking(config, dtype, device, chosen, options)
 
 
 def _device(device_map: Any) -> torch.device | str:

@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import is_own
 from glowplug.options import Options
-from glowplug.program import Build, Ends, PieceStore, Program, StoreMaker
+from glowplug.program import Deferred, PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
 from glowplug.reasons import said
@@ -155,26 +155,20 @@ class Manifests:
             return None
         return manifest
 
-    def load_pieces(
-        self, manifest: Manifest, *, wait: bool, rebuild: Callable[[], Build | None] | None
-    ) -> tuple[dict[Fingerprint, Run], Ends | None] | None:
-        """Every piece of a manifest, ready to run; None when one is missing.
+    def load_pieces(self, manifest: Manifest, *, wait: bool) -> tuple[dict[Fingerprint, Run], Deferred | None] | None:
+        """Every piece of a manifest, ready to run; None when one is missing that nobody is compiling.
 
         Args:
             manifest: of the program.
-            wait: for pieces that another process is compiling. Otherwise they are ends, and run uncompiled for now.
-            rebuild: begins to make the program anew, beside serving. Then ends that nobody finished run uncompiled for
-                now, too.
+            wait: for pieces that another process is compiling. Otherwise they are deferred, and run uncompiled for now.
         """
-        runners, graphs, addresses = {}, {}, {}
+        runners, slots = {}, []
         for found in manifest.plan.pieces():
             address = manifest.addresses.get(found.digest, found.digest)
             run = self.pieces.load(address)
-            graph = None
-            if run is None and not wait:
-                graph = self.pieces.graph_of_pending(address, unfinished=rebuild is not None)
+            graph = self.pieces.load_graph(address) if run is None and not wait and self.pieces.busy(address) else None
             if graph is not None:
-                graphs[found], addresses[found] = graph, address
+                slots.append(PieceSlot(found, graph, address))
                 continue
             if run is None:
                 with self.pieces.lock(address, _WAIT_S):
@@ -182,7 +176,7 @@ class Manifests:
             if run is None:
                 return None
             runners[found] = run
-        return runners, Ends(graphs, StoreMaker(self.pieces, addresses, rebuild)) if graphs else None
+        return runners, Deferred(tuple(slots), self.pieces) if slots else None
 
     def load_graphs(self, manifest: Manifest) -> dict[Fingerprint, Run] | None:
         """Every piece uncompiled, to compare with eager closely; None when one has no graph in the store."""

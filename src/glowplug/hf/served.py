@@ -21,7 +21,7 @@ from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, Ends, Program, Stamping, try_pieces
+from glowplug.program import Built, PieceSlot, Program, Stamping, try_pieces, with_arrived
 
 PADDING = "L['cache'].padding"
 """Source of the mask that a model makes all others of inside its trace."""
@@ -58,7 +58,7 @@ class Served:
         positions: fills in those that calls leave out.
         cache_argument: the name that the model's forward has for its cache.
         output_type: the class of the model's output.
-        ends: its pieces that run uncompiled for now, if any.
+        slots: those of its pieces that run uncompiled for now.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
         checked: sizes of a call -> why they break an assumption, or None.
@@ -73,7 +73,7 @@ class Served:
     positions: Positions
     cache_argument: str
     output_type: type
-    ends: Ends | None = None
+    slots: tuple[PieceSlot, ...] = ()
     uncompiled: Program | None = None
     find_uncompiled: Callable[[], Program | None] | None = None
     checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
@@ -98,8 +98,8 @@ class Served:
     @property
     def latest(self) -> Program:
         """The program with every compiled piece that has arrived."""
-        if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.replacing(self.ends.ready), None
+        if self.slots:
+            self.program, self.slots = with_arrived(self.program, self.slots)
         return self.program
 
     def run(

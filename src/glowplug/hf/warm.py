@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from glowplug.hf.served import Recipe, Served
 from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import Build, Ends, PieceStore, Program
+from glowplug.program import Deferred, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.reasons import said
 from glowplug.report import Report
@@ -97,14 +97,14 @@ class Found:
         served: the program.
         manifest: what it was written from.
         runners: its compiled pieces.
-        ends: its pieces that are still being compiled by another process, if any.
+        deferred: its pieces that another process is compiling, if any.
         slots: what its ops of experts are called with.
     """
 
     served: Served
     manifest: Manifest
     runners: Mapping[Fingerprint, Run]
-    ends: Ends | None
+    deferred: Deferred | None
     slots: dict[str, Slots]
 
 
@@ -116,7 +116,6 @@ def find(
     positions: Positions,
     *,
     wait: bool,
-    rebuild: Callable[[], Build | None] | None,
 ) -> Found | None:
     """The stored program of an address, bound to the model; None when there is none that can be used.
 
@@ -127,20 +126,20 @@ def find(
         registry: its layers.
         positions: fills in those that calls leave out.
         wait: for pieces that another process is compiling, see `Manifests.load_pieces`.
-        rebuild: begins to make the program anew, see there.
     """
     manifest = warm.manifests.read(key)
-    loaded = warm.manifests.load_pieces(manifest, wait=wait, rebuild=rebuild) if manifest is not None else None
+    loaded = warm.manifests.load_pieces(manifest, wait=wait) if manifest is not None else None
     if manifest is None or loaded is None:
         return None
-    runners, ends = loaded
+    runners, deferred = loaded
     try:
         if manifest.facts["attention"] == "cut":
             give_attention_functions(model)
-        pending = ends.runners if ends is not None else {}
+        slots_left = deferred.slots if deferred is not None else ()
+        pending = {slot.fingerprint: slot for slot in slots_left}
         program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
         names = positions, cache_argument(model)
-        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), ends)
+        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), slots_left)
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()
@@ -148,7 +147,7 @@ def find(
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, said(exc))
         return None
-    return Found(served, manifest, runners, ends, slots)
+    return Found(served, manifest, runners, deferred, slots)
 
 
 def _uncompiled(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:

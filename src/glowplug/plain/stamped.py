@@ -31,7 +31,7 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.plain.calls import SOURCE, PlainCall, examples, read_plain, traced_function
 from glowplug.plain.twin import differs, make_twin, states_differ
-from glowplug.program import Built, Ends, PieceCache, Program, build_program
+from glowplug.program import Built, PieceCache, PieceSlot, Program, build_program, with_arrived
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.reasons import named, said
@@ -51,13 +51,13 @@ class Stamped:
         program: the program.
         assumptions: what its trace assumed of sizes.
         returns: what the module returns.
-        ends: its pieces that run uncompiled for now, if any.
+        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
     assumptions: ShapeAssumptions
     returns: Returns
-    ends: Ends | None
+    slots: tuple[PieceSlot, ...]
 
     def serves(self, call: PlainCall) -> bool:
         """Whether the sizes of a call are such as the program was made and compared for."""
@@ -71,8 +71,8 @@ class Stamped:
 
     def run(self, call: PlainCall, context: ForwardContext) -> Any:
         """Run a call."""
-        if self.ends is not None and not self.ends.pending:
-            self.program, self.ends = self.program.replacing(self.ends.ready), None
+        if self.slots:
+            self.program, self.slots = with_arrived(self.program, self.slots)
         return self.returns.build(run_flat(self.program, call, context))
 
 
@@ -170,7 +170,7 @@ class Stamper:
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving."""
-        if self._pieces.ends:
+        if self._pieces.deferred:
             self._pieces.poll(self.report, deadline)
 
     def _build(self, call: PlainCall) -> Stamped | None:
@@ -228,7 +228,7 @@ class Stamper:
                 stamping=templates.stamping(self.model, template, captured, arguments, self.registry),
                 drop_unused=True,
                 layer_of=templates.layer_of(template, captured),
-                defer_ends=self.options.ends == "auto" and not self.options.strict,
+                defer=self.options.ends == "auto" and not self.options.strict,
             )
             return built, read_assumptions(captured, set(call.shapes()))
 
@@ -240,7 +240,7 @@ class Stamper:
         report.phases["trace"] -= inner
         self._reads |= reads
         with report.phase("verify"):
-            made = Stamped(built.program, assumptions, self._compare(built, call), built.ends)
+            made = Stamped(built.program, assumptions, self._compare(built, call), built.slots)
         self._watch = Watch(self.model, self._reads)
         return made
 

@@ -18,10 +18,10 @@ from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.emit import Runners
-from glowplug.program.ends import Ends, count_uses
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.program import Program
+from glowplug.program.slots import PieceSlot, count_uses
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
 
@@ -63,7 +63,7 @@ class Built:
             when the pieces of `program` are uncompiled anyway.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
             the id of what is bound to its copy. Only of a stamped program.
-        ends: its pieces that run uncompiled for now, if any.
+        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
@@ -71,7 +71,7 @@ class Built:
     bound: Mapping[str, Any]
     uncompiled: Program | None = None
     bind_to: Callable[..., Program] | None = None
-    ends: Ends | None = None
+    slots: tuple[PieceSlot, ...] = ()
 
 
 def build_program(
@@ -86,7 +86,7 @@ def build_program(
     stamping: Stamping | None = None,
     drop_unused: bool = False,
     both: bool = False,
-    defer_ends: bool = False,
+    defer: bool = False,
     layer_of: LayerOf | None = None,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
@@ -103,7 +103,7 @@ def build_program(
         drop_unused: leave out arguments that no step reads.
         both: also bind the steps with uncompiled pieces.
         layer_of: cut at the boundaries of layers, too.
-        defer_ends: pieces that run seldom in a step may start uncompiled, see `glowplug.program.ends`.
+        defer: pieces that run seldom in a step may start uncompiled, see `glowplug.program.slots`.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -134,11 +134,11 @@ def build_program(
                 kinds=stamping.kinds,
             )
     with report.phase("compile"), cache.lock:
-        uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer_ends else None
+        uses = count_uses(prints if stamped is None else stamped.prints(prints)) if defer else None
         # Later duplicates overwrite earlier ones; any instance of a piece stands for all of them.
         distinct = {found: step for step, found in _pieces(steps, prints)}
         before = cache.count
-        runners, ends = compile_pieces(distinct, compiler, cache, captured, uses)
+        runners = compile_pieces(distinct, compiler, cache, captured, uses)
         report.compiled_pieces += cache.count - before
     graphs: Runners = {found: step.gm.forward for found, step in distinct.items()}
     sources = {entry.node: entry.source for entry in captured.inputs}
@@ -161,15 +161,16 @@ def build_program(
         uncompiled = None
         if both and not isinstance(compiler, EagerCompiler):
             uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
-        if ends is not None:
-            report.pending_pieces = cache.pending
+        slots = tuple(runner for runner in runners.values() if isinstance(runner, PieceSlot))
+        if slots:
+            report.pending_pieces = len(cache.slots)
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, ends)
+    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, slots)
 
 
 def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
+from glowplug.errors import StoreError
+from glowplug.forks import Scratch
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.reasons import said
+from glowplug.store.store import ArtifactStore
 
 Run = Callable[..., Sequence[Any]]
-
-
-class Store(Protocol):
-    """Where compiled pieces are kept; see `glowplug.store.ArtifactStore`."""
-
-    def get(self, kind: str, key: str) -> bytes | None:
-        """The payload of an artifact."""
-        ...
-
-    def put(self, kind: str, key: str, payload: bytes, about: str = "") -> None:
-        """Keep one."""
-        ...
-
-    def note(self, problem: str) -> None:
-        """Remember, and log once, what went wrong."""
-        ...
-
-    def drop(self, kind: str, key: str, why: str) -> None:
-        """Forget one that is of no use."""
-        ...
-
-    def lock(self, kind: str, key: str, timeout_s: float) -> AbstractContextManager[bool]:
-        """Hold its lock."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,16 +30,37 @@ class PieceStore:
 
     Attributes:
         store: the store.
-        compiler: makes pieces, and loads them.
-        environment: whatever a piece's compilation depends on besides the piece.
+        compiler: makes and loads them.
+        environment: everything besides a piece that its compilation depends on.
+        scratch: the folder that the store lies in and goes with, if it is one of this process alone.
     """
 
-    store: Store
+    store: ArtifactStore
     compiler: StoringCompiler
     environment: str
+    scratch: Scratch | None = None
+
+    @classmethod
+    def temporary(cls, compiler: StoringCompiler) -> PieceStore | None:
+        """A store of this process, for what its jobs hand over; None where no folder can be made for it."""
+        try:
+            scratch = Scratch("store")
+            return cls(ArtifactStore(scratch.path), compiler, "", scratch)
+        except (OSError, StoreError):
+            return None
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is a temporary one of the process that this one is a fork of, and goes with that."""
+        return self.scratch is not None and not self.scratch.ours
+
+    @property
+    def writable(self) -> bool:
+        """Whether jobs can leave pieces there."""
+        return os.access(self.store.local.root, os.W_OK)
 
     def key(self, digest: str) -> str:
-        """The address of a piece with a fingerprint."""
+        """The address of a piece, given its fingerprint's digest."""
         return hashlib.sha256(f"{self.environment}\n{digest}".encode()).hexdigest()
 
     def has(self, digest: str) -> bool:
@@ -82,46 +84,35 @@ class PieceStore:
     def load_graph(self, digest: str) -> Run | None:
         """The uncompiled form of a piece, to compare with, or to run until it is compiled."""
         payload = self.store.get("piece", self.key(digest))
-        graph = self.store.get("graph", self.key(digest)) if payload is None else None
         try:
-            if payload is not None:
-                graph = pickle.loads(payload)[1]
+            graph = pickle.loads(payload)[1] if payload is not None else self.store.get("graph", self.key(digest))
             return graph_from_bytes(graph) if graph else None
         except Exception:
             return None
 
-    def graph_of_pending(self, digest: str, *, unfinished: bool) -> Run | None:
-        """The uncompiled form of a piece that another process is compiling now, or, with `unfinished`, was to compile;
-        None when there is no such process, or no such form."""
-        if self.store.get("graph", self.key(digest)) is None:
-            return None
-        if unfinished:
-            return self.load_graph(digest)
-        with self.lock(digest, 0) as held:
-            return self.load_graph(digest) if not held else None
-
-    def keep_graph(self, digest: str, piece: fx.GraphModule) -> None:
-        """Store the uncompiled form of a piece whose lock is held by whoever compiles it."""
-        graph = _pickled(piece)
-        if graph:
-            self.store.put("graph", self.key(digest), graph, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
-
-    def refuse(self, digest: str) -> None:
-        """Note that a piece is to be compiled before its program is stored: an empty graph says so."""
-        self.store.put("graph", self.key(digest), b"", about=f"compiled with its program, {digest[:12]}")
-
-    def refuses(self, digest: str) -> bool:
-        """Whether that was noted."""
-        return self.store.get("graph", self.key(digest)) == b""
-
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
-        payload = pickle.dumps((artifact, _pickled(piece)))
-        self.store.put("piece", self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
+        self._put("piece", digest, pickle.dumps((artifact, _pickled(piece))), piece)
+
+    def keep_graph(self, digest: str, piece: fx.GraphModule) -> None:
+        """Store the uncompiled form of a piece that is being compiled by whoever holds its lock."""
+        self._put("graph", digest, _pickled(piece), piece)
+
+    def abandoned(self, digest: str) -> bool:
+        """Whether somebody began to compile a piece beside serving, and nobody is at it any more."""
+        return self.store.get("graph", self.key(digest)) is not None and not self.busy(digest)
+
+    def busy(self, digest: str, deadline: float | None = None) -> bool:
+        """Whether another process is compiling a piece. Waits for it until `deadline` (`time.monotonic()`)."""
+        with self.lock(digest, max(deadline - time.monotonic(), 0) if deadline is not None else 0) as held:
+            return not held
 
     def lock(self, digest: str, timeout_s: float) -> AbstractContextManager[bool]:
-        """Hold the lock of a piece."""
+        """Hold the lock of a piece, see `ArtifactStore.lock`."""
         return self.store.lock("piece", self.key(digest), timeout_s)
+
+    def _put(self, kind: str, digest: str, payload: bytes, piece: fx.GraphModule) -> None:
+        self.store.put(kind, self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
 
 
 def _pickled(piece: fx.GraphModule) -> bytes:

@@ -1,4 +1,4 @@
-"""Ends: pieces that run seldom serve uncompiled, are compiled beside, tried, and swapped in; or stay as they are."""
+"""Deferred pieces serve uncompiled, are compiled beside serving, tried, and swapped in; or stay as they are."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ import glowplug
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.graph.fingerprint import fingerprint
 from glowplug.hf.engine import Engine, engine_of
-from glowplug.program.end_makers import ForkMaker
-from glowplug.program.ends import Ends, Uncompiled, choose_ends
+from glowplug.program.slots import PieceSlot, choose_deferred
 from test_changes import eager, quiet
 
 DEPTH = 20
@@ -63,23 +62,17 @@ class Storing(EagerCompiler):
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         assert self.engine is not None
         digest = artifact.decode()
-        (ends,) = self.engine.builder._pieces.ends
-        (job,) = [job for found, job in maker(ends).jobs.items() if found.digest == digest]
+        (deferred,) = self.engine.builder._pieces.deferred
+        (slot,) = [slot for slot in deferred.slots if slot.address == digest]
 
         def run(*args: Any) -> Sequence[Any]:
             self.runs[digest] += 1
             if self.fault == "raises":
                 raise RuntimeError("a compiled piece that fails")
-            outputs = job.piece.forward(*args)
+            outputs = slot.graph(*args)
             return tuple(value * 1.01 for value in outputs) if self.fault == "wrong" else outputs
 
         return run
-
-
-def maker(ends: Ends) -> ForkMaker:
-    """The fork that compiles ends."""
-    assert isinstance(ends.maker, ForkMaker)
-    return ends.maker
 
 
 def started(fault: str = "", **options: Any) -> tuple[PreTrainedModel, Storing]:
@@ -97,7 +90,7 @@ def uncompiled(model: PreTrainedModel) -> int:
     engine = engine_of(model)
     assert engine is not None
     names = [served.latest.run.__globals__ for served in engine._served.values()]  # type: ignore[union-attr]
-    return sum(isinstance(value, Uncompiled) for table in names for value in table.values())
+    return sum(isinstance(value, PieceSlot) for table in names for value in table.values())
 
 
 @pytest.mark.parametrize("stamp", ["auto", "off"])
@@ -121,13 +114,13 @@ def test_a_sequence_keeps_the_pieces_it_began_with() -> None:
     engine = engine_of(model)
     assert engine is not None
     with torch.no_grad():
-        (ends,) = engine.builder._pieces.ends
+        (deferred,) = engine.builder._pieces.deferred
+        job: Any = deferred.job
         cache = DynamicCache(config=model.config)
-        beside = maker(ends).beside
-        beside.finish, finish = (lambda *_: None), beside.finish  # type: ignore[method-assign]
+        job.ended, ended = (lambda *_: False), job.ended
         model(families.prompt(1, 5), past_key_values=cache)
-        beside.finish = finish  # type: ignore[method-assign]
-        beside.wait(time.monotonic() + 120)
+        job.ended = ended
+        assert job.ended(time.monotonic() + 120)
         model(families.prompt(1, 1), past_key_values=cache)
         assert uncompiled(model) == 2
         model(families.prompt(1, 5))
@@ -149,7 +142,7 @@ def test_a_fault_leaves_them_uncompiled(fault: str, glowplug_log: pytest.LogCapt
 @pytest.mark.parametrize("options", [{"ends": "compiled"}, {"strict": True}, {"identity": "baked"}], ids=str)
 def test_all_compiled_before_the_first_answer(options: dict[str, Any]) -> None:
     model, compiler = started(experts="opaque", **options)
-    assert compiler.engine is not None and compiler.engine.builder._pieces.ends == []
+    assert compiler.engine is not None and compiler.engine.builder._pieces.deferred == []
     torch.testing.assert_close(quiet(model), eager(model), rtol=1e-5, atol=1e-5)
     assert uncompiled(model) == glowplug.report(model).pending_pieces == 0
 
@@ -166,7 +159,7 @@ def test_a_change_of_weights_meanwhile_is_followed() -> None:
     torch.testing.assert_close(quiet(model), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_which_pieces_are_ends() -> None:
+def test_which_pieces_are_deferred() -> None:
     plain = fx.symbolic_trace(torch.nn.Linear(2, 2))
 
     class Writes(torch.nn.Module):
@@ -177,7 +170,7 @@ def test_which_pieces_are_ends() -> None:
         uses: Counter[Any] = Counter(dict(enumerate(counts)))
         graph = fx.symbolic_trace(Writes())
         pieces: Any = {n: FakePiece(graph if n in writes else plain) for n in uses}
-        return sorted(choose_ends(uses, pieces))
+        return sorted(choose_deferred(uses, pieces))
 
     assert choose(1, 35, 1) == [0, 2]
     assert choose(1, 3, 88, 1) == [0, 1, 3]
