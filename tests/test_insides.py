@@ -141,7 +141,7 @@ def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
         cache = model(ids, use_cache=True).past_key_values
         insides = model.forward.builder.insides
         assert insides.pending
-        insides.beside.wait(time.monotonic() + 120)
+        assert insides.job.ended(time.monotonic() + 120)
         model(ids[:, :1], past_key_values=cache)  # goes on with a sequence: nothing changes under it
         assert insides.pending
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)

@@ -66,16 +66,30 @@ class Say(Protocol):
         ...
 
 
-class Process(Protocol):
-    """A process, as `subprocess.Popen` has it."""
+class _Fork:
+    """A fork, as `subprocess.Popen` has a process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
-        ...
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            except ChildProcessError:  # somebody else has waited for it
+                self._code = 0
+        return self._code
 
     def kill(self) -> None:
         """End it."""
-        ...
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+Process = _Fork | subprocess.Popen[bytes]
 
 
 class Job:
@@ -83,16 +97,18 @@ class Job:
     it; and one that takes too long is given up.
 
     Args:
-        begin: begins the process, given the job's folder.
+        begin: begins the process, given the job's folder; or why there can be none.
     """
 
-    def __init__(self, begin: Callable[[Path], Process]) -> None:
+    def __init__(self, begin: Callable[[Path], Process] | str) -> None:
         for job in list(_jobs):
             job._poll()  # the system keeps an entry of each process that has ended until somebody asks
         self._process: Process | None = None
-        self._outcome: Outcome | None = None
-        self._limit = time_limit()
+        self._outcome = Outcome(begin) if isinstance(begin, str) else None
+        self._limit = _time_limit()
         self._deadline = time.monotonic() + self._limit
+        if isinstance(begin, str):
+            return
         try:
             self._scratch = Scratch("job")
             self._process = begin(self._scratch.path)
@@ -180,29 +196,6 @@ _jobs: weakref.WeakSet[Job] = weakref.WeakSet()
 _parent = 0
 
 
-class _Fork:
-    """A fork, as a `Process`."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """See `Process.poll`."""
-        if self._code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self._code = os.waitstatus_to_exitcode(status) if pid else None
-            except ChildProcessError:  # somebody else has waited for it
-                self._code = 0
-        return self._code
-
-    def kill(self) -> None:
-        """See `Process.kill`."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-
 def _fork(work: Callable[[Say], None], nice: int, folder: Path) -> Process:
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. The child touches none of their locks, and is waited for in time.
@@ -268,13 +261,8 @@ def _end(process: Process) -> None:
             time.sleep(0.001)
 
 
-def time_limit() -> float:
-    """How many seconds a job may take."""
-    return _seconds(os.environ.get(TIMEOUT_VARIABLE, "").strip())
-
-
-@functools.cache
-def _seconds(text: str) -> float:
+def _time_limit() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if text and not text.isdecimal():
         logger.warning("glowplug: %s=%r is no whole number of seconds, and is not used", TIMEOUT_VARIABLE, text)
     return float(text) if text.isdecimal() else _TIMEOUT_S

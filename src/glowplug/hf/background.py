@@ -93,8 +93,8 @@ def can_fork(device: torch.device) -> bool:
 
 def begin_baking(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, settings: Mapping[str, Any], options: Options
-) -> Job | str:
-    """Begin to build a program from a configuration; or why that can't be.
+) -> Job:
+    """Begin to build a program from a configuration.
 
     Args:
         config: the configuration.
@@ -108,7 +108,7 @@ def begin_baking(
         options = dataclasses.replace(options, compiler=get_compiler(options.compiler))  # a fork has one thread
         return Job.fork(lambda say: bake_configuration(say, config, dtype, device, settings, options))
     if not isinstance(options.compiler, str):
-        return "a compiler of one's own can't be used in a process of its own"
+        return Job("a compiler of one's own can't be used in a process of its own")
     options = dataclasses.replace(options, ends="compiled")
     return Job.spawn(bake_configuration, config, dtype, device, settings, options)
 
@@ -144,22 +144,22 @@ class Background:
         self.model = model
         self.options = dataclasses.replace(options, background=False)
         self.report = report
-        self._begun: dict[Signature, Job | str] = {}
+        self._jobs: dict[Signature, Job] = {}
 
     @property
     def begun(self) -> Collection[Signature]:
         """Signatures for which a build was begun. A fork of the process that began one finds what it makes in the
         store, or begins another."""
-        return {key for key, build in self._begun.items() if isinstance(build, str) or build.ours}
+        return {signature for signature, job in self._jobs.items() if job.ours}
 
     def start(self, call: Call) -> None:
         """Begin to build a program for calls like this one, unless that was begun. Called after the call was served,
         which so is not slowed down."""
         if call.signature not in self.begun:
             self.report.elsewhere = ElsewhereReport(eager_calls=1)
-            self._begun[call.signature] = self._begin(call)
+            self._jobs[call.signature] = self._begin(call)
 
-    def _begin(self, call: Call) -> Job | str:
+    def _begin(self, call: Call) -> Job:
         model, device = self.model, call.inputs.device
         if can_fork(device):
             call = dataclasses.replace(call, cache=None)
@@ -172,7 +172,7 @@ class Background:
             return Job.fork(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
         config = model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(model):
-            return f"no other process can build a {type(model).__name__} from its configuration"
+            return Job(f"no other process can build a {type(model).__name__} from its configuration")
         settings = {"attn_implementation": config._attn_implementation}
         return begin_baking(config, model.dtype, device, settings, self.options)
 
@@ -180,8 +180,7 @@ class Background:
         """What became of the build for calls like this one; None while it is under way, or was not begun."""
         if call.signature not in self.begun:
             return None
-        build = self._begun[call.signature]
-        outcome = Outcome(build) if isinstance(build, str) else build.outcome()
+        outcome = self._jobs[call.signature].outcome()
         told = self.report.elsewhere
         if told is not None and outcome is None:
             told.eager_calls += 1
@@ -191,6 +190,5 @@ class Background:
 
     def wait(self, deadline: float) -> None:
         """Until the builds that were begun have ended, or the deadline (`time.monotonic()`) is over."""
-        for build in self._begun.values():
-            if not isinstance(build, str) and build.ours:
-                build.outcome(deadline)
+        for job in self._jobs.values():
+            job.outcome(deadline)

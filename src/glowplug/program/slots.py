@@ -127,7 +127,7 @@ class Deferred:
         if not self.pieces.lost and any(self.pieces.busy(slot.address, deadline) for slot in self.slots):
             return
         outcome = self.job.outcome() if self.job is not None and self.job.ours else None
-        ours = outcome.facts.get("compiles", ()) if outcome is not None else ()
+        ours = outcome.facts.get("compiled", ()) if outcome is not None else ()
         for slot in self.slots:
             code = self.pieces.load(slot.address) if not self.pieces.lost else None
             self.compiled += code is not None and slot.address in ours
