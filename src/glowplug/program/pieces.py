@@ -58,16 +58,13 @@ class PieceCache:
     addresses: dict[Fingerprint, str] = field(default_factory=dict)
     count: int = 0
     lock: Any = field(default_factory=make_lock)
-    _temporary: PieceStore | None = None
 
     def channel(self, compiler: PieceCompiler) -> PieceStore | None:
-        """The store through which jobs of this process hand pieces over: the model's, or else a temporary one. None
-        where there can be none."""
+        """The store through which jobs of this process hand pieces over: the model's, or else a temporary one, which
+        goes with its holder. None where there can be none."""
         if self.store is not None and self.store.writable:
             return self.store
-        if self._temporary is None or self._temporary.lost:
-            self._temporary = PieceStore.temporary(compiler) if isinstance(compiler, StoringCompiler) else None
-        return self._temporary
+        return PieceStore.temporary(compiler) if isinstance(compiler, StoringCompiler) else None
 
     def load(self, found: Fingerprint) -> bool:
         """Take a piece from the store; returns whether it was there."""
