@@ -105,8 +105,8 @@ class Job:
             job._poll()  # the system keeps an entry of each process that has ended until somebody asks
         self._process: Process | None = None
         self._outcome = Outcome(begin) if isinstance(begin, str) else None
+        self._begun = time.monotonic()
         self._limit = _time_limit()
-        self._deadline = time.monotonic() + self._limit
         if isinstance(begin, str):
             return
         try:
@@ -174,7 +174,7 @@ class Job:
     def _wait(self, condition: Callable[[], bool], deadline: float | None) -> bool:
         pause = 0.001
         while not condition():
-            if time.monotonic() >= self._deadline:
+            if time.monotonic() >= self._begun + self._limit:
                 self.stop()
                 late = f"it did not answer within {self._limit:g} s ({TIMEOUT_VARIABLE}), and was given up"
                 self._outcome = self._outcome or self._read(late)
@@ -189,7 +189,7 @@ class Job:
         try:
             return Outcome(**json.loads(self._path.read_bytes()))
         except (OSError, ValueError, TypeError):
-            return Outcome(otherwise)
+            return Outcome(otherwise, round(time.monotonic() - self._begun, 3))
 
 
 _jobs: weakref.WeakSet[Job] = weakref.WeakSet()

@@ -146,7 +146,7 @@ class Builder:
     @property
     def pending(self) -> bool:
         """Whether something is being compiled beside serving."""
-        return bool(self._pieces.deferred) or (self.insides is not None and self.insides.pending)
+        return bool(self._pieces.slots) or (self.insides is not None and self.insides.pending)
 
     @property
     def in_use(self) -> InUse:
@@ -238,9 +238,8 @@ class Builder:
         self._pieces.compiled |= found.runners
         self._slots |= found.slots
         self._pieces.order += [piece for piece in manifest.plan.pieces() if piece not in self._pieces.order]
-        if found.deferred is not None:
-            self._pieces.deferred.append(found.deferred)
-            report.pending_pieces = len(self._pieces.slots)
+        self._pieces.slots += found.pending
+        report.pending_pieces = len(self._pieces.pending)
         report.found(served.program, manifest.facts, len(set(self._pieces.order)))
         return served
 

@@ -32,7 +32,7 @@ from glowplug.layers.stack import LayerStack
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import is_own
 from glowplug.options import Options
-from glowplug.program import Deferred, PieceSlot, PieceStore, Program
+from glowplug.program import PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.program.template import binder, tensor_names
 from glowplug.reasons import said
@@ -155,7 +155,7 @@ class Manifests:
             return None
         return manifest
 
-    def load_pieces(self, manifest: Manifest, *, wait: bool) -> tuple[dict[Fingerprint, Run], Deferred | None] | None:
+    def load_pieces(self, manifest: Manifest, *, wait: bool) -> tuple[dict[Fingerprint, Run], list[PieceSlot]] | None:
         """Every piece of a manifest, ready to run; None when one is missing that nobody is compiling.
 
         Args:
@@ -168,7 +168,7 @@ class Manifests:
             run = self.pieces.load(address)
             graph = self.pieces.load_graph(address) if run is None and not wait and self.pieces.busy(address) else None
             if graph is not None:
-                slots.append(PieceSlot(found, graph, address))
+                slots.append(PieceSlot(found, graph, self.pieces, address=address))
                 continue
             if run is None:
                 with self.pieces.lock(address, _WAIT_S):
@@ -176,7 +176,7 @@ class Manifests:
             if run is None:
                 return None
             runners[found] = run
-        return runners, Deferred(tuple(slots), self.pieces) if slots else None
+        return runners, slots
 
     def load_graphs(self, manifest: Manifest) -> dict[Fingerprint, Run] | None:
         """Every piece uncompiled, to compare with eager closely; None when one has no graph in the store."""

@@ -21,7 +21,7 @@ from glowplug.hf.positions import Positions
 from glowplug.hf.sequences import Running, Sequences
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Built, PieceSlot, Program, Stamping, try_pieces, with_arrived
+from glowplug.program import Built, Program, Stamping, try_pieces, with_arrived
 
 PADDING = "L['cache'].padding"
 """Source of the mask that a model makes all others of inside its trace."""
@@ -58,7 +58,6 @@ class Served:
         positions: fills in those that calls leave out.
         cache_argument: the name that the model's forward has for its cache.
         output_type: the class of the model's output.
-        slots: those of its pieces that run uncompiled for now.
         uncompiled: the same steps with uncompiled pieces; dropped once it was compared.
         find_uncompiled: finds that in the store, for a program that came from there; None when it is not there.
         checked: sizes of a call -> why they break an assumption, or None.
@@ -73,7 +72,6 @@ class Served:
     positions: Positions
     cache_argument: str
     output_type: type
-    slots: tuple[PieceSlot, ...] = ()
     uncompiled: Program | None = None
     find_uncompiled: Callable[[], Program | None] | None = None
     checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
@@ -98,8 +96,7 @@ class Served:
     @property
     def latest(self) -> Program:
         """The program with every compiled piece that has arrived."""
-        if self.slots:
-            self.program, self.slots = with_arrived(self.program, self.slots)
+        self.program = with_arrived(self.program)
         return self.program
 
     def run(

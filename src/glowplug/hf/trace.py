@@ -231,6 +231,6 @@ def trace_program(
     recipe, assumptions = capture(*traced, consume, sources)
     built = recipe.built
     names = positions, cache_argument(model)
-    served = Served(built.program, assumptions, *names, output_type(model), built.slots)
+    served = Served(built.program, assumptions, *names, output_type(model))
     served.uncompiled, served.recipe = built.uncompiled, recipe
     return Traced(served, frozenset(sources), slots)

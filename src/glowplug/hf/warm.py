@@ -26,7 +26,7 @@ from glowplug.hf.served import Recipe, Served
 from glowplug.hf.sharding import Processes
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
-from glowplug.program import Deferred, PieceStore, Program
+from glowplug.program import PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.reasons import said
 from glowplug.report import Report
@@ -97,14 +97,14 @@ class Found:
         served: the program.
         manifest: what it was written from.
         runners: its compiled pieces.
-        deferred: its pieces that another process is compiling, if any.
+        pending: slots of its pieces that another process is compiling.
         slots: what its ops of experts are called with.
     """
 
     served: Served
     manifest: Manifest
     runners: Mapping[Fingerprint, Run]
-    deferred: Deferred | None
+    pending: Sequence[PieceSlot]
     slots: dict[str, Slots]
 
 
@@ -131,15 +131,15 @@ def find(
     loaded = warm.manifests.load_pieces(manifest, wait=wait) if manifest is not None else None
     if manifest is None or loaded is None:
         return None
-    runners, deferred = loaded
+    runners, pending = loaded
     try:
         if manifest.facts["attention"] == "cut":
             give_attention_functions(model)
-        slots_left = deferred.slots if deferred is not None else ()
-        pending = {slot.fingerprint: slot for slot in slots_left}
-        program = warm.manifests.write_program(manifest, registry, {**runners, **pending})
+        program = warm.manifests.write_program(
+            manifest, registry, {**runners, **{slot.fingerprint: slot for slot in pending}}
+        )
         names = positions, cache_argument(model)
-        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type), slots_left)
+        served = Served(program, manifest.assumptions, *names, _class(manifest.output_type))
         served.find_uncompiled = functools.partial(_uncompiled, warm, manifest, registry)
         if not manifest.verified:
             served.uncompiled = served.find_uncompiled()
@@ -147,7 +147,7 @@ def find(
     except Exception as exc:  # whatever comes of a stored program, it is made anew
         warm.store.drop("manifest", key, said(exc))
         return None
-    return Found(served, manifest, runners, deferred, slots)
+    return Found(served, manifest, runners, pending, slots)
 
 
 def _uncompiled(warm: Warm, manifest: Manifest, registry: LayerRegistry) -> Program | None:

@@ -31,7 +31,7 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.plain.calls import SOURCE, PlainCall, examples, read_plain, traced_function
 from glowplug.plain.twin import differs, make_twin, states_differ
-from glowplug.program import Built, PieceCache, PieceSlot, Program, build_program, with_arrived
+from glowplug.program import Built, PieceCache, Program, build_program, with_arrived
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.reasons import named, said
@@ -51,13 +51,11 @@ class Stamped:
         program: the program.
         assumptions: what its trace assumed of sizes.
         returns: what the module returns.
-        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
     assumptions: ShapeAssumptions
     returns: Returns
-    slots: tuple[PieceSlot, ...]
 
     def serves(self, call: PlainCall) -> bool:
         """Whether the sizes of a call are such as the program was made and compared for."""
@@ -71,8 +69,7 @@ class Stamped:
 
     def run(self, call: PlainCall, context: ForwardContext) -> Any:
         """Run a call."""
-        if self.slots:
-            self.program, self.slots = with_arrived(self.program, self.slots)
+        self.program = with_arrived(self.program)
         return self.returns.build(run_flat(self.program, call, context))
 
 
@@ -170,7 +167,7 @@ class Stamper:
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving."""
-        if self._pieces.deferred:
+        if self._pieces.slots:
             self._pieces.poll(self.report, deadline)
 
     def _build(self, call: PlainCall) -> Stamped | None:
@@ -240,7 +237,7 @@ class Stamper:
         report.phases["trace"] -= inner
         self._reads |= reads
         with report.phase("verify"):
-            made = Stamped(built.program, assumptions, self._compare(built, call), built.slots)
+            made = Stamped(built.program, assumptions, self._compare(built, call))
         self._watch = Watch(self.model, self._reads)
         return made
 

@@ -21,7 +21,7 @@ from glowplug.program.emit import Runners
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.program import Program
-from glowplug.program.slots import PieceSlot, count_uses
+from glowplug.program.slots import count_uses
 from glowplug.report import Report
 from glowplug.trace_log import log_pieces
 
@@ -63,7 +63,6 @@ class Built:
             when the pieces of `program` are uncompiled anyway.
         bind_to: `bind_to(model, registry, of, uncompiled=...)`: the same program for a copy of the model; `of` maps
             the id of what is bound to its copy. Only of a stamped program.
-        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
@@ -71,7 +70,6 @@ class Built:
     bound: Mapping[str, Any]
     uncompiled: Program | None = None
     bind_to: Callable[..., Program] | None = None
-    slots: tuple[PieceSlot, ...] = ()
 
 
 def build_program(
@@ -161,16 +159,14 @@ def build_program(
         uncompiled = None
         if both and not isinstance(compiler, EagerCompiler):
             uncompiled = replace(plan.write(graphs, bound, bind), outline=whole)
-        slots = tuple(runner for runner in runners.values() if isinstance(runner, PieceSlot))
-        if slots:
-            report.pending_pieces = len(cache.slots)
+        report.pending_pieces = len(cache.pending)
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None, slots)
+    return Built(program, plan, bound, uncompiled, bind_to if stamped is not None else None)
 
 
 def _pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> list[tuple[Piece, Fingerprint]]:

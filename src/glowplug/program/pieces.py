@@ -22,7 +22,7 @@ from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import Piece
 from glowplug.program.piece_store import PieceStore, Run
-from glowplug.program.slots import Deferred, PieceSlot, choose_deferred
+from glowplug.program.slots import PieceSlot, choose_deferred
 from glowplug.progress import piece_progress
 from glowplug.reasons import why
 from glowplug.report import Report
@@ -44,7 +44,7 @@ class PieceCache:
     Attributes:
         compiled: the pieces.
         order: the fingerprint of each distinct piece, deferred ones too.
-        deferred: pieces that run uncompiled for now.
+        slots: those of pieces that run uncompiled for now.
         store: where to look for compiled pieces, and to keep them.
         addresses: what the store knows a piece by that holds only with relations between sizes which its compilation
             wrote down; a program that keeps to them may use it.
@@ -53,7 +53,7 @@ class PieceCache:
 
     compiled: dict[Fingerprint, Run] = field(default_factory=dict)
     order: list[Fingerprint] = field(default_factory=list)
-    deferred: list[Deferred] = field(default_factory=list)
+    slots: list[PieceSlot] = field(default_factory=list)
     store: PieceStore | None = None
     addresses: dict[Fingerprint, str] = field(default_factory=dict)
     count: int = 0
@@ -78,19 +78,20 @@ class PieceCache:
         if not self.lock.acquire(timeout=max(deadline - time.monotonic(), 0) if deadline is not None else 0):
             return  # another thread compiles pieces, or polls; serving goes on
         try:
-            for deferred in self.deferred:
-                deferred.poll(deadline)
-                self.compiled |= {s.fingerprint: s.compiled for s in deferred.slots if s.compiled is not None}
-                report.compiled_pieces += 0 if deferred.pending else deferred.compiled
-            self.deferred = [deferred for deferred in self.deferred if deferred.pending]
-            report.pending_pieces = len(self.slots)
+            for slot in self.slots:
+                slot.poll(deadline)
+                report.compiled_pieces += slot.ours
+                if slot.compiled is not None:
+                    self.compiled[slot.fingerprint] = slot.compiled
+            self.slots = [slot for slot in self.slots if slot.pending]
+            report.pending_pieces = len(self.pending)
         finally:
             self.lock.release()
 
     @property
-    def slots(self) -> dict[Fingerprint, PieceSlot]:
-        """The slots of pieces that run uncompiled for now."""
-        return {slot.fingerprint: slot for deferred in self.deferred for slot in deferred.slots}
+    def pending(self) -> dict[Fingerprint, PieceSlot]:
+        """A slot of each piece that runs uncompiled for now."""
+        return {slot.fingerprint: slot for slot in self.slots}
 
     def wait_until_locked(self) -> None:
         """Until other processes can see which pieces jobs of this one are compiling."""
@@ -103,7 +104,7 @@ class PieceCache:
             job.ended(math.inf)
 
     def _jobs(self) -> list[Job]:
-        return [deferred.job for deferred in self.deferred if deferred.job is not None]
+        return [slot.job for slot in self.slots if slot.job is not None]
 
 
 def compile_pieces(
@@ -130,7 +131,7 @@ def compile_pieces(
     """
     new = {found: piece for found, piece in pieces.items() if found not in cache.compiled}
     cache.order += new
-    wanted = {found: piece for found, piece in new.items() if found not in cache.slots and not cache.load(found)}
+    wanted = {found: piece for found, piece in new.items() if found not in cache.pending and not cache.load(found)}
     compilation = _Compilation(compiler, cache, captured)
     later: dict[Fingerprint, Piece] = {}
     if uses is not None and isinstance(compiler, StoringCompiler):
@@ -140,7 +141,7 @@ def compile_pieces(
     # Asked last: a fork takes with it what compiling the others has loaded.
     if later and not compilation.defer(later):
         compilation.compile(later)
-    runners: dict[Fingerprint, Run] = {**cache.slots, **cache.compiled}
+    runners: dict[Fingerprint, Run] = {**cache.pending, **cache.compiled}
     for found in compilation.local:  # it relies on relations between sizes that only this capture has written down
         del cache.compiled[found]
     return {found: runners[found] for found in pieces}
@@ -204,14 +205,13 @@ class _Compilation:
         if channel is None:
             return False
         job = Job.fork(functools.partial(self._work_beside, pieces, channel))
-        slots = tuple(PieceSlot(found, piece.gm.forward) for found, piece in pieces.items())
-        self.cache.deferred.append(Deferred(slots, channel, job))
+        self.cache.slots += [PieceSlot(found, piece.gm.forward, channel, job) for found, piece in pieces.items()]
         return True
 
     def _channel(self, pieces: Mapping[Fingerprint, Piece], *, several: bool) -> PieceStore | None:
         """The store by which forks hand pieces over; None when they are not to be compiled in forks."""
         compiler = self.compiler
-        if not isinstance(compiler, StoringCompiler):
+        if sys.platform != "linux" or not isinstance(compiler, StoringCompiler):
             return None
         if not compiler.forks([_inputs(piece) for piece in pieces.values()], several=several):
             return None
