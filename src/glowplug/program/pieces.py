@@ -75,6 +75,8 @@ class PieceCache:
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
         """Take what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        if not self.slots:
+            return
         if not self.lock.acquire(timeout=max(deadline - time.monotonic(), 0) if deadline is not None else 0):
             return  # another thread compiles pieces, or polls; serving goes on
         try:
