@@ -51,7 +51,7 @@ class Storing(EagerCompiler):
         return "test"
 
     def compile_and_store(self, piece: Any, inputs: Sequence[Any]) -> tuple[Any, bytes]:
-        return self.compile(piece, inputs), self.compile_to_bytes(piece, inputs)
+        return self.compile(piece, inputs), fingerprint(piece).digest.encode()
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         assert os.getpid() != self.home
@@ -62,8 +62,7 @@ class Storing(EagerCompiler):
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         assert self.engine is not None
         digest = artifact.decode()
-        (deferred,) = self.engine.builder._pieces.deferred
-        (slot,) = [slot for slot in deferred.slots if slot.address == digest]
+        (slot,) = [s for s in self.engine.builder._pieces.slots if s.address == digest]
 
         def run(*args: Any) -> Sequence[Any]:
             self.runs[digest] += 1
@@ -114,8 +113,7 @@ def test_a_sequence_keeps_the_pieces_it_began_with() -> None:
     engine = engine_of(model)
     assert engine is not None
     with torch.no_grad():
-        (deferred,) = engine.builder._pieces.deferred
-        job: Any = deferred.job
+        job: Any = engine.builder._pieces.slots[0].job
         cache = DynamicCache(config=model.config)
         job.ended, ended = (lambda *_: False), job.ended
         model(families.prompt(1, 5), past_key_values=cache)
@@ -142,7 +140,7 @@ def test_a_fault_leaves_them_uncompiled(fault: str, glowplug_log: pytest.LogCapt
 @pytest.mark.parametrize("options", [{"ends": "compiled"}, {"strict": True}, {"identity": "baked"}], ids=str)
 def test_all_compiled_before_the_first_answer(options: dict[str, Any]) -> None:
     model, compiler = started(experts="opaque", **options)
-    assert compiler.engine is not None and compiler.engine.builder._pieces.deferred == []
+    assert compiler.engine is not None and compiler.engine.builder._pieces.slots == []
     torch.testing.assert_close(quiet(model), eager(model), rtol=1e-5, atol=1e-5)
     assert uncompiled(model) == glowplug.report(model).pending_pieces == 0
 

@@ -15,7 +15,7 @@ from glowplug.front import Call, FrontEnd
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.watch import Watch
-from glowplug.program import PieceSlot, Program, with_arrived
+from glowplug.program import Program, with_arrived
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class Ready:
         program: the program.
         assumptions: what its trace assumed of sizes.
         returns: what the front end needs to know to wrap its outputs.
-        slots: its deferred pieces.
         bind_to: binds a stamped program to a copy of the model, see `Built.for_copy`; until it was compared.
         graphs: gives the same program with uncompiled pieces, until it was compared; None: there is none.
         address: in the store; None when it is not there.
@@ -89,7 +88,6 @@ class Ready:
     program: Program
     assumptions: ShapeAssumptions
     returns: Any = None
-    slots: tuple[PieceSlot, ...] = ()
     bind_to: Callable[..., Program] | None = None
     graphs: Callable[[], Program | None] | None = None
     address: str | None = None
@@ -99,8 +97,7 @@ class Ready:
 
     def begin(self, cache: Any, bodies: InUse) -> Running:
         """What a sequence that begins with a cache is to run: the pieces that have arrived, and these bodies."""
-        if self.slots:
-            self.program, self.slots = with_arrived(self.program, self.slots)
+        self.program = with_arrived(self.program)
         return self.sequences.begin(cache, Running(self.program, bodies))
 
     def broken_by(self, call: Call) -> str | None:

@@ -363,20 +363,21 @@ def _find(c: Compilation, address: str, call: Call) -> Ready | None:
             c.records.drop(address, why(exc))
             return None
     c.reads |= set(record.reads)
-    ready = Ready(c.front, stored.program, record.assumptions, returns, stored.slots)
+    ready = Ready(c.front, stored.program, record.assumptions, returns)
     ready.address, ready.proved = address, record.verified
     if c.processes is not None:  # all compare at once, when each has a program
         ready.graphs = stored.graphs
         c.watch()
     elif not c.for_others:
-        reason = check(c, ready, stored.graphs(), call, glance=record.verified)
+        graphs = stored.graphs() if c.options.verify == "once" else None
+        reason = check(c, ready, graphs, call, glance=record.verified)
         if reason is not None or (c.options.verify == "once" and not record.verified):
             c.records.judge(address, reason)
         if reason is not None:
             return None
     c.forms |= forms
-    c.pieces.add(record.plan.pieces(), stored.runners, stored.deferred)
-    c.report.pending_pieces = len(c.pieces.slots)
+    c.pieces.add(stored.pieces)
+    c.report.pending_pieces = len(c.pieces.pending)
     c.report.found(stored.program, record.facts, len(set(c.pieces.order)))
     return ready
 
@@ -478,7 +479,7 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
         traced = capture(target.function, target.examples, consume, reads)
     c.reads |= reads
     built = traced.built
-    ready = Ready(c.front, built.program, traced.assumptions, c.front.returns(), built.slots)
+    ready = Ready(c.front, built.program, traced.assumptions, c.front.returns())
     ready.bind_to = built.for_copy if template is not None else None
     if c.processes is not None:
         ready.graphs = lambda: _graphs_of(traced)

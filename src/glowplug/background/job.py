@@ -66,16 +66,30 @@ class Say(Protocol):
         ...
 
 
-class Process(Protocol):
-    """A process, as `subprocess.Popen` has it."""
+class _Fork:
+    """A fork, as `subprocess.Popen` has a process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs."""
-        ...
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            except ChildProcessError:  # somebody else has waited for it
+                self._code = 0
+        return self._code
 
     def kill(self) -> None:
         """End it."""
-        ...
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+Process = _Fork | subprocess.Popen[bytes]
 
 
 class Job:
@@ -83,16 +97,18 @@ class Job:
     it; and one that takes too long is given up.
 
     Args:
-        begin: begins the process, given the job's folder.
+        begin: begins the process, given the job's folder; or why there can be none.
     """
 
-    def __init__(self, begin: Callable[[Path], Process]) -> None:
+    def __init__(self, begin: Callable[[Path], Process] | str) -> None:
         for job in list(_jobs):
             job._poll()  # the system keeps an entry of each process that has ended until somebody asks
         self._process: Process | None = None
-        self._outcome: Outcome | None = None
-        self._limit = time_limit()
-        self._deadline = time.monotonic() + self._limit
+        self._outcome = Outcome(begin) if isinstance(begin, str) else None
+        self._begun = time.monotonic()
+        self._limit = _time_limit()
+        if isinstance(begin, str):
+            return
         try:
             self._scratch = Scratch("job")
             self._process = begin(self._scratch.path)
@@ -158,7 +174,7 @@ class Job:
     def _wait(self, condition: Callable[[], bool], deadline: float | None) -> bool:
         pause = 0.001
         while not condition():
-            if time.monotonic() >= self._deadline:
+            if time.monotonic() >= self._begun + self._limit:
                 self.stop()
                 late = f"it did not answer within {self._limit:g} s ({TIMEOUT_VARIABLE}), and was given up"
                 self._outcome = self._outcome or self._read(late)
@@ -173,34 +189,11 @@ class Job:
         try:
             return Outcome(**json.loads(self._path.read_bytes()))
         except (OSError, ValueError, TypeError):
-            return Outcome(otherwise)
+            return Outcome(otherwise, round(time.monotonic() - self._begun, 3))
 
 
 _jobs: weakref.WeakSet[Job] = weakref.WeakSet()
 _parent = 0
-
-
-class _Fork:
-    """A fork, as a `Process`."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """See `Process.poll`."""
-        if self._code is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self._code = os.waitstatus_to_exitcode(status) if pid else None
-            except ChildProcessError:  # somebody else has waited for it
-                self._code = 0
-        return self._code
-
-    def kill(self) -> None:
-        """See `Process.kill`."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
 
 
 def _fork(work: Callable[[Say], None], nice: int, folder: Path) -> Process:
@@ -268,13 +261,8 @@ def _end(process: Process) -> None:
             time.sleep(0.001)
 
 
-def time_limit() -> float:
-    """How many seconds a job may take."""
-    return _seconds(os.environ.get(TIMEOUT_VARIABLE, "").strip())
-
-
-@functools.cache
-def _seconds(text: str) -> float:
+def _time_limit() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if text and not text.isdecimal():
         logger.warning("glowplug: %s=%r is no whole number of seconds, and is not used", TIMEOUT_VARIABLE, text)
     return float(text) if text.isdecimal() else _TIMEOUT_S

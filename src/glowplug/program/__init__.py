@@ -5,11 +5,10 @@ from glowplug.program.piece_store import PieceStore
 from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Plan
 from glowplug.program.program import Program
-from glowplug.program.slots import Deferred, PieceSlot, with_arrived
+from glowplug.program.slots import PieceSlot, with_arrived
 
 __all__ = [
     "Built",
-    "Deferred",
     "PieceCache",
     "PieceSlot",
     "PieceStore",

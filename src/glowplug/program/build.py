@@ -19,7 +19,7 @@ from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
-from glowplug.program.slots import PieceSlot, count_uses
+from glowplug.program.slots import count_uses
 from glowplug.program.write import Slots
 from glowplug.report import Report
 from glowplug.runtime.trace_log import log_pieces
@@ -52,7 +52,6 @@ class Built:
         bound: graph value -> object, for what is bound now.
         graphs: each distinct piece uncompiled, to compare with eager closely.
         binder: finds what a stamped program is bound to in the layers.
-        slots: those of its pieces that run uncompiled for now.
     """
 
     program: Program
@@ -60,7 +59,6 @@ class Built:
     bound: Mapping[str, Any]
     graphs: Slots
     binder: Binder | None = None
-    slots: tuple[PieceSlot, ...] = ()
 
     def for_copy(self, model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any]) -> Program:
         """The same stamped program for a copy of the model; `of` maps the id of what is bound to its copy."""
@@ -146,13 +144,11 @@ def build_program(
     with report.phase("bind"):
         binder = stamping.binder if stamping is not None else None
         program = plan.write(slots, bound, binder)
-        deferred = tuple(slot for slot in slots.values() if isinstance(slot, PieceSlot))
-        if deferred:
-            report.pending_pieces = len(cache.slots)
+        report.pending_pieces = len(cache.pending)
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1
     report.outlines.append(program.outline)
     report.sources.append(program.listing())
     log_pieces(steps, prints, program.source)
-    return Built(program, plan, bound, graphs, binder, deferred)
+    return Built(program, plan, bound, graphs, binder)

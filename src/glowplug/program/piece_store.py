@@ -16,6 +16,7 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import StoreError
+from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.reasons import said
 from glowplug.runtime.forks import Scratch
@@ -58,6 +59,10 @@ class PieceStore:
     def writable(self) -> bool:
         """Whether jobs can leave pieces there."""
         return os.access(self.store.local.root, os.W_OK)
+
+    def takes(self, found: Fingerprint) -> bool:
+        """Whether all that use the store know a piece by its digest."""
+        return found.stable or self.scratch is not None
 
     def key(self, digest: str) -> str:
         """The address of a piece, given its fingerprint's digest."""

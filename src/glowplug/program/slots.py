@@ -36,24 +36,33 @@ _LARGEST = 2**20
 
 
 class PieceSlot:
-    """The place of a deferred piece in programs: runs its graph, and keeps the inputs of its first runs.
+    """The place of a deferred piece in programs: runs its graph, and keeps the inputs of its first runs, until code for
+    it has arrived in a store.
 
     Args:
         fingerprint: the piece's.
         graph: the uncompiled piece.
-        address: what a store knows it by; empty: the fingerprint's digest.
+        pieces: the store.
+        job: the job of this process that compiles the piece; None: a process that holds its lock does.
+        address: what the store knows it by; empty: the fingerprint's digest.
 
     Attributes:
         compiled: its code, once it has arrived and was found to compute the same.
         pending: whether it may still arrive.
+        ours: whether the job compiled it.
     """
 
-    def __init__(self, fingerprint: Fingerprint, graph: Run, address: str = "") -> None:
+    def __init__(
+        self, fingerprint: Fingerprint, graph: Run, pieces: PieceStore, job: Job | None = None, address: str = ""
+    ) -> None:
         self.fingerprint = fingerprint
         self.graph = graph
         self.address = address or fingerprint.digest
+        self.pieces = pieces
+        self.job = job
         self.compiled: Run | None = None
         self.pending = True
+        self.ours = False
         self._seen: list[tuple[Any, ...]] = []
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -62,15 +71,23 @@ class PieceSlot:
             self._seen.append(args)
         return self.graph(*args)
 
-    def settle(self, code: Run | None) -> None:
-        """Take the code that has arrived, if it computes the same; None: none ever will."""
+    def poll(self, deadline: float | None = None) -> None:
+        """Take the code from the store, once nobody is at it any more, and if it computes the same. Waits until
+        `deadline` (`time.monotonic()`)."""
+        if self.job is not None and not self.job.ended(deadline):
+            return
+        if not self.pieces.lost and self.pieces.busy(self.address, deadline):
+            return
+        code = self.pieces.load(self.address) if not self.pieces.lost else None
+        outcome = self.job.outcome() if self.job is not None and self.job.ours else None
+        self.ours = code is not None and outcome is not None and self.address in outcome.facts.get("compiled", ())
         problem = self._try(code) if code is not None else "it was not delivered"
         if problem is None:
             self.compiled = code
         else:
             level = logging.INFO if code is None else logging.WARNING
             logger.log(level, "glowplug: piece %s stays uncompiled: %s", self.fingerprint.digest[:12], problem)
-        self.pending = False
+        self.pending, self.job = False, None
         self._seen.clear()
 
     def _try(self, code: Run) -> str | None:
@@ -90,48 +107,11 @@ def _size(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) else 0
 
 
-def with_arrived(program: Program, slots: tuple[PieceSlot, ...]) -> tuple[Program, tuple[PieceSlot, ...]]:
-    """A program with the code that has arrived in some of its slots, and the slots that are left pending."""
-    pending = tuple(slot for slot in slots if slot.pending)
+def with_arrived(program: Program) -> Program:
+    """A program with the code that has arrived in its slots. Whoever runs the old one meanwhile sees nothing of it."""
+    slots = [run for run in program.slots.values() if isinstance(run, PieceSlot)]
     arrived = {slot.fingerprint: slot.compiled for slot in slots if slot.compiled is not None}
-    return program.with_slots(arrived) if arrived else program, pending
-
-
-class Deferred:
-    """Deferred pieces of one program: whoever compiles them, their code comes through a store.
-
-    Args:
-        slots: their slots.
-        pieces: the store.
-        job: the job of this process that compiles them; None: a process that holds their locks does.
-
-    Attributes:
-        compiled: how many of them this process's job compiled.
-    """
-
-    def __init__(self, slots: tuple[PieceSlot, ...], pieces: PieceStore, job: Job | None = None) -> None:
-        self.slots = slots
-        self.pieces = pieces
-        self.job = job
-        self.compiled = 0
-
-    @property
-    def pending(self) -> bool:
-        """Whether code may still arrive."""
-        return any(slot.pending for slot in self.slots)
-
-    def poll(self, deadline: float | None = None) -> None:
-        """Take what was compiled, once nobody is at it any more. Waits until `deadline` (`time.monotonic()`)."""
-        if self.job is not None and not self.job.ended(deadline):
-            return
-        if not self.pieces.lost and any(self.pieces.busy(slot.address, deadline) for slot in self.slots):
-            return
-        outcome = self.job.outcome() if self.job is not None and self.job.ours else None
-        ours = outcome.facts.get("compiles", ()) if outcome is not None else ()
-        for slot in self.slots:
-            code = self.pieces.load(slot.address) if not self.pieces.lost else None
-            self.compiled += code is not None and slot.address in ours
-            slot.settle(code)
+    return program.with_slots(arrived) if arrived else program
 
 
 def count_uses(prints: Iterable[Fingerprint | None]) -> Counter[Fingerprint]:

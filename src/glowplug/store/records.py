@@ -16,7 +16,7 @@ from glowplug.errors import ArtifactError, NotStorableError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
-from glowplug.program import Deferred, PieceSlot, PieceStore, Program
+from glowplug.program import PieceSlot, PieceStore, Program
 from glowplug.program.piece_store import Run
 from glowplug.program.plan import Binder
 from glowplug.program.template import tensor_names
@@ -35,21 +35,14 @@ class Stored:
     Attributes:
         record: what it was written from.
         program: the program.
-        runners: its compiled pieces.
-        deferred: its pieces that another process is compiling, if any.
+        pieces: what runs each piece: its code, or its slot while another process compiles it.
         graphs: gives the program with uncompiled pieces; None when not all of them are stored.
     """
 
     record: Record
     program: Program
-    runners: Mapping[Fingerprint, Run]
-    deferred: Deferred | None
+    pieces: Mapping[Fingerprint, Run]
     graphs: Callable[[], Program | None]
-
-    @property
-    def slots(self) -> tuple[PieceSlot, ...]:
-        """Of its deferred pieces."""
-        return self.deferred.slots if self.deferred is not None else ()
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,15 @@ class Records:
             wait: see `load_pieces`.
         """
         record = self.read(key)
-        loaded = load_pieces(self.pieces, record, wait=wait) if record is not None else None
-        if record is None or loaded is None:
+        pieces = load_pieces(self.pieces, record, wait=wait) if record is not None else None
+        if record is None or pieces is None:
             return None
-        runners, deferred = loaded
-        slots = {slot.fingerprint: slot for slot in deferred.slots} if deferred is not None else {}
         try:
-            program = self._write(record, registry, {**runners, **slots})
+            program = self._write(record, registry, pieces)
         except Exception as exc:  # whatever comes of a stored program, it is made anew
             self.drop(key, said(exc))
             return None
-        return Stored(record, program, runners, deferred, functools.partial(self._graphs, record, program))
+        return Stored(record, program, pieces, functools.partial(self._graphs, record, program))
 
     def read(self, key: str) -> Record | None:
         """The record of an address, if everything that it relies on is as it was."""
@@ -153,30 +144,27 @@ class Records:
         return program.with_slots(found) if len(found) == len(graphs) else None
 
 
-def load_pieces(
-    pieces: PieceStore, record: Record, *, wait: bool
-) -> tuple[dict[Fingerprint, Run], Deferred | None] | None:
+def load_pieces(pieces: PieceStore, record: Record, *, wait: bool) -> dict[Fingerprint, Run] | None:
     """Every piece of a record, ready to run; None when one is missing that nobody is compiling.
 
     Args:
         pieces: the store's.
         record: of the program.
-        wait: for pieces that another process is compiling. Otherwise they are deferred, and run uncompiled for now.
+        wait: for pieces that another process is compiling. Otherwise their slots run them uncompiled for now.
     """
-    runners, slots = {}, []
+    runners: dict[Fingerprint, Run] = {}
     for piece, address in record.pieces().items():
         run = pieces.load(address)
         graph = pieces.load_graph(address) if run is None and not wait and pieces.busy(address) else None
         if graph is not None:
-            slots.append(PieceSlot(piece, graph, address))
-            continue
+            run = PieceSlot(piece, graph, pieces, address=address)
         if run is None:
             with pieces.lock(address, _WAIT_S):
                 run = pieces.load(address)
         if run is None:
             return None
         runners[piece] = run
-    return runners, Deferred(tuple(slots), pieces) if slots else None
+    return runners
 
 
 # -- where objects lie -------------------------------------------------------------------------------------------

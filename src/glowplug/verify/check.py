@@ -111,4 +111,4 @@ def _paired(program: Program, graphs: Program) -> tuple[Program, list[_Pair]]:
 
 
 def _first_problem(pairs: Iterable[_Pair]) -> str | None:
-    return next((f"{pair.name}: {pair.problem}" for pair in pairs if pair.problem is not None), None)
+    return next((f"{pair.name} differs from eager: {pair.problem}" for pair in pairs if pair.problem is not None), None)

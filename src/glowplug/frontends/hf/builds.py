@@ -96,8 +96,8 @@ def can_fork(device: torch.device) -> bool:
 
 def begin_baking(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, settings: Mapping[str, Any], options: Options
-) -> Job | str:
-    """Begin to build a program from a configuration; or why that can't be.
+) -> Job:
+    """Begin to build a program from a configuration.
 
     Args:
         config: the configuration.
@@ -111,7 +111,7 @@ def begin_baking(
         options = dataclasses.replace(options, compiler=get_compiler(options.compiler))  # a fork has one thread
         return Job.fork(lambda say: bake_configuration(say, config, dtype, device, settings, options))
     if not isinstance(options.compiler, str):
-        return "a compiler of one's own can't be used in a process of its own"
+        return Job("a compiler of one's own can't be used in a process of its own")
     options = dataclasses.replace(options, ends="compiled")
     return Job.spawn(bake_configuration, config, dtype, device, settings, options)
 
@@ -142,7 +142,7 @@ class Builds:
         self.options = dataclasses.replace(options, background=False)
         self.report = report
         self._met: set[Signature] = set()
-        self._begun: dict[Signature, Job | str] = {}
+        self._begun: dict[Signature, Job] = {}
 
     def is_first(self, call: HfCall) -> bool:
         """Whether no call like this one was met before: nothing at all is done before the first answer."""
@@ -158,7 +158,7 @@ class Builds:
     def _known(self) -> Collection[Signature]:
         """Signatures for which a build was begun. A fork of the process that began one finds what it makes in the
         store, or begins another."""
-        return {key for key, build in self._begun.items() if isinstance(build, str) or build.ours}
+        return {signature for signature, job in self._begun.items() if job.ours}
 
     def begin(self, call: HfCall) -> None:
         """Begin to build a program for calls like this one, unless that was begun. Called after the call was served,
@@ -167,7 +167,7 @@ class Builds:
             self.report.elsewhere = ElsewhereReport(eager_calls=1)
             self._begun[call.signature] = self._begin(call)
 
-    def _begin(self, call: HfCall) -> Job | str:
+    def _begin(self, call: HfCall) -> Job:
         model: Any = self.front.model
         device = call.inputs.device
         if can_fork(device):
@@ -181,7 +181,7 @@ class Builds:
             return Job.fork(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
         config = model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(model):
-            return f"no other process can build a {type(model).__name__} from its configuration"
+            return Job(f"no other process can build a {type(model).__name__} from its configuration")
         settings = {"attn_implementation": config._attn_implementation}
         return begin_baking(config, model.dtype, device, settings, self.options)
 
@@ -189,8 +189,7 @@ class Builds:
         """What became of the build for calls like this one; None while it is under way, or was not begun."""
         if call.signature not in self._known:
             return None
-        build = self._begun[call.signature]
-        outcome = Outcome(build) if isinstance(build, str) else build.outcome()
+        outcome = self._begun[call.signature].outcome()
         told = self.report.elsewhere
         if told is not None and outcome is None:
             told.eager_calls += 1
@@ -200,6 +199,5 @@ class Builds:
 
     def wait(self, deadline: float) -> None:
         """Until the builds that were begun have ended, or the deadline (`time.monotonic()`) is over."""
-        for build in self._begun.values():
-            if not isinstance(build, str) and build.ours:
-                build.outcome(deadline)
+        for job in self._begun.values():
+            job.outcome(deadline)

@@ -38,50 +38,46 @@ def load(path: str | os.PathLike[str], options: Options, settings: Mapping[str, 
     except Exception as exc:  # errors of many classes
         raise UsageError(f"{name} has no configuration that transformers knows: {' '.join(str(exc).split())}") from exc
     options, kept = with_store(options)
-    build = _begin(name, config, options, settings)
-    if not isinstance(build, str):
+    job = _begin(name, config, options, settings)
+    if job.outcome() is None:
         warm_up_loading(get_compiler(options.compiler))  # after the fork, which has one thread
     start = time.perf_counter()
     model: PreTrainedModel = auto_class(config).from_pretrained(name, **settings)
     model.eval().requires_grad_(False)
     told = ElsewhereReport(load_seconds=round(time.perf_counter() - start, 3))
-    if isinstance(build, str):
-        told.seconds, told.reason = 0.0, build
-        outcome = None
-    else:
-        start = time.perf_counter()
-        outcome = build.outcome(math.inf)  # one that takes too long is given up
-        told.waited_seconds = round(time.perf_counter() - start, 3)
-        if outcome is not None:
-            told.seconds, told.reason = outcome.seconds, outcome.reason
+    start = time.perf_counter()
+    outcome = job.outcome(math.inf)  # one that takes too long is given up
+    assert outcome is not None
+    told.waited_seconds = round(time.perf_counter() - start, 3)
+    told.seconds, told.reason = outcome.seconds, outcome.reason
     # The job may still compile deferred pieces.
-    engine = attach(HfFrontEnd, model, dataclasses.replace(options, background=False), keeps=(kept, build))
+    engine = attach(HfFrontEnd, model, dataclasses.replace(options, background=False), keeps=(kept, job))
     engine.report.elsewhere = told
     engine.prepare()
-    if outcome is not None and outcome.reason is None and engine.report.start == "cold":
+    if outcome.reason is None and engine.report.start == "cold":
         told.reason = engine.compilation.why_unused(outcome.facts)
     return model
 
 
-def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapping[str, Any]) -> Job | str:
-    """Begin to build the program; or why it can't be, before there are weights."""
+def _begin(name: str, config: PreTrainedConfig, options: Options, settings: Mapping[str, Any]) -> Job:
+    """Begin to build the program, before there are weights."""
     if settings.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
-        return "the weights are quantized while they load"
+        return Job("the weights are quantized while they load")
     if (
         settings.get("tp_plan") is not None
         or settings.get("device_mesh") is not None
         or settings.get("distributed_config")
     ):
-        return "the weights are distributed while they load"
+        return Job("the weights are distributed while they load")
     device = _device(settings.get("device_map"))
     if isinstance(device, str):
-        return device
+        return Job(device)
     try:
         dtype = settings.get("dtype", "auto")
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else read_dtype(Path(name), config)
     except UsageError as exc:
-        return str(exc)
+        return Job(str(exc))
     chosen = {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
     return begin_baking(config, dtype, device, chosen, options)
 
