@@ -113,7 +113,7 @@ def measure(model: transformers.PreTrainedModel, experts: str) -> Measured:
     found = Measured()
     with (
         mock.patch("glowplug.verify.check.run_both", found.run_both),
-        mock.patch("glowplug.hf.trials.run_both", found.run_both),
+        mock.patch("glowplug.bodies.trial.run_both", found.run_both),
         torch.no_grad(),
     ):
         inner = "compiled" if experts == "opaque" else "eager"

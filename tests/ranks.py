@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 from transformers.distributed import DistributedConfig
 
 import glowplug
+from glowplug import start
 from glowplug.engine import engine_of
 from glowplug.verify import check
 
@@ -54,9 +55,10 @@ def found(model: PreTrainedModel, whole: PreTrainedModel | None) -> dict[str, An
             result["error"] = float((logits - whole(input_ids=IDS).logits).abs().max())
             result["expected"] = generate(whole)
     engine = engine_of(model)
-    if engine is not None and engine.builder.store is not None:
-        result["counts"] = dict(engine.builder.store.counts)
-        result["problems"] = engine.builder.store.problems
+    records = engine.compilation.records if engine is not None else None
+    if records is not None:
+        result["counts"] = dict(records.store.counts)
+        result["problems"] = records.store.problems
     return result
 
 
@@ -78,12 +80,12 @@ def parallel(folder: Path) -> dict[str, Any]:
     glowplug.compile(model, compiler="eager")
     result["disagree"] = found(model, whole)
     check.difference = difference
-    build = glowplug.hf.build.Builder._trace
+    make = start._make
     if dist.get_rank() == 1:
-        glowplug.hf.build.Builder._trace = lambda *_: "no program here"
+        start._make = lambda *_: ("no program here", None)
     glowplug.compile(model, compiler="eager")
     result["alone"] = found(model, whole)
-    glowplug.hf.build.Builder._trace = build
+    start._make = make
     return result
 
 

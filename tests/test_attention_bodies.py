@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.bodies import Bodies, BoundBody, Forms, read_forms, trial
-from glowplug.graph.capture import capture
 from glowplug.frontends.hf.bodies import body_groups
 from glowplug.frontends.hf.discover import attention_layers
+from glowplug.graph.capture import capture
 from glowplug.layers import ForwardContext, forward_context, register_layers
 from glowplug.ops.attention import ATTENTION_FN_ATTR, attention
 from test_bodies import Uncompiled
@@ -40,7 +40,7 @@ def compiled(family: str = "gpt_oss", **options: Any) -> PreTrainedModel:
 
 
 def bodies(model: nn.Module) -> dict[str, BoundBody]:
-    in_use = model.forward.builder.in_use.every
+    in_use = model.forward.compilation.bodies.every
     return {name: in_use[id(module)] for name, module in attention_layers(model).items()}
 
 
@@ -95,7 +95,7 @@ def test_one_kernel_is_left_alone() -> None:
     glowplug.compile(model, compiler=Uncompiled(), inside="compiled", experts="opaque")
     with torch.no_grad():
         model(families.prompt(2, 5))
-    assert not any(id(layer) in model.forward.builder.in_use.every for layer in attention_layers(model).values())
+    assert not any(id(layer) in model.forward.compilation.bodies.every for layer in attention_layers(model).values())
 
 
 def test_it_needs_no_comparison() -> None:
@@ -125,7 +125,7 @@ def test_other_calls_run_the_layers_own_function(name: str) -> None:
     model = compiled()
     with torch.no_grad():
         model(families.prompt(2, 5))
-    context = ForwardContext(model.forward.registry, bodies=model.forward.builder.in_use.every)
+    context = ForwardContext(model.forward.registry, bodies=model.forward.compilation.bodies.every)
     with torch.no_grad(), forward_context(context):
         path, body = next(iter(bodies(model).items()))
         layer = model.get_submodule(path)

@@ -42,7 +42,7 @@ def compiled(family: str, **options: Any) -> Any:
 
 
 def with_bodies(model: nn.Module) -> list[nn.Module]:
-    in_use = model.forward.builder.in_use.every
+    in_use = model.forward.compilation.bodies.every
     return [module for module in model.modules() if id(module) in in_use]
 
 
@@ -88,7 +88,7 @@ def test_a_copy_has_none() -> None:
         model(ids)
         layer = with_bodies(model)[0]
         shallow = copy.copy(layer)
-        assert not model.forward.builder.in_use.every[id(layer)].serves(shallow, [torch.zeros(1, 64)])
+        assert not model.forward.compilation.bodies.every[id(layer)].serves(shallow, [torch.zeros(1, 64)])
         assert with_bodies(copy.deepcopy(model)) == []
 
 
@@ -117,7 +117,7 @@ def test_a_replaced_weight_is_not_missed() -> None:
         experts = model.get_submodule(name)
         arguments = torch.randn(3, 64), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
         expected = eager.get_submodule(name)(*arguments)
-        torch.testing.assert_close(model.forward.builder.in_use.every[id(experts)].run(*arguments), expected)
+        torch.testing.assert_close(model.forward.compilation.bodies.every[id(experts)].run(*arguments), expected)
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -141,9 +141,9 @@ def test_beside_serving_and_used_from_the_next_sequence_on() -> None:
     ids = families.prompt(2, 5)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        bodies = model.forward.builder.bodies
+        bodies = model.forward.compilation.op_bodies
         assert bodies.pending
-        bodies.job.wait(time.monotonic() + 120)
+        bodies.job.ended(time.monotonic() + 120)
         model(ids[:, :1], past_key_values=cache)  # goes on with a sequence: nothing changes under it
         assert bodies.pending
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)

@@ -16,9 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 import families
 import glowplug
 from glowplug.compilers.eager import EagerCompiler
-from glowplug.graph.fingerprint import fingerprint
 from glowplug.engine import Engine, engine_of
-from glowplug.program.slots import PieceSlot, choose_deferred
+from glowplug.graph.fingerprint import fingerprint
+from glowplug.program.slots import PieceSlot, choose_deferred, with_arrived
 from test_changes import eager, quiet
 
 DEPTH = 20
@@ -62,7 +62,7 @@ class Storing(EagerCompiler):
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         assert self.engine is not None
         digest = artifact.decode()
-        (slot,) = [s for s in self.engine.builder._pieces.slots if s.address == digest]
+        (slot,) = [s for s in self.engine.compilation.pieces.slots if s.address == digest]
 
         def run(*args: Any) -> Sequence[Any]:
             self.runs[digest] += 1
@@ -88,8 +88,8 @@ def uncompiled(model: PreTrainedModel) -> int:
     """How many pieces the model's programs would run uncompiled."""
     engine = engine_of(model)
     assert engine is not None
-    names = [served.latest.run.__globals__ for served in engine._served.values()]  # type: ignore[union-attr]
-    return sum(isinstance(value, PieceSlot) for table in names for value in table.values())
+    programs = [with_arrived(ready.program) for ready in engine.compilation.programs]
+    return sum(isinstance(run, PieceSlot) for program in programs for run in program.slots.values())
 
 
 @pytest.mark.parametrize("stamp", ["auto", "off"])
@@ -113,7 +113,7 @@ def test_a_sequence_keeps_the_pieces_it_began_with() -> None:
     engine = engine_of(model)
     assert engine is not None
     with torch.no_grad():
-        job: Any = engine.builder._pieces.slots[0].job
+        job: Any = engine.compilation.pieces.slots[0].job
         cache = DynamicCache(config=model.config)
         job.ended, ended = (lambda *_: False), job.ended
         model(families.prompt(1, 5), past_key_values=cache)
@@ -140,7 +140,7 @@ def test_a_fault_leaves_them_uncompiled(fault: str, glowplug_log: pytest.LogCapt
 @pytest.mark.parametrize("options", [{"ends": "compiled"}, {"strict": True}, {"identity": "baked"}], ids=str)
 def test_all_compiled_before_the_first_answer(options: dict[str, Any]) -> None:
     model, compiler = started(experts="opaque", **options)
-    assert compiler.engine is not None and compiler.engine.builder._pieces.slots == []
+    assert compiler.engine is not None and compiler.engine.compilation.pieces.slots == []
     torch.testing.assert_close(quiet(model), eager(model), rtol=1e-5, atol=1e-5)
     assert uncompiled(model) == glowplug.report(model).pending_pieces == 0
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import families
 import glowplug
-from glowplug.hf import verify
+from glowplug.frontends.hf import cases
 from glowplug.frontends.hf.builds import bake
 from glowplug.frontends.hf.weightless import weightless_model
 from glowplug.options import Options
@@ -224,15 +224,15 @@ def test_a_program_that_is_made_anew_need_not_be_compared_anew(tmp_path: Path, m
     glowplug.settle(first)
     glowplug.settle(started(tmp_path, StoringGraphs())[0])
     asked: list[Any] = []
-    own = verify.compare
+    own = cases.sequences
 
-    def compare(model: Any, call: Any, candidates: Any, on_output: Any, classes: Any, *further: Any) -> Any:
+    def sequences(model: Any, call: Any, classes: Any, **further: Any) -> Any:
         asked.append(classes)
-        return own(model, call, candidates, on_output, classes, *further)
+        return own(model, call, classes, **further)
 
-    monkeypatch.setattr(verify, "compare", compare)
+    monkeypatch.setattr(cases, "sequences", sequences)
     started(tmp_path, StoringGraphs())
-    assert asked == [verify.GLANCE]
+    assert asked == [cases.GLANCE]
 
 
 def test_from_pretrained_says_what_is_wrong(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import families
 import glowplug
+from glowplug import start
 from glowplug.graph.capture import capture
-from glowplug.hf import trace as hf_trace
 
 WINDOW = 8  # of gpt_oss
 
@@ -323,7 +323,7 @@ def test_other_threads_see_nothing_of_a_capture(family: str, monkeypatch: pytest
         thread.join(timeout=60)
         return capture(*args)
 
-    monkeypatch.setattr(hf_trace, "capture", watched)
+    monkeypatch.setattr(start, "capture", watched)
     glowplug.compile(model, compiler="eager", experts="opaque")
     model.generate(ids, max_new_tokens=2, do_sample=False)
     assert during

@@ -87,7 +87,7 @@ def test_the_printed_program_is_the_program(family: str) -> None:
     ids = families.prompt(2, 9)
     with torch.no_grad():
         expected = model(ids).logits
-    (served,) = model.forward._served.values()
+    (served,) = model.forward.compilation.programs
     names: dict[str, Any] = dict(served.program.names)
     (source,) = glowplug.report(model).sources
     exec(source, names)

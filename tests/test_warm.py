@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from families import build, prompt
-from glowplug.hf import trace as hf_trace
+from glowplug import start
 from glowplug.program import PieceStore
 from glowplug.store import ArtifactStore, Entry, LocalStore, opening
 from glowplug.store.address import globals_of, modules_of, sources_of
@@ -40,7 +40,7 @@ def no_trace(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model is traced")
 
-    monkeypatch.setattr(hf_trace, "capture", refuse)
+    monkeypatch.setattr(start, "capture", refuse)
     counters.clear()
     return monkeypatch
 

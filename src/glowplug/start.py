@@ -66,6 +66,7 @@ class Compilation:
         registry: the model's layers.
         pieces: its compiled pieces.
         facts: what the address of the latest program was made of, by name.
+        op_bodies: those of its opaque ops, once a program was made.
         unfit: why the model can't be compiled at all, or None.
     """
 
@@ -105,7 +106,7 @@ class Compilation:
         self.forms: Forms = {}
         self.facts: dict[str, Any] = {}
         self._bakes_bodies = bakes_bodies
-        self._bodies: Bodies | None = None
+        self.op_bodies: Bodies | None = None
         self._watch: Watch | None = None
         self._programs: dict[Any, list[Ready]] = {}
         self._refusals: dict[Any, Refusal] = {}
@@ -175,32 +176,32 @@ class Compilation:
     @property
     def bodies(self) -> InUse:
         """The op bodies that a sequence is to run that begins now."""
-        return self._bodies.in_use if self._bodies is not None else InUse()
+        return self.op_bodies.in_use if self.op_bodies is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
         """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
         self.pieces.poll(self.report, deadline)
-        if self._bodies is not None and self._bodies.pending:
-            self._bodies.poll(deadline)
+        if self.op_bodies is not None and self.op_bodies.pending:
+            self.op_bodies.poll(deadline)
 
     def compile_bodies(self) -> None:
         """Compile the bodies of opaque ops, now or beside serving. Once."""
         choice = self.options.inside
-        if self._bodies is not None or choice == "eager" or self.compiler.name == "eager" or self.processes is not None:
+        if self.op_bodies is not None or choice == "eager" or self.compiler.name == "eager" or self.processes is not None:
             return  # of several processes each would run collectives a number of times of its own
         groups = self.front.groups(self.registry, self.forms)
         if not groups:
             return
-        self._bodies = Bodies(groups, self.compiler, self.report, self.pieces.store)
+        self.op_bodies = Bodies(groups, self.compiler, self.report, self.pieces.store)
         if self.for_others:
             if self._bakes_bodies or choice == "compiled":
                 with self.report.phase("inside"):
-                    self._bodies.compile_for_others()
+                    self.op_bodies.compile_for_others()
         elif choice == "auto":
-            self._bodies.compile_in_background()
+            self.op_bodies.compile_in_background()
         else:
             with self.report.phase("inside"):
-                self._bodies.compile_here()
+                self.op_bodies.compile_here()
 
     # -- small questions --------------------------------------------------------------------------------------
 
