@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 from transformers.distributed import DistributedConfig
 
 import glowplug
-from glowplug import start
+from glowplug import start as starting
 from glowplug.engine import engine_of
 from glowplug.verify import check
 
@@ -80,12 +80,12 @@ def parallel(folder: Path) -> dict[str, Any]:
     glowplug.compile(model, compiler="eager")
     result["disagree"] = found(model, whole)
     check.difference = difference
-    make = start._make
+    make = starting._make
     if dist.get_rank() == 1:
-        start._make = lambda *_: ("no program here", None)
+        starting._make = lambda *_: ("no program here", None)
     glowplug.compile(model, compiler="eager")
     result["alone"] = found(model, whole)
-    start._make = make
+    starting._make = make
     return result
 
 

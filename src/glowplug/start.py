@@ -187,7 +187,12 @@ class Compilation:
     def compile_bodies(self) -> None:
         """Compile the bodies of opaque ops, now or beside serving. Once."""
         choice = self.options.inside
-        if self.op_bodies is not None or choice == "eager" or self.compiler.name == "eager" or self.processes is not None:
+        if (
+            self.op_bodies is not None
+            or choice == "eager"
+            or self.compiler.name == "eager"
+            or self.processes is not None
+        ):
             return  # of several processes each would run collectives a number of times of its own
         groups = self.front.groups(self.registry, self.forms)
         if not groups:
