@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.frontends.hf import cases
-from glowplug.frontends.hf.builds import bake
-from glowplug.frontends.hf.weightless import weightless_model
+from glowplug.frontends.hf.builds import bake, weightless_model
 from glowplug.options import Options
 from storing import StoringGraphs
 from test_deferred import uncompiled

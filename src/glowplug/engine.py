@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.compilation import Compilation
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CompileError, LayerOrderError, NotServableError
@@ -25,7 +26,7 @@ from glowplug.ready import Ready, Refusal
 from glowplug.reasons import switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.runtime.forks import make_lock
-from glowplug.start import Compilation, find_stored, start
+from glowplug.start import find_stored, start
 from glowplug.store import open_store
 
 logger = logging.getLogger("glowplug")

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from glowplug.bench.presets import PRESETS, Width, build_model, check_depth
 from glowplug.errors import UsageError
-from glowplug.frontends.hf.weightless import auto_class, read_config
+from glowplug.frontends.hf.builds import auto_class, read_config
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the names of classes that write text end."""

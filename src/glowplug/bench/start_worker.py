@@ -20,7 +20,7 @@ from transformers.utils import logging
 import glowplug
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
-from glowplug.frontends.hf.weightless import auto_class, read_config
+from glowplug.frontends.hf.builds import auto_class, read_config
 
 WAYS = ("eager", "load", "cold", "warm", "background", "from_pretrained", "fleet")
 PREFILL = 16

@@ -17,8 +17,7 @@ from glowplug.bench.presets import PRESETS, build_config
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.cli.sizes import show_size
 from glowplug.errors import UsageError
-from glowplug.frontends.hf.builds import bake
-from glowplug.frontends.hf.weightless import read_dtype, weightless_model
+from glowplug.frontends.hf.builds import bake, read_dtype, weightless_model
 from glowplug.options import Options
 
 

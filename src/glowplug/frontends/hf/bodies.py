@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from glowplug.bodies.form import ATTENTION, CallForm, Forms
 from glowplug.bodies.group import Group
 from glowplug.errors import NotStorableError
-from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.discover import Shadow
 from glowplug.layers.reads import LOADING, hooks_of
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.stack import describe_layers

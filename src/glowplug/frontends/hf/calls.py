@@ -14,8 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from glowplug.frontends.hf.caches import has_begun, new_cache
-from glowplug.frontends.hf.masks import Masks, make_masks
+from glowplug.frontends.hf.caches import Masks, has_begun, make_masks, new_cache
 
 _SERVED = {
     "input_ids",

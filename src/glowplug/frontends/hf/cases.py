@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from glowplug.errors import NotServableError
 from glowplug.frontends.hf.caches import new_cache, seen_tokens
 from glowplug.frontends.hf.calls import HfCall, cache_argument, read_call
-from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.discover import Shadow
 from glowplug.reasons import said
 
 Classes = Sequence[tuple[int, tuple[int, ...]]]

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.errors import CaptureError
-from glowplug.frontends.hf.rotary import rope_types, rotary_layers
-from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.entries import rope_types, rotary_layers
 from glowplug.frontends.hf.sharding import sharded_modules
 from glowplug.graph.capture import in_mode_of, is_fake
+from glowplug.layers.copies import TreeCopy
 from glowplug.layers.stack import LayerStack, find_stack
 from glowplug.ops.attention import ATTENTION_FN_ATTR, layer_index
 from glowplug.ops.moe import shared_experts_name
@@ -29,6 +29,23 @@ NAME = "glowplug"
 """glowplug's entry in transformers' interfaces."""
 _CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value", "layer_past"}
 _COUNTING = {"tolist", "item", "nonzero"}
+
+
+class Shadow(TreeCopy):
+    """The copy of a tree of modules, see `TreeCopy`."""
+
+    def __init__(self, root: nn.Module, into: Callable[[nn.Module], bool] | None = None) -> None:
+        super().__init__(root, into, (PreTrainedConfig,))
+
+    def put_in_force(self, *, attention: str | None = None, experts: str | None = None) -> None:
+        """Let the copy compute with other implementations of attention or experts."""
+        for config in self.configs:
+            if attention is not None and hasattr(config, "_attn_implementation_internal"):
+                config._attn_implementation_internal = attention
+            if experts is not None:
+                config._experts_implementation_internal = experts
+
+
 _TRACEABLE = ("grouped_mm", "batched_mm")
 
 

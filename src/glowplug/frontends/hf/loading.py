@@ -17,9 +17,8 @@ from glowplug.background.job import Job
 from glowplug.compilers import get_compiler, warm_up_loading
 from glowplug.engine import attach
 from glowplug.errors import UsageError
-from glowplug.frontends.hf.builds import begin_baking, with_store
+from glowplug.frontends.hf.builds import auto_class, begin_baking, read_dtype, with_store
 from glowplug.frontends.hf.front import HfFrontEnd
-from glowplug.frontends.hf.weightless import auto_class, read_dtype
 from glowplug.options import Options
 from glowplug.report import ElsewhereReport
 

@@ -20,14 +20,13 @@ from glowplug.frontends.hf.caches import own_cache_class
 from glowplug.frontends.hf.discover import (
     NAME,
     ExpertsPlan,
+    Shadow,
     attention_layers,
     experts_layers,
     mixer_layers,
     token_mixers,
 )
-from glowplug.frontends.hf.mixers import mixer_entry
-from glowplug.frontends.hf.rotary import rotary_entry, rotary_layers
-from glowplug.frontends.hf.shadow import Shadow
+from glowplug.frontends.hf.entries import mixer_entry, rotary_entry, rotary_layers
 from glowplug.frontends.hf.sharding import entry_of, sharded_modules
 from glowplug.layers.reads import FORWARD_HOOKS
 from glowplug.ops.arguments import encode

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from glowplug.frontends.hf.caches import new_cache, seen_tokens
 from glowplug.frontends.hf.calls import HfCall, cache_argument
 from glowplug.frontends.hf.discover import stack_of
-from glowplug.frontends.hf.rotary import rotary_state_kept
+from glowplug.frontends.hf.entries import rotary_state_kept
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.verify.closeness import EXACT, distance

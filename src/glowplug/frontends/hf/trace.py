@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from glowplug.errors import CaptureError
 from glowplug.front import Rung, Target
 from glowplug.frontends.hf import patch
-from glowplug.frontends.hf.caches import mask_extent, seen_tokens
+from glowplug.frontends.hf.caches import mask_at, mask_extent, mask_sources, seen_tokens, stand_ins, takes_padding
 from glowplug.frontends.hf.calls import HfCall, Signature, cache_argument
 from glowplug.frontends.hf.discover import ExpertsPlan, attention_layers, give_attention_functions
-from glowplug.frontends.hf.masks import mask_at, mask_sources, stand_ins, takes_padding
 from glowplug.frontends.hf.positions import Positions
 from glowplug.graph.capture import Captured
 from glowplug.graph.sources import named, size_of

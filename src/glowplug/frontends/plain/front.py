@@ -20,7 +20,6 @@ from glowplug.backend import glowplug_backend
 from glowplug.bodies import Forms, Group
 from glowplug.compilers import get_compiler, why_unable
 from glowplug.errors import GlowplugError, NotStampableError
-from glowplug.fitness import unfit
 from glowplug.front import NotTracedError, Rung, Target
 from glowplug.frontends.plain.calls import PlainCall, argument, examples, read_plain, traced_function
 from glowplug.graph.capture import Captured
@@ -39,6 +38,7 @@ from glowplug.program.template import Template
 from glowplug.ready import Ready
 from glowplug.reasons import is_tracers, told, why
 from glowplug.report import Report
+from glowplug.runtime.fitness import unfit
 from glowplug.verify.check import Agree, Case, why_wrong
 
 try:
