@@ -136,7 +136,7 @@ class HfFrontEnd:
     @property
     def experts(self) -> str:
         """See `FrontEnd.experts`."""
-        return self.plan.kind
+        return self.plan.mode
 
     @functools.cached_property
     def plan(self) -> discover.ExpertsPlan:
@@ -266,8 +266,8 @@ class HfFrontEnd:
     ) -> Iterator[Case]:
         # Positions of several axes are given; what a model makes of a call without them, it is asked beforehand.
         asked = classes is cases.CLASSES and not call.signature.position_lead
-        unsaid = asked and self.positions.found.unmasked is not None
-        for model, steps in cases.sequences(self.model, call, classes, unsaid=unsaid):
+        bare = asked and self.positions.rules.unmasked is not None
+        for model, steps in cases.sequences(self.model, call, classes, bare=bare):
             cache = new_cache(model)
             for step in steps:
                 ready.returns = type(step.output)
@@ -290,7 +290,7 @@ class HfFrontEnd:
             "call": repr(replace(signature, device=torch.device(signature.device.type))),
             "number of the device": signature.device.index or 0,  # pieces hold the device that they run on
             "processes": world_text(self.processes),
-            "experts": [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
+            "experts": [plan.mode, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
         }
 
     def to_record(self, ready: Ready, forms: Forms) -> dict[str, Any]:
