@@ -20,7 +20,7 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.program import PieceCache
 from glowplug.ready import Ready, Refusal
-from glowplug.report import Report
+from glowplug.report import Report, StoreReport
 from glowplug.runtime.fitness import unfit
 from glowplug.store import ArtifactStore
 from glowplug.store.records import Records
@@ -191,6 +191,12 @@ class Compilation:
     # -- small questions --------------------------------------------------------------------------------------
 
     @property
+    def compares(self) -> bool:
+        """Whether a program is compared here as soon as there is one: not where it can't run, as it is made for others,
+        nor where several processes compare theirs together, once each has one."""
+        return not self.for_others and self.processes is None
+
+    @property
     def defers(self) -> bool:
         """Whether pieces that run seldom in a step may start uncompiled."""
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
@@ -206,6 +212,11 @@ class Compilation:
         if self.options.strict:
             raise NotServableError(f"{reason} (strict=True: no step down)")
         self.report.fall_back(reason, layers, to="hoisted")
+
+    def report_store(self) -> None:
+        """Report what the store did so far."""
+        if self.records is not None:
+            self.report.store = StoreReport.of(self.records.store)
 
     def why_unused(self, facts: Mapping[str, Any]) -> str:
         """Why a program of another process, whose address was made of these facts, is not used here."""
