@@ -112,16 +112,16 @@ class Compilation:
         full = broken is not None if most is None else sum(map(len, self._programs.values())) >= most
         return Refusal(broken or "", eager=self.front.guarded is None) if full else None
 
-    def keep(self, call: Call, found: Ready | str, *, for_good: bool = False) -> Ready | Refusal:
-        """Remember what was found out."""
+    def keep(self, call: Call, outcome: Ready | str, *, for_good: bool = False) -> Ready | Refusal:
+        """Remember what serves a call, or why nothing does; `for_good`: even once the model has changed."""
         key = self._key(call)
-        if isinstance(found, Ready):
+        if isinstance(outcome, Ready):
             self._refusals.pop(key, None)
-            self._programs.setdefault(call.signature, []).append(found)
-            return found
+            self._programs.setdefault(call.signature, []).append(outcome)
+            return outcome
         eager = self.front.guarded is None
         watches = not for_good and (eager or self._stepped_down)
-        refusal = Refusal(found, self._new_watch() if watches else None, eager=eager)
+        refusal = Refusal(outcome, self._new_watch() if watches else None, eager=eager)
         if not eager:
             self._watch = refusal.watch or self._watch  # once the module is another one, it is tried again
         else:
