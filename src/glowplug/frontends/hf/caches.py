@@ -1,4 +1,4 @@
-"""Caches and attention masks of a call. A cache is one of transformers' own, or of a class of the model's file (MiniMax);
+"""Caches and attention masks of a call. A cache is one of transformers' own, or of a class in the model's file (MiniMax);
 it can refuse any question. Transformers' own functions make the masks, outside the program.
 """
 

@@ -41,6 +41,7 @@ from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import run_program
 from glowplug.report import Report
+from glowplug.runtime.fitness import unfit
 from glowplug.start import Candidate
 from glowplug.store.address import class_modules, sources_of
 from glowplug.verify.check import Agree, Case, why_wrong
@@ -82,7 +83,7 @@ class HfFrontEnd:
         """See `FrontEnd.unfit`."""
         model = self.model
         if self.own is not None:
-            return (
+            return unfit(model) or (
                 f"before it was compiled the model was given a forward of its own ({_name(self.own)}), which runs as "
                 "it is; compile the model first, then wrap model.forward"
             )
