@@ -92,17 +92,18 @@ def start(c: Compilation, call: Call) -> Ready | str:
     with collector_paused():
         try:
             candidate = _start(c, call) if c.processes is None else _start_together(c, call)
+            return candidate if isinstance(candidate, str) else _ready(c, candidate)
         finally:
             c.report_store()
-        return candidate if isinstance(candidate, str) else _ready(c, candidate)
 
 
 def find_stored(c: Compilation, call: Call) -> Ready | None:
     """A program from the store that serves calls like this one; None when there is none that is right."""
     address = _address(c, call) if c.unfit is None else None
     candidate = _find(c, address, call) if address is not None else None
+    ready = _ready(c, candidate) if candidate is not None else None
     c.report_store()
-    return _ready(c, candidate) if candidate is not None else None
+    return ready
 
 
 def _ready(c: Compilation, candidate: Candidate) -> Ready:
