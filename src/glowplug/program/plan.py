@@ -1,4 +1,4 @@
-"""A plan: everything that a program is made of, but for the objects. It has a form on disk; a program has none."""
+"""A plan: a program without the objects that it is bound to. Unlike a program, a plan can be stored."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from glowplug.program.write import DeepStep, Key, Slots, write_program
 
 @dataclass(frozen=True)
 class Binder:
-    """Finds what a stamped program is bound to in the layers of a model.
+    """Finds the weights and handles that a stamped program needs in the layers of a model.
 
     Attributes:
         stack: qualified name of the stack.
         layers: its layers.
-        registry: finds their handles.
-        handles: which paths in a layer are handles.
+        registry: holds their handles.
+        handles: the paths in a layer that are handles.
     """
 
     stack: str
@@ -41,13 +41,13 @@ class Binder:
         return cls(stack, tuple(layers), registry, handles)
 
     def find(self, layer: int, own: Own) -> Any:
-        """The very object that a layer has at a path."""
+        """The object that a layer has at a path."""
         if own.path in self.handles:
             return self.registry.handles[self.name_of(layer, own)]
         return _getter(own.path)(self.layers[layer + own.offset])
 
     def name_of(self, layer: int, own: Own) -> str:
-        """Its qualified name."""
+        """The qualified name of the object that `find` returns."""
         return ".".join(filter(None, (self.stack, str(layer + own.offset), own.path)))
 
 
@@ -59,12 +59,12 @@ class Plan:
     """How a model runs.
 
     Attributes:
-        steps: of a full trace all steps, of a stamped model those of its head.
+        steps: all steps of a full trace; the head's steps of a stamped model.
         prints: the fingerprint of each of them; None for an op step.
         outputs: graph values that a full trace returns.
-        arguments: graph value -> its source, for what is handed in at each call, in call order.
+        arguments: graph value -> source of each call argument, in call order.
         stamped: the units of a stamped model.
-        outline: of `steps`, for reports.
+        outline: the outline of `steps`, for reports.
     """
 
     steps: tuple[Step, ...]
@@ -76,7 +76,7 @@ class Plan:
 
     @functools.cached_property
     def deep(self) -> tuple[DeepStep, ...]:
-        """Every step of the deep model, in the order in which they run."""
+        """Every step of the deep model, in the order of execution."""
         steps = [
             DeepStep(step, slot, {name: name for name in reads(step)}, step.outputs)
             for step, slot in zip(self.steps, self.prints, strict=True)
@@ -90,27 +90,27 @@ class Plan:
 
     @property
     def returned(self) -> tuple[Any, ...]:
-        """Where the program's outputs come from."""
+        """Sources of the program's outputs."""
         if self.stamped is None:
             return self.outputs
         return tuple(_source(ref, len(self.stamped.sequence) - 1) for ref in self.stamped.outputs)
 
     def pieces(self) -> tuple[Fingerprint, ...]:
-        """Each distinct piece, in the order of first use."""
+        """The distinct pieces, in the order of first use."""
         return tuple(dict.fromkeys(step.slot for step in self.deep if step.slot is not None))
 
     def values(self) -> frozenset[str]:
-        """Names of the graph values that `write` may ask for."""
+        """Names of the graph values that `write` may need."""
         sources = [*self.returned, *(source for step in self.deep for source in step.inputs.values())]
         return frozenset(source for source in sources if isinstance(source, str))
 
     def write(self, slots: Slots, values: Mapping[str, Any], binder: Binder | None = None) -> Program:
-        """The program.
+        """Write the program.
 
         Args:
             slots: the callable of each distinct piece.
-            values: graph value -> object, for what is bound and lies outside the stack.
-            binder: finds what lies in the stack, for a stamped model.
+            values: graph value -> object, for bound objects outside the stack.
+            binder: finds the objects inside the stack of a stamped model.
         """
         find = binder.find if binder is not None else None
         program = write_program(self.deep, self.returned, self.arguments, slots, values, find)
@@ -119,7 +119,7 @@ class Plan:
 
 
 def _source(ref: Reference, layer: int) -> Key | Own:
-    """What a reference means, as seen from a layer's unit."""
+    """What a reference in a layer's unit refers to."""
     if isinstance(ref, Own):
         return ref
     if isinstance(ref, Outside):
@@ -136,12 +136,12 @@ def _outline(deep: DeepStep, binder: Binder) -> StepOutline:
 def outline_of(
     steps: Sequence[Step], prints: Sequence[Fingerprint | None], sources: Mapping[str, str]
 ) -> tuple[StepOutline, ...]:
-    """The outline of a trace's steps, given the source of each input of the graph."""
+    """The outline of a trace's steps, from the source of each graph input."""
     return tuple(
         StepOutline(
             step.op.name if isinstance(step, OpStep) else None,
-            found,
+            fingerprint,
             tuple(sources[name] for name in reads(step) if name in sources),
         )
-        for step, found in zip(steps, prints, strict=True)
+        for step, fingerprint in zip(steps, prints, strict=True)
     )
