@@ -63,8 +63,7 @@ def why_wrong(
     try:
         for case in cases:
             reason = _why_different(program, case, tolerance, raises=agree is None)
-            if reason is None:
-                reason = next((pair.problem for pair in pairs if pair.problem is not None), None)
+            reason = reason or next((pair.problem for pair in pairs if pair.problem is not None), None)
             reason = agree(reason) if agree is not None else reason
             if reason is not None:
                 return reason

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest allowed `distance`: for float64 (`double`), float32 (`single`), float16 (`half`), and all other dtypes
+    """The largest allowed `distance` for float64 (`double`), float32 (`single`), float16 (`half`), and other dtypes
     such as bfloat16 (`less`)."""
 
     double: float
@@ -45,15 +45,15 @@ In bfloat16 a router's near tie flipped in 1% to 10% of the comparisons (in the 
 the output of a piece with inline experts). Mixtral computes its float32 routing weights from bfloat16 values, so they
 differ by more than float32 rounding. `roundings` tells both from faults, see `difference`; none was refused."""
 END_TO_END = Tolerance(1e-9, 1e-4, 0.05, 0.05)
-"""Between a whole compiled program and the model's own forward, if there are no graphs to compare pieces with. One wrong
-layer of many changes the output about as much as rounding does in a deep model of half precision, so that is refused,
-too."""
+"""Between a whole compiled program and the model's own forward, if there are no graphs to compare pieces with. One
+wrong layer of many changes the output about as much as rounding does in a deep model of half precision, so both are
+refused."""
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| of floating point tensors of one shape; NaN if a value is NaN."""
     wide = torch.float64 if expected.dtype is torch.float64 else torch.float32
-    apart = torch.where(actual == expected, 0, actual.to(wide) - expected.to(wide))  # equal infinities differ by 0, not NaN
+    apart = torch.where(actual == expected, 0, actual.to(wide) - expected.to(wide))  # infinities may be equal
     finite = expected.to(wide).nan_to_num(0.0, 0.0, 0.0)
     scale = finite.abs().max().clamp(min=1e-30)  # avoids overflow: masks hold the largest numbers
     return float((apart / scale).norm() / (finite / scale).norm().clamp(min=1e-30))
