@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from glowplug.background.job import Job, orphaned
-from glowplug.bodies.body import Body, BoundBody, CompiledPiece, InUse, Verdict
+from glowplug.bodies.body import Body, BoundBody, InUse, Verdict
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import make_body
 from glowplug.bodies.trial import try_body
@@ -28,6 +28,7 @@ from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CaptureError
 from glowplug.layers.watch import ReadWatch
 from glowplug.program import PieceStore
+from glowplug.program.piece_store import Run
 from glowplug.reasons import said
 from glowplug.report import InsideReport, Report
 from glowplug.runtime.forks import make_lock
@@ -121,7 +122,7 @@ class Bodies:
 
     # -- compiling and trying ---------------------------------------------------------------------------------
 
-    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[CompiledPiece, bytes]:
+    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
         if self.pieces is not None:
             return self.pieces.compiler.compile_and_store(piece, inputs)
         return self.compiler.compile(piece, inputs), b""
@@ -137,7 +138,7 @@ class Bodies:
                     if not orphaned():
                         self._keep(group, replace(body, artifact=artifact))
 
-    def _use(self, group: Group, body: Body, piece: CompiledPiece) -> None:
+    def _use(self, group: Group, body: Body, piece: Run) -> None:
         """Use a body for the layers of a group, for as many tokens as it is faster for in a trial."""
         verdict = body.verdict
         if verdict is None:
@@ -160,7 +161,7 @@ class Bodies:
             self.in_use = InUse((*self.in_use.groups, (group, watch)), {**self.in_use.every, **bound})
         self.report.insides.append(InsideReport(group.form.op, group.names, body.seconds, *verdict))
 
-    def _try(self, group: Group, body: Body, piece: CompiledPiece) -> Verdict:
+    def _try(self, group: Group, body: Body, piece: Run) -> Verdict:
         try:
             return try_body(group, body, piece, limited=group.device.type == "cpu")
         except Exception as exc:  # whatever a trial raises, keep the layers' own code

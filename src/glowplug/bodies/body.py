@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from glowplug.bodies.form import CallForm
 from glowplug.bodies.group import Group
 from glowplug.layers.watch import ReadWatch
+from glowplug.program.piece_store import Run
 from glowplug.report import Report
-
-CompiledPiece = Callable[..., Sequence[Tensor]]
 
 
 class Verdict(NamedTuple):
@@ -64,9 +63,7 @@ class BoundBody:
 
     __slots__ = ("__weakref__", "_fits", "_owner", "form", "limit", "run")
 
-    def __init__(
-        self, layer: nn.Module, piece: CompiledPiece, body: Body, form: CallForm, limit: int | None = None
-    ) -> None:
+    def __init__(self, layer: nn.Module, piece: Run, body: Body, form: CallForm, limit: int | None = None) -> None:
         self._owner = weakref.ref(layer)
         self.form = form
         self._fits = form.check(body.relations)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glowplug.bodies.body import Body, BoundBody, CompiledPiece, Verdict
+from glowplug.bodies.body import Body, BoundBody, Verdict
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import SIZES
+from glowplug.program.piece_store import Run
 from glowplug.verify.slots import run_both
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -22,7 +23,7 @@ _FASTER = 0.95
 """A body must take less than this share of the time of the layer's own code."""
 
 
-def try_body(group: Group, body: Body, piece: CompiledPiece, *, limited: bool) -> Verdict:
+def try_body(group: Group, body: Body, piece: Run, *, limited: bool) -> Verdict:
     """Try a body on a group's first layer with more and more tokens, until it is no longer faster than the layer's own
     code. If `limited`, the verdict always has a limit, even if the body is faster in all trials."""
     layer = group.layers[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
-from glowplug.program.slots import count_uses
 from glowplug.program.write import Slots
 from glowplug.report import Report
 from glowplug.runtime.trace_log import log_pieces
@@ -130,7 +130,7 @@ def build_program(
     distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
     graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
     with report.phase("compile"), cache.lock:
-        uses = count_uses(step.slot for step in plan.deep) if defer else None
+        uses = Counter(step.slot for step in plan.deep if step.slot is not None) if defer else None
         before = cache.count
         slots = compile_pieces(distinct, compiler, cache, captured, uses)
         report.compiled_pieces += cache.count - before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,8 +114,12 @@ class Plan:
         """
         find = binder.find if binder is not None else None
         program = write_program(self.deep, self.returned, self.arguments, slots, values, find)
-        outline = [_outline(step, binder) for step in self.deep if binder is not None and step.layer is not None]
-        return replace(program, outline=(*self.outline, *outline))
+        outline = list(self.outline)
+        for deep in self.deep:
+            if binder is not None and deep.layer is not None:
+                owned = [binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own)]
+                outline.append(_outline(deep.step, deep.slot, owned))
+        return replace(program, outline=tuple(outline))
 
 
 def _source(ref: Reference, layer: int) -> Key | Own:
@@ -127,10 +131,8 @@ def _source(ref: Reference, layer: int) -> Key | Own:
     return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.slot)
 
 
-def _outline(deep: DeepStep, binder: Binder) -> StepOutline:
-    assert deep.layer is not None
-    names = tuple(binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own))
-    return StepOutline(deep.step.op.name if isinstance(deep.step, OpStep) else None, deep.slot, names)
+def _outline(step: Step, fingerprint: Fingerprint | None, sources: Iterable[str]) -> StepOutline:
+    return StepOutline(step.op.name if isinstance(step, OpStep) else None, fingerprint, tuple(sources))
 
 
 def outline_of(
@@ -138,10 +140,6 @@ def outline_of(
 ) -> tuple[StepOutline, ...]:
     """The outline of a trace's steps, from the source of each graph input."""
     return tuple(
-        StepOutline(
-            step.op.name if isinstance(step, OpStep) else None,
-            fingerprint,
-            tuple(sources[name] for name in reads(step) if name in sources),
-        )
+        _outline(step, fingerprint, (sources[name] for name in reads(step) if name in sources))
         for step, fingerprint in zip(steps, prints, strict=True)
     )

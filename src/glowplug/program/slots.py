@@ -114,11 +114,6 @@ def with_arrived(program: Program) -> Program:
     return program.with_slots(arrived) if arrived else program
 
 
-def count_uses(prints: Iterable[Fingerprint | None]) -> Counter[Fingerprint]:
-    """How often each piece runs, from the fingerprint of each step (None for an op)."""
-    return Counter(fingerprint for fingerprint in prints if fingerprint is not None)
-
-
 def choose_deferred(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece]) -> set[Fingerprint]:
     """The pieces to defer: the least used ones, as long as they make up a small share of a step.
 
