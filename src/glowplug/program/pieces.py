@@ -141,14 +141,14 @@ def compile_pieces(
     cache.order += new
     wanted = {key: piece for key, piece in new.items() if key not in cache.pending and not cache.load(key)}
     compilation = _Compilation(compiler, cache, captured)
-    later: dict[Fingerprint, Piece] = {}
+    deferred: dict[Fingerprint, Piece] = {}
     if uses is not None and isinstance(compiler, StoringCompiler):
         chosen = choose_deferred(uses, wanted)
-        later = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
+        deferred = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
     compilation.compile(wanted)
     # Fork last, so that the child inherits the modules loaded while compiling the other pieces.
-    if later and not compilation.defer(later):
-        compilation.compile(later)
+    if deferred and not compilation.defer(deferred):
+        compilation.compile(deferred)
     runners: dict[Fingerprint, Run] = {**cache.pending, **cache.compiled}
     for key in compilation.local:
         del cache.compiled[key]
