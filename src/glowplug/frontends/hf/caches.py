@@ -1,5 +1,5 @@
-"""Caches and attention masks of a call. A cache is one of transformers' own, or of a class that the model's file defines
-for it (MiniMax); it can refuse any question. Transformers' own functions make the masks, outside the program.
+"""Caches and attention masks of a call. A cache is one of transformers' own, or of a class in the file of a model
+(MiniMax). It can refuse any question. Transformers' own functions make the masks, outside the program.
 """
 
 from __future__ import annotations
