@@ -71,16 +71,7 @@ class Tape:
         args: tuple[Any, ...],
         writes: set[int],
     ) -> Any:
-        """Run or replay one call of an op.
-
-        Args:
-            op: the op's name.
-            identity: identifies the layer.
-            find_layer: finds the layer.
-            fn: the op's function.
-            args: its arguments after the layer.
-            writes: indices of the arguments that it writes to.
-        """
+        """Run or replay one call of an op: of `fn` on a layer and `args`, some of which it `writes` to."""
         name = f"{op} of {getattr(identity, 'name', identity)}"
         inputs = copy_of(args)
         if self._replay is None:

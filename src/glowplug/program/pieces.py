@@ -122,17 +122,9 @@ def compile_pieces(
     captured: Captured,
     uses: Counter[Fingerprint] | None,
 ) -> dict[Fingerprint, Run]:
-    """Compile the pieces that `cache` does not have yet, inside their capture.
-
-    Args:
-        pieces: one instance of each distinct piece.
-        compiler: compiles them.
-        cache: receives the compiled pieces.
-        captured: the graph that the pieces were cut from.
-        uses: how often each piece runs in a step, so that seldom used ones can be deferred; None compiles all now.
-
-    Returns:
-        For each piece its compiled code, or its slot if the piece is deferred.
+    """Compile the distinct pieces that `cache` does not have yet, inside their capture. `uses` tells how often each
+    runs in a step, so that seldom used ones can be deferred; None compiles all now. Returns for each piece its
+    compiled code, or its slot if it is deferred.
 
     Raises:
         CompileError: the compiler failed.

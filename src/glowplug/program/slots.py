@@ -115,12 +115,8 @@ def with_arrived(program: Program) -> Program:
 
 
 def choose_deferred(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece]) -> set[Fingerprint]:
-    """The pieces to defer: the least used ones, as long as they make up a small share of a step.
-
-    Args:
-        uses: how often each distinct piece runs in a step.
-        pieces: one instance of each distinct piece that can be deferred.
-    """
+    """The pieces to defer: the least used ones (`uses`: how often each runs in a step), as long as they make up a small
+    share of the step."""
     left = max(sum(uses.values()) * _SHARE, _ANYWAY)
     chosen: set[Fingerprint] = set()
     for count in sorted(set(uses.values()))[:-1]:

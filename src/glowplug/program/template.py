@@ -22,7 +22,6 @@ from glowplug.program.build import Stamping
 from glowplug.program.plan import Binder
 
 _DEEP = 16
-"""A stack with more layers than this must have a template, or a reason why not."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,8 @@ class Template:
 
 
 def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
-    """The template of a stack; None if the stack is no deeper than its template would be.
-
-    Args:
-        stack: the stack.
-        deep: how many layers a stack may have without a template, before that is an error.
+    """The template of a stack; None if the stack is no deeper than its template would be. A stack of more than `deep`
+    layers must have a template.
 
     Raises:
         NotStampableError: the stack is deep, but its layers differ too much.
@@ -73,12 +69,7 @@ def short_model(model: nn.Module, template: Template) -> nn.Module:
 
 
 def check_reads(model: nn.Module, template: Template, reads: Collection[str]) -> None:
-    """Refuse a template whose trace read an attribute that its layers' kinds leave out.
-
-    Args:
-        model: the deep model.
-        template: the template.
-        reads: sources of everything that the trace read.
+    """Refuse a template whose trace, by the sources in `reads`, read an attribute that its layers' kinds leave out.
 
     Raises:
         AttributesReadError: the trace read such attributes.
