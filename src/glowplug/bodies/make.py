@@ -83,31 +83,25 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
 
 
 def _relations(captured: Captured, group: Group) -> tuple[str, ...]:
-    """The relations between sizes that the trace or the compiler relied on. Relations that only exclude sizes of 1 are
-    left out, as the trial shows whether the body is right for those.
+    """What the trace, or the compiler, relied on of sizes: `Body` checks it at each call.
 
     Raises:
-        CaptureError: the trace excludes sizes that calls have, or computes with positions.
+        CaptureError: it excludes sizes that calls have, or computes with positions.
     """
     arguments = group.form.arguments
-    sources = {entry.source: at for entry in captured.inputs if (at := _tensor(entry.source)) is not None}
-    if any(arguments[number].content == "positions" for number, _ in sources.values()):
+    sources = {entry.source: found for entry in captured.inputs if (found := _tensor(entry.source)) is not None}
+    if any(arguments[found[0]].content == "positions" for found in sources.values()):
         raise CaptureError("the body computes with positions")
     assumptions = read_assumptions(captured, set(sources))
     numbers = {source: sources[source][0] for source in assumptions.dims}
-    relations = dict.fromkeys(assumptions.relations)
     for sizes in SIZES:
         shapes = {source: arguments[number].shape(group.sizes(**sizes)) for source, number in numbers.items()}
-        for relation in (None, *relations):
-            part = ShapeAssumptions(assumptions.dims, (relation,) if relation is not None else ())
-            broken = part.broken_by(shapes)
-            if broken is not None and (relation is None or 1 not in sizes.values()):
-                raise CaptureError(f"the op is called with sizes that the body's trace excludes: {broken}")
-            if broken is not None:
-                del relations[relation]
+        broken = assumptions.broken_by(shapes)
+        if broken is not None:
+            raise CaptureError(f"the op is called with sizes that the body's trace excludes: {broken}")
     names: dict[Any, str] = {}
     for source, dims in assumptions.dims.items():
         for number, dim in enumerate(dims):
             if not isinstance(dim, int):
                 names.setdefault(dim, f"shape_{numbers[source]}[{number}]")
-    return tuple(as_python(relation, names) for relation in relations)
+    return tuple(as_python(relation, names) for relation in assumptions.relations)
