@@ -171,9 +171,9 @@ def _words(one: Fact | None, other: Fact | None, place: str) -> list[str]:
     words = [f"{label} {shown(fact.value)}" for fact in (one, other) if fact is not None]
     if len(words) == 1:
         return [f"{words[0]}, which only one of them has"[:160]]
-    return (
-        [f"{words[0]}, each of a class of its own"] if is_class and words[0] == words[1] else [w[:120] for w in words]
-    )
+    if is_class and words[0] == words[1]:
+        return [f"{words[0]}, each of a class of its own"]
+    return [word[:120] for word in words]
 
 
 def _use(facts: Facts, places: Sequence[str], layer: int, name_of: Callable[[int, str], str]) -> str:

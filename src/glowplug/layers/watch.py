@@ -128,7 +128,7 @@ class ReadWatch:
         for index, access in enumerate(path[:-1], 1):
             try:
                 at = access.of(at)
-            except Exception:  # whatever a property raises
+            except Exception:  # a property may raise anything
                 break
             if id(at) in self._in_tree:
                 module, start = at, index
