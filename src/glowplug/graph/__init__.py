@@ -1,1 +1,1 @@
-"""From a traced model to distinct pieces: capture, split, fingerprint. Pure FX: no I/O, no compiler."""
+"""Turns a model into distinct pieces: capture, split, fingerprint, stamp. Pure FX: no I/O, no compiler."""

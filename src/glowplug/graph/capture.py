@@ -1,7 +1,6 @@
-"""Capture a callable as one FX graph with Dynamo, every input described by where it comes from.
+"""Captures a callable as one FX graph with Dynamo, and records the source of every input.
 
-The one place that touches Dynamo's graph metadata and the symbolic shape environment (private; checked on torch 2.11
-and 2.13).
+The only module that uses Dynamo's graph metadata (private; checked on torch 2.11 and 2.13).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ InputKind = Literal["tensor", "symint", "handle"]
 T = TypeVar("T")
 
 tracing_lock = make_lock(awaited=True)
-"""Dynamo is process-wide: one capture at a time."""
+"""Dynamo's state is process-wide, so only one capture runs at a time."""
 free_in_forks(compile_lock)  # Dynamo's own
 
 
@@ -49,8 +48,8 @@ class GraphInput:
     Attributes:
         node: the placeholder's name in the graph.
         source: where its value comes from, such as `L['model']._modules['lm_head']._parameters['weight']`.
-        kind: `"tensor"`, `"symint"` (a size that is symbolic) or `"handle"` (a `LayerHandle`).
-        value: the object seen at capture: the very parameter, tensor or handle; None for a size.
+        kind: `"tensor"`, `"symint"` (a symbolic size) or `"handle"` (a `LayerHandle`).
+        value: the parameter, tensor or handle itself, as seen at capture; None for a size.
     """
 
     node: str
@@ -61,19 +60,19 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured graph. `gm`'s nodes carry `meta["example_value"]`, fake tensors with symbolic shapes."""
+    """A captured graph. The nodes of `gm` carry fake tensors with symbolic shapes in `meta["example_value"]`."""
 
     gm: fx.GraphModule
     inputs: tuple[GraphInput, ...]
 
     @property
     def fake_mode(self) -> Any:
-        """The fake tensor mode, and so the shape environment, that the graph was traced under."""
+        """The fake tensor mode under which the graph was traced; it has the shape environment."""
         return TracingContext.get().fake_mode
 
 
 def describe(gm: fx.GraphModule) -> Captured:
-    """Read off a graph that Dynamo just handed to a backend where each input comes from."""
+    """Read the sources of the inputs of a graph that Dynamo has just passed to a backend."""
     inputs = []
     for node in gm.graph.nodes:
         if node.op != "placeholder":
@@ -81,13 +80,13 @@ def describe(gm: fx.GraphModule) -> Captured:
         arg = node.meta.get("grapharg")
         if arg is None:
             raise CaptureError(
-                f"graph input {node.name!r} has no source; this torch's Dynamo is not one glowplug knows"
+                f"graph input {node.name!r} has no source; glowplug does not support this torch's Dynamo"
             )
         fake = node.meta.get("example_value")
         value = arg.example
         kind: InputKind = "tensor"
         if isinstance(fake, (torch.SymInt, int)):
-            kind, value = "symint", None  # asking a SymInt for its value would fix it
+            kind, value = "symint", None  # reading a SymInt's value would specialise it
         elif isinstance(value, LayerHandle):
             kind = "handle"
         elif not isinstance(value, torch.Tensor):
@@ -100,17 +99,17 @@ def describe(gm: fx.GraphModule) -> Captured:
 
 
 def is_restart(exc: BaseException) -> bool:
-    """Whether the exception asks Dynamo to trace once more, and so must reach it."""
+    """Whether the exception tells Dynamo to restart its trace, and so must reach Dynamo."""
     return isinstance(exc, RestartAnalysis)
 
 
-class _Captured(BaseException):
-    """Thrown where Dynamo hands over the graph, which is all that was wanted: building guards and code around it takes
-    tenths of a second. Not an `Exception`, so that nothing takes it for a backend's failure."""
+class _GraphReceived(BaseException):
+    """Raised once Dynamo has passed the graph to the backend, to skip building guards and bytecode, which takes tenths
+    of a second. It is no `Exception`, so that nothing mistakes it for a failure of the backend."""
 
 
 class _Capture(Generic[T]):
-    """Torch keeps every backend for good: once a capture is over, its own holds nothing."""
+    """The backend of one capture. Torch never frees a backend, so `end` clears all references."""
 
     def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None) -> None:
         self.consume: Callable[[Captured], T] | None = consume
@@ -128,81 +127,72 @@ class _Capture(Generic[T]):
             if is_restart(exc):
                 raise
             self.error = exc
-        raise _Captured
+        raise _GraphReceived
 
     def end(self) -> tuple[list[T], BaseException | None]:
-        """Let go of everything; returns what came of it."""
+        """Clear all references and return the outcome."""
         result, error = self.result, self.error
         self.consume = self.reads = self.error = None
         self.result = []
         return result, error
 
 
-def capture(
-    fn: Any,
-    args: Sequence[Any],
-    consume: Callable[[Captured], T],
-    reads: set[str] | None = None,
-) -> T:
-    """Trace `fn(*args)` in one graph and hand it to `consume` while Dynamo's tracing context is alive.
+def capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], reads: set[str] | None = None) -> T:
+    """Trace `fn(*args)` in one graph and pass it to `consume` while Dynamo's tracing context is active.
 
-    Nothing runs: the captured function is never executed. No guards are made: the caller must know that what the
-    trace assumed holds (see `glowplug.graph.shapes` for sizes, `glowplug.layers.watch` for the modules).
+    The function is never executed, and no guards are built. The caller must check that the trace's assumptions hold
+    (see `glowplug.graph.shapes` for sizes and `glowplug.layers.watch` for modules).
 
     Args:
         fn: a plain function that takes and returns tensors; dims marked by `torch._dynamo.mark_dynamic` are symbolic.
-        args: example arguments; sizes of dynamic dims must be at least 2 and differ where they may differ.
+        args: example arguments. Sizes of dynamic dims must be at least 2, and differ where they may differ.
         consume: called once with the graph.
-        reads: receives the source of everything in Python that the trace depends on, before `consume` is called.
+        reads: receives the source of every Python object that the trace depends on, before `consume` is called.
 
     Returns:
         What `consume` returned.
 
     Raises:
-        CaptureError: Dynamo could not trace `fn` in one graph; the message has its reason.
-        UnsupportedTorchError: this torch does not name what a trace reads as it is known to.
+        CaptureError: Dynamo could not trace `fn` in one graph; the message has Dynamo's reason.
+        UnsupportedTorchError: this torch writes sources in an unknown way.
     """
     off = switched_off()
     if off is not None:
         raise CaptureError(off)
-    with contextlib.suppress(CaptureError):  # what keeps a tiny module from being traced keeps every other
+    with contextlib.suppress(CaptureError):  # if no module can be traced, the capture itself says why
         _check_names()
     return _capture(fn, args, consume, reads)
 
 
 @functools.cache
 def _check_names() -> None:
-    """Check, once in a process, that this torch names what traces read as it is known to.
+    """Check, once per process, that this torch writes sources in the known way; else raise UnsupportedTorchError."""
 
-    Raises:
-        UnsupportedTorchError: it does not.
-    """
+    def call(model: nn.Module, x: Tensor) -> Any:
+        return model(x)
+
     model, reads = sources.Probe(), set[str]()
-    inputs = _capture(_probe, (model, model.example), lambda captured: captured.inputs, reads)
+    inputs = _capture(call, (model, model.example), lambda captured: captured.inputs, reads)
     model.check([entry.source for entry in inputs], reads)
-
-
-def _probe(model: nn.Module, x: Tensor) -> Any:
-    return model(x)
 
 
 def _capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], reads: set[str] | None) -> T:
     job = _Capture(consume, reads)
-    # Dynamo keeps what it knows by code object: a fresh one each time.
+    # Dynamo caches by code object, so each capture gets a fresh one.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     compiled = torch.compile(fresh, backend=job.backend, fullgraph=True, dynamic=False)
     with (
         tracing_lock,
         torch.inference_mode(False),
         torch.no_grad(),
-        # Sizes 0 and 1 get no special treatment: what the trace assumes of a size is then always written down.
+        # Don't specialise sizes 0 and 1, so that the trace records each of its assumptions on sizes.
         symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
-        _traces(),
+        _default_stance(),
     ):
         try:
             compiled(*args)
-        except _Captured:
+        except _GraphReceived:
             pass
         except Exception as exc:
             if job.error is None:
@@ -216,31 +206,31 @@ def _capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], rea
     return result[0]
 
 
-def _traces() -> AbstractContextManager[Any]:
-    """Put the stance in force under which a function is traced; under any other it might run."""
+def _default_stance() -> AbstractContextManager[Any]:
+    """Set the compiler stance that traces the function; under another stance it might run."""
     stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")
     return contextlib.nullcontext() if stance == "default" else torch.compiler.set_stance("default")
 
 
 def traced_files() -> frozenset[str]:
-    """The files of all code that was traced so far, inside a capture."""
+    """The files of all code that the current capture has traced so far."""
     context: Any = TracingContext.get()
     return frozenset(code.co_filename for code in getattr(context, "traced_code", ()))
 
 
 def is_fake(value: Any) -> bool:
-    """Whether `value` is a stand-in for a tensor: it has a shape, a dtype and a device, and no memory."""
+    """Whether `value` is a fake tensor: it has a shape, a dtype and a device, but no memory."""
     return isinstance(value, FakeTensor)
 
 
 def weightless(model: nn.Module) -> bool:
-    """Whether a model's weights are stand-ins, so that it can be traced and not run."""
+    """Whether a model's weights are fake tensors, so that it can be traced but not run."""
     return any(map(is_fake, model.parameters()))
 
 
 @contextmanager
 def in_mode_of(tensor: Tensor) -> Iterator[None]:
-    """Tensors made inside are stand-ins if `tensor` is one."""
+    """Make tensors created in this context fake if `tensor` is fake."""
     if isinstance(tensor, FakeTensor):
         with tensor.fake_mode:
             yield
@@ -249,22 +239,22 @@ def in_mode_of(tensor: Tensor) -> Iterator[None]:
 
 
 def drop_memory(model: nn.Module, device: torch.device) -> None:
-    """Give a model stand-ins for its weights, as they would be on a device. Tied weights stay tied."""
+    """Replace a model's weights by fake tensors on a device. Tied weights stay tied."""
     mode = FakeTensorMode()
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
 
-    def stand_in(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
+    def fake_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
             with mode:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            made[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
-        return made[id(tensor)]
+            fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+        return fakes[id(tensor)]
 
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
-                    table[name] = stand_in(tensor)  # type: ignore[assignment]
+                    table[name] = fake_of(tensor)  # type: ignore[assignment]
         for name, value in module.__dict__.items():
             if isinstance(value, Tensor):
-                module.__dict__[name] = stand_in(value)
+                module.__dict__[name] = fake_of(value)

@@ -1,7 +1,7 @@
-"""A piece's fingerprint: its canonical form, hashed. Equal fingerprints mean: one compiled piece serves both.
+"""A piece's fingerprint: the hash of its canonical form. Pieces with equal fingerprints share one compiled piece.
 
-Names are gone (nodes and symbols are numbered in order of appearance); ops, constants, shapes, dtypes, strides,
-devices and symbolic relations are kept.
+The canonical form drops names (nodes and symbols are numbered in order of appearance) and keeps ops, constants, shapes,
+dtypes, strides, devices and symbolic relations.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Line:
     """One node in canonical form.
 
     Attributes:
-        target: what is called, or `"input"`, or `"return"`.
-        args: its arguments; node references as `%n`, keyword arguments as `name=value`.
-        meta: what it gives: dtype, shape, device, strides.
+        target: the op or function, or `"input"`, or `"return"`.
+        args: its arguments: node references as `%n`, keyword arguments as `name=value`.
+        meta: its result: dtype, shape, device, strides.
     """
 
     target: str
@@ -42,12 +42,12 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """A piece's canonical form. Equal when the digests are.
+    """A piece's canonical form. Fingerprints are equal if their digests are.
 
     Attributes:
         digest: SHA-256 of the lines, in hex.
-        lines: one a node, in order; what `glowplug explain` compares. None of a stored program.
-        stable: whether another process gives an equal piece the same digest.
+        lines: one line per node, in order, for `glowplug explain`. Empty for a stored program.
+        stable: whether an equal piece has the same digest in another process.
     """
 
     digest: str
@@ -68,7 +68,7 @@ def fingerprint(gm: fx.GraphModule) -> Fingerprint:
     """Fingerprint one piece.
 
     Raises:
-        CaptureError: the piece holds a constant that has no canonical form.
+        CaptureError: the piece has a constant without a canonical form.
     """
     return _Canonical(gm).fingerprint()
 
@@ -97,10 +97,7 @@ class _Canonical:
 
     def target(self, node: fx.Node) -> str:
         if node.op == "call_function":
-            target = node.target
-            if isinstance(target, torch._ops.OpOverload):
-                return str(target)
-            return self.function(target)
+            return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else self.function(node.target)
         if node.op == "get_attr":
             return f"get_attr {self.attribute(str(node.target))}"
         return f"{node.op} {node.target}"
@@ -108,7 +105,7 @@ class _Canonical:
     def function(self, target: Any) -> str:
         module = getattr(target, "__module__", "") or ""
         name = str(getattr(target, "__qualname__", None) or getattr(target, "__name__", repr(target)))
-        # Functions made inside others share a name; only the object tells them apart.
+        # Functions defined in other functions can share a name, so the object itself is part of the text.
         self.stable = self.stable and "<" not in name
         return f"{module}.{name}{f' {id(target)}' if '<' in name else ''}"
 
@@ -138,9 +135,7 @@ class _Canonical:
         if value is None or isinstance(value, (int, float, bool, str)):
             return repr(value)
         real = getattr(value, "real_obj", value)
-        if isinstance(real, LayerHandle):
-            return "handle"
-        return type(real).__name__
+        return "handle" if isinstance(real, LayerHandle) else type(real).__name__
 
     def tensor(self, tensor: torch.Tensor) -> str:
         shape = ", ".join(self.symbolic(size) for size in tensor.shape)
@@ -149,15 +144,10 @@ class _Canonical:
             parts.append(f"stride({', '.join(self.symbolic(size) for size in tensor.stride())})")
         else:
             parts.append(str(tensor.layout))
-        for flag, present in (
-            ("conj", tensor.is_conj()),
-            ("neg", tensor.is_neg()),
-            ("inference", tensor.is_inference()),
-        ):
-            if present:
-                parts.append(flag)
+        flags = {"conj": tensor.is_conj(), "neg": tensor.is_neg(), "inference": tensor.is_inference()}
+        parts += [flag for flag, is_set in flags.items() if is_set]
         names, context = tensor.__tensor_flatten__() if is_traceable_wrapper_subclass(tensor) else ((), None)
-        if names:  # a tensor made of others, such as a quantized weight
+        if names:  # a tensor subclass, such as a quantized weight
             inner = ", ".join(f"{name}: {self.value(getattr(tensor, name))}" for name in names)
             parts.append(f"{self.function(type(tensor))} of {inner} {context!r}")
             self.stable = self.stable and " at 0x" not in repr(context)

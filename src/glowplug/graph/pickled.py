@@ -1,7 +1,8 @@
-"""A piece's graph as bytes, and back as a callable. Uses `_forward_from_src` (private; checked on torch 2.11, 2.13).
+"""Serialises a piece's graph, and loads it as a callable. Uses `_forward_from_src` (private; checked on torch 2.11 and
+2.13).
 
-fx itself unpickles a graph by tracing its Python code once more, which fails where the code assigns to an item of a
-tensor, as blocks of experts do. Here the code is run as it is.
+FX unpickles a graph by tracing its Python code again, which fails if the code assigns to an item of a tensor, as blocks
+of experts do. Here the code runs without another trace.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.fx.graph_module import _forward_from_src
 
 
 def graph_to_bytes(piece: fx.GraphModule) -> bytes:
-    """A piece's graph, without what the trace knew of it."""
+    """Serialise a piece's graph without the trace's metadata."""
     bare = fx.GraphModule(piece, piece.graph)
     bare.meta.clear()
     _, (body, imports) = bare.__reduce__()
@@ -24,7 +25,7 @@ def graph_to_bytes(piece: fx.GraphModule) -> bytes:
 
 
 def graph_from_bytes(content: bytes) -> Callable[..., Sequence[Any]]:
-    """The uncompiled piece. Runs code that the bytes hold."""
+    """Load the uncompiled piece. This executes code from the bytes."""
     body, imports = pickle.loads(content)
     forward: Any = _forward_from_src(imports + body["_code"], {})
     module = nn.Module()

@@ -1,7 +1,7 @@
-"""What a trace assumed of the sizes of its inputs, so that a call which breaks an assumption is noticed.
+"""The assumptions of a trace on the sizes of its inputs, so that calls which break them are detected.
 
-A graph captured at one size serves every size for which these hold. Reads torch's symbolic shape environment (private;
-checked on torch 2.11 and 2.13).
+A graph captured at one size is valid for every size that meets the assumptions. Reads torch's symbolic shape
+environment (private; checked on torch 2.11 and 2.13).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class ShapeAssumptions:
     """Relations between the sizes of a graph's varying inputs.
 
     Attributes:
-        dims: source of an input -> its shape; an int is a fixed size, a sympy expression a symbolic one.
-        relations: conditions over the symbols that the trace or a compiler relied on.
+        dims: source of an input -> its shape. An int is a fixed size, a sympy expression a symbolic one.
+        relations: conditions on the symbols that the trace or a compiler relied on.
     """
 
     dims: Mapping[str, tuple[Any, ...]]
     relations: tuple[Any, ...]
 
     def broken_by(self, shapes: Mapping[str, tuple[int, ...]], smallest: int = 0) -> str | None:
-        """Why a call with these shapes can't be served; None when it can. `smallest`: of sizes that vary."""
+        """Why the graph is not valid for these shapes; None if it is. `smallest` is the minimum for symbolic sizes."""
         values: dict[Any, int] = {}
         for source, dims in self.dims.items():
-            given, name = shapes.get(source), named(source)
-            if given is None:
+            shape, name = shapes.get(source), named(source)
+            if shape is None:
                 continue
-            if len(given) != len(dims):
-                return f"{name} has {len(given)} dimensions; it was traced with {len(dims)}"
-            for position, (size, dim) in enumerate(zip(given, dims, strict=True)):
+            if len(shape) != len(dims):
+                return f"{name} has {len(shape)} dimensions; it was traced with {len(dims)}"
+            for position, (size, dim) in enumerate(zip(shape, dims, strict=True)):
                 if isinstance(dim, int):
                     if size != dim:
                         return f"dimension {position} of {name} is {size}; the trace fixed it at {dim}"
@@ -56,10 +56,10 @@ class ShapeAssumptions:
 
 
 def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
-    """Collect the assumptions once everything that may add one (tracing, compiling) has run.
+    """Collect the assumptions inside the capture, after every step that may add one (tracing, compiling).
 
     Args:
-        captured: the graph, inside its capture.
+        captured: the graph.
         varying: sources of the inputs that change from call to call.
     """
     dims: dict[str, tuple[Any, ...]] = {}
@@ -90,8 +90,8 @@ def _only_excludes_zero_and_one(relation: Any) -> bool:
     """Whether the relation holds for all sizes of at least 2.
 
     Such relations come from stride and broadcast rules, where a dim of size 1 takes another branch to the same result.
-    They are not enforced: each class of sizes (one sequence or several, one token or several) is compared with eager
-    before it serves, and the tests cover them one by one.
+    They are not enforced, because each class of sizes (one sequence or several, one token or several) is compared with
+    eager before its first use, and the tests cover each class.
     """
     if not isinstance(relation, sympy.core.relational.Relational):
         return False
@@ -99,21 +99,18 @@ def _only_excludes_zero_and_one(relation: Any) -> bool:
         symbol: sympy.Symbol(f"{symbol.name}_", integer=True, nonnegative=True) + 2 for symbol in relation.free_symbols
     }
     difference = sympy.expand((relation.lhs - relation.rhs).xreplace(larger))
-    if isinstance(relation, sympy.Ne):
-        return bool(difference.is_positive or difference.is_negative)
-    if isinstance(relation, sympy.StrictGreaterThan):
-        return bool(difference.is_positive)
-    if isinstance(relation, sympy.GreaterThan):
-        return bool(difference.is_nonnegative)
-    if isinstance(relation, sympy.StrictLessThan):
-        return bool(difference.is_negative)
-    if isinstance(relation, sympy.LessThan):
-        return bool(difference.is_nonpositive)
-    return False
+    holds = {
+        sympy.Ne: difference.is_positive or difference.is_negative,
+        sympy.Gt: difference.is_positive,
+        sympy.Ge: difference.is_nonnegative,
+        sympy.Lt: difference.is_negative,
+        sympy.Le: difference.is_nonpositive,
+    }
+    return bool(holds.get(type(relation)))
 
 
 def _is_renaming(relation: Any, environment: Any) -> bool:
-    """Whether the relation only says that two symbols are the same size, or multiples of two that are."""
+    """Whether the relation only equates two symbols, or expressions that are equal after torch's replacements."""
     if not isinstance(relation, sympy.Eq):
         return False
     same = relation.xreplace(environment.replacements) is sympy.true
@@ -121,7 +118,7 @@ def _is_renaming(relation: Any, environment: Any) -> bool:
 
 
 def _is_fixing(relation: Any, environment: Any) -> bool:
-    """Whether the relation only says that a symbol is one number, which every shape that had the symbol now shows."""
+    """Whether the relation only fixes a symbol at a number, which then appears in every shape instead of the symbol."""
     if not (isinstance(relation, sympy.Eq) and relation.lhs.is_Symbol and relation.rhs.is_Integer):
         return False
     return bool(environment.replacements.get(relation.lhs) == relation.rhs)
@@ -129,11 +126,11 @@ def _is_fixing(relation: Any, environment: Any) -> bool:
 
 def _dim(size: Any) -> Any:
     """A fixed size as an int, a symbolic one as its expression."""
-    found = size if isinstance(size, int) else size.node.expr
-    return int(found) if isinstance(found, (int, sympy.Integer)) else found
+    dim = size if isinstance(size, int) else size.node.expr
+    return int(dim) if isinstance(dim, (int, sympy.Integer)) else dim
 
 
 def as_python(relation: Any, names: Mapping[Any, str]) -> str:
-    """A relation of symbols as a Python expression of what they are called there."""
+    """A relation as a Python expression, with its symbols renamed to `names`."""
     renamed = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in names.items()}
     return str(PythonPrinter().doprint(relation.xreplace(renamed)))

@@ -1,8 +1,8 @@
-"""Dynamo's names for what a trace reads, such as `L['model']._modules['lm_head'].training`: the one place that reads
-them.
+"""Parses Dynamo's source names, such as `L['model']._modules['lm_head'].training`. No other module reads them.
 
-The names are Python expressions over `L` (arguments of the traced function) and `G` (its globals). They are private;
-checked on torch 2.11 and 2.13. `Probe` checks once in a process that this torch still writes them so.
+A source name says where a trace read an object. It is a Python expression over `L` (arguments of the traced function)
+and `G` (its globals). The names are private; checked on torch 2.11 and 2.13. `Probe` checks once per process that this
+torch still writes them in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Access:
     """One step from an object to another.
 
     Attributes:
-        by: `"attribute"`, `"item"`, or `"call"` of `type` or `dict`.
+        by: `"attribute"`, `"item"`, or `"call"` (of `type` or `dict`).
         name: the attribute, the key, or the function.
     """
 
@@ -36,7 +36,6 @@ class Access:
     name: Any
 
     def of(self, owner: Any) -> Any:
-        """What it leads to."""
         if self.by == "attribute":
             return getattr(owner, self.name)
         return owner[self.name] if self.by == "item" else _CALLS[self.name](owner)
@@ -48,13 +47,13 @@ Path = tuple[Access, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """A name, taken apart.
+    """A parsed source name.
 
     Attributes:
         root: an argument of the traced function, or the dotted name of a Python module.
-        is_global: whether it is a Python module.
-        path: the accesses from there.
-        size: the name stands for this size of the tensor there; None: for the object itself.
+        is_global: whether the root is a Python module.
+        path: the accesses from the root.
+        size: the dim, if the name stands for a size of the tensor at the path; None if for the object itself.
     """
 
     root: str
@@ -63,24 +62,20 @@ class Source:
     size: int | None = None
 
     def value(self, arguments: Mapping[str, Any]) -> Any:
-        """The object that it stands for.
-
-        Raises:
-            LookupError: it leads nowhere.
-        """
+        """The object at the source; raises LookupError if there is none."""
         return self.objects(arguments)[-1]
 
     def objects(self, arguments: Mapping[str, Any]) -> list[Any]:
-        """The objects that it passes, and the one that it stands for."""
+        """All objects on the path, from the root to the object at the source."""
         return follow(sys.modules[self.root] if self.is_global else arguments[self.root], self.path)
 
     def modules(self) -> tuple[str, ...]:
-        """The names of the modules that it passes, each in the one before it."""
+        """The names of the modules on the path, each relative to its parent."""
         pairs = pairwise(self.path)
         return tuple(item.name for table, item in pairs if table == _MODULES and item.by == "item")
 
     def attributes(self) -> Iterator[tuple[Source, str]]:
-        """Every attribute that it passes, with the object that has it. `__dict__` stands for all that an object has."""
+        """Every attribute on the path, with its owner. `__dict__` stands for all attributes of its owner."""
         for index, access in enumerate(self.path):
             if access.by == "attribute":
                 after = self.path[index + 1 : index + 2]
@@ -94,7 +89,7 @@ _WEIGHTS = (Access("attribute", "_parameters"), Access("attribute", "_buffers"))
 
 @functools.lru_cache(maxsize=65536)
 def parse(text: str) -> Source | None:
-    """Take a name apart; None for one that stands for no object of Python's and no size of one."""
+    """Parse a source name; None if it stands for neither a Python object nor a size."""
     tree = _tree(text)
     return _chain(tree) if tree is not None else None
 
@@ -135,7 +130,7 @@ def _last_access(node: ast.expr) -> tuple[ast.expr, Access] | None:
     match node:
         case ast.Attribute(owner, name):
             return owner, Access("attribute", name)
-        # Torch 2.11 says so of an object whose class has a `__getattribute__`, as transformers' configurations have.
+        # Torch 2.11 writes this for a class with its own `__getattribute__`, such as transformers' configurations.
         case ast.Call(ast.Attribute(ast.Name("object"), "__getattribute__"), [owner, ast.Constant(str(name))]):
             return owner, Access("attribute", name)
         case ast.Subscript(owner, index) | ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, index]):
@@ -149,28 +144,24 @@ def _last_access(node: ast.expr) -> tuple[ast.expr, Access] | None:
 
 
 def _without_copies(path: Sequence[Access]) -> Path:
-    """`dict(x.__dict__)['name']` is an attribute of `x`, read past its descriptor."""
-    made: list[Access] = []
+    """Turn `dict(x.__dict__)['name']` into the attribute of `x`. Dynamo writes the former to bypass descriptors."""
+    accesses: list[Access] = []
     for access in path:
-        copied = made[-2:] == [Access("attribute", "__dict__"), Access("call", "dict")]
-        if copied and access.by == "item" and isinstance(access.name, str):
-            made[-2:] = [Access("attribute", access.name)]
+        is_copy = accesses[-2:] == [Access("attribute", "__dict__"), Access("call", "dict")]
+        if is_copy and access.by == "item" and isinstance(access.name, str):
+            accesses[-2:] = [Access("attribute", access.name)]
         else:
-            made.append(access)
-    return tuple(made)
+            accesses.append(access)
+    return tuple(accesses)
 
 
 def follow(root: Any, path: Sequence[Access]) -> list[Any]:
-    """The objects along a path, `root` first.
-
-    Raises:
-        LookupError: it leads nowhere.
-    """
+    """The objects along a path, `root` first; raises LookupError if the path leads nowhere."""
     objects = [root]
     for access in path:
         try:
             objects.append(access.of(objects[-1]))
-        except Exception as exc:  # whatever a property raises
+        except Exception as exc:  # a property may raise anything
             raise LookupError(f"{access.name} is not there") from exc
     return objects
 
@@ -179,8 +170,8 @@ def follow(root: Any, path: Sequence[Access]) -> list[Any]:
 
 
 def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | None, str]]:
-    """The attributes of some names, and `__dict__`, that a source mentions anywhere, with the objects that have them:
-    None where that can't be told."""
+    """The attributes among `names`, and `__dict__`, that a source mentions anywhere, each with its owner. The owner is
+    None if it can't be determined."""
     if not any(name in text for name in (*names, "__dict__")):
         return
     tree = _tree(text)
@@ -204,7 +195,7 @@ def attributes_in(text: str, names: Collection[str]) -> Iterator[tuple[Source | 
 
 @functools.lru_cache(maxsize=1024)
 def size_of(text: str) -> tuple[str, int] | None:
-    """The source of a tensor and its dim, for `L['x'].size()[0]`; None for a name that stands for no size."""
+    """The tensor's source and the dim, for a size such as `L['x'].size()[0]`; None for anything else."""
     source = parse(text)
     return None if source is None or source.size is None else (text.rpartition(".size()")[0], source.size)
 
@@ -216,25 +207,25 @@ def is_weight(text: str) -> bool:
 
 
 def layer_index(text: str) -> int | None:
-    """The index in the first list of modules that a source passes; None when it passes none."""
+    """The index in the first module list on a source's path; None if there is none."""
     source = parse(text)
     return next((int(name) for name in source.modules() if name.isdigit()), None) if source is not None else None
 
 
 def lies_in(text: str, stack: str) -> bool:
-    """Whether a source lies in a module of the list that has a qualified name in the traced model."""
+    """Whether a source lies in a member of the module list with the qualified name `stack`."""
     source, name = parse(text), stack.rpartition(".")[2]
     passed = source.modules() if source is not None else ()
     return any(one == name for one, _ in pairwise(passed)) if name else bool(passed)
 
 
 def module_path(text: str) -> str:
-    """The qualified name of a module of the traced model that an `nn_module_stack` calls `L['model'].layers.0`."""
+    """The qualified name of a module that an `nn_module_stack` calls, for example, `L['model'].layers.0`."""
     return text.removeprefix("L['model'].")
 
 
 def named(text: str) -> str:
-    """A source as people name what lies there.
+    """A source in readable form.
 
     Example:
         >>> named("L['model']._modules['layers']._modules['0']._parameters['weight']")
@@ -246,25 +237,25 @@ def named(text: str) -> str:
 
 
 def read_by(guard: Any) -> str:
-    """The source of what a guard relies on; of an attribute or a key that the trace looked for, in vain or not, too."""
+    """The source that a guard relies on, including the attribute or key that the guard tests for presence."""
     check = guard.create_fn
     details = getattr(check, "keywords", None) or {}
-    what = getattr(getattr(check, "func", check), "__name__", "")
+    test = getattr(getattr(check, "func", check), "__name__", "")
     if "attr" in details:
         return f"{guard.name}.{details['attr']}"
-    if what == "DICT_CONTAINS" and "key" in details:
+    if test == "DICT_CONTAINS" and "key" in details:
         return f"{guard.name}[{details['key']!r}]"
-    return f"type({guard.name})" if what == "TYPE_MATCH" else str(guard.name)
+    return f"type({guard.name})" if test == "TYPE_MATCH" else str(guard.name)
 
 
-# -- whether torch still writes them so ----------------------------------------------------------------------
+# -- checking that torch still writes them in the same way ---------------------------------------------------
 
 SCALE = 2.0
-"""What the probe reads of a Python module."""
+"""The global that the probe reads."""
 
 
 class Probe(nn.Module):
-    """A module whose trace, by a function of `model` and `x`, reads one thing of each sort."""
+    """A module whose trace, by a function of `model` and `x`, reads one object of each sort."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,14 +269,14 @@ class Probe(nn.Module):
         return self.layers[0](x) * (SCALE * self.scale) + x.new_ones(x.shape[0], 2)
 
     def check(self, inputs: Collection[str], reads: Collection[str]) -> None:
-        """Compare what a trace said that it read with what it is known to read.
+        """Compare the sources that a trace reported with the objects that the module is known to read.
 
         Args:
-            inputs: sources of the inputs of its graph.
+            inputs: sources of the graph's inputs.
             reads: sources of everything else.
 
         Raises:
-            UnsupportedTorchError: something was not said as it should be.
+            UnsupportedTorchError: an expected source is missing.
         """
         layer = self.layers[0]
         weights = [text for text in inputs if is_weight(text) and layer_index(text) == 0]
@@ -296,7 +287,7 @@ class Probe(nn.Module):
             "types": any(self._at(text) is type(layer) for text in reads),
             "globals": any(self._at(text) is SCALE for text in reads),
         }
-        missing = [sort for sort, said in seen.items() if not said]
+        missing = [sort for sort, is_seen in seen.items() if not is_seen]
         if missing:
             raise UnsupportedTorchError(
                 f"torch {torch.__version__} names the {', '.join(missing)} that a trace reads in a way that glowplug "

@@ -1,6 +1,4 @@
-"""Cut a captured graph at its splitting ops, and where asked at the boundaries of layers, into pieces and op steps, in
-the order in which they run.
-"""
+"""Cuts a captured graph into pieces and op steps: at its splitting ops, and optionally at the boundaries of layers."""
 
 from __future__ import annotations
 
@@ -20,22 +18,22 @@ from glowplug.ops.layer_op import LayerOp, find_layer_op
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the graph, by its name: what steps say instead of the graph's nodes, so that they outlive it."""
+    """A graph value, by name. Steps refer to names and not to nodes, so that they can outlive the graph."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What lies between two cuts, as a graph of its own.
+    """The part of a graph between two cuts, as a graph of its own.
 
     Attributes:
-        gm: the piece; None when it was stored without its graph. Its inputs are in the order of `inputs`, its output is
-            a flat tuple in the order of `outputs`.
-        inputs: names of the values that it reads: first what changes from call to call, then weights and handles,
+        gm: the piece; None if it was stored without its graph. Its inputs are in the order of `inputs`, and its output
+            is a flat tuple in the order of `outputs`.
+        inputs: names of the values that it reads: first those that change from call to call, then weights and handles,
             each in the order of first use, so that equal pieces have equal signatures.
         outputs: names of the values that later steps read.
-        layer: the layer that it belongs to, where the graph was cut at layers.
+        layer: the layer that it belongs to, if the graph was cut at layers.
     """
 
     gm: Any
@@ -50,10 +48,10 @@ class OpStep:
 
     Attributes:
         op: the layer op.
-        overload: the traced overload, which says how the call names its layer.
-        args: the call's arguments; values of the graph are `Value`s.
-        outputs: the name of each output that later steps read; None for one that nobody reads.
-        single: whether the op returns one tensor and not a tuple.
+        overload: the traced overload, which shows how the call identifies its layer.
+        args: the call's arguments; graph values are `Value`s.
+        outputs: the name of each output; None for an output that no later step reads.
+        single: whether the op returns one tensor instead of a tuple.
         layer: as for `Piece`.
     """
 
@@ -67,12 +65,12 @@ class OpStep:
 
 Step = Piece | OpStep
 LayerOf = Callable[[fx.Node], int | None]
-"""The layer of a stack that a node was traced in; None outside of it."""
+"""The layer of a stack in which a node was traced; None outside the stack."""
 
 
 @dataclass
 class _Segment:
-    """Nodes that will become one piece, or a splitting op with the nodes that unpack its result."""
+    """The nodes of a future piece, or a splitting op with the nodes that unpack its result."""
 
     op: LayerOp | None = None
     nodes: list[fx.Node] = field(default_factory=list)
@@ -86,15 +84,15 @@ def split(
 
     Args:
         captured: the graph.
-        bound: graph inputs that do not change from call to call; None: parameters, buffers and handles.
-        layer_of: cut where this changes, too. What lies between two layers goes with the first of them; what lies
-            behind the last layer is on its own.
+        bound: graph inputs that do not change from call to call. None: parameters, buffers and handles.
+        layer_of: if given, the graph is also cut where its result changes. Nodes between two layers belong to the
+            first of them; nodes after the last layer are a step of their own.
 
     Returns:
-        The steps in the order in which they run, and the names of the graph's outputs.
+        The steps in the order of execution, and the names of the graph's outputs.
 
     Raises:
-        CaptureError: a piece would have to hand something other than a tensor to a later one.
+        CaptureError: a piece would have to pass something other than a tensor to a later one.
     """
     gm = captured.gm
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
@@ -136,7 +134,7 @@ def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
             if layer_of is None:
                 _close_gap(segments)
             segments += [segment, _Segment(layer=layer)]
-            if not isinstance(node.meta.get("example_value"), torch.Tensor):  # an item of a tensor is computed with
+            if not isinstance(node.meta.get("example_value"), torch.Tensor):  # indexing a tensor is no unpacking
                 unpacked[node] = segment
         elif node.target is operator.getitem and node.args[0] in unpacked:
             unpacked[node.args[0]].nodes.append(node)
@@ -146,8 +144,8 @@ def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
 
 
 def _close_gap(segments: list[_Segment]) -> None:
-    """When nothing between two splitting ops depends on the first, move it all in front of it: two ops that follow
-    each other (a cache update and its attention) then have no piece between them."""
+    """If no node between two splitting ops depends on the first op, move those nodes before it. Two consecutive ops,
+    such as a cache update and its attention, then have no piece between them."""
     if len(segments) < 3:
         return
     *_, before, op, gap = segments
@@ -170,39 +168,24 @@ def may_mutate(node: fx.Node) -> bool:
     return "out" in node.kwargs or node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
 
 
-_IN_PLACE = {"setitem", "delitem"} | {
-    f"i{name}"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-        "concat",
-    ]
-}
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_OTHER = ("and", "or", "xor", "lshift", "rshift", "concat")
+_IN_PLACE = {"setitem", "delitem", *(f"i{name}" for name in _ARITHMETIC + _OTHER)}
+"""Names of the functions in `operator` that write to their first argument."""
 
 
 def _wanted_later(segments: Sequence[_Segment], home: dict[fx.Node, int], output: fx.Node) -> list[list[fx.Node]]:
-    """For each segment, the values that other segments or the graph's output read. Sizes are recomputed where they
-    are read, so they never cross."""
-    wanted: list[list[fx.Node]] = []
-    for index, segment in enumerate(segments):
-        crossing = []
-        for node in segment.nodes:
-            readers = [user for user in node.users if user is output or home.get(user) != index]
-            if readers and not is_size(node):
-                crossing.append(node)
-        wanted.append(crossing)
-    # A size that another segment recomputes needs its own tensor inputs there.
+    """For each segment, the values that other segments or the graph's output read. Sizes never cross segments: each
+    segment recomputes those that it reads."""
+    wanted = [
+        [
+            node
+            for node in segment.nodes
+            if not is_size(node) and any(user is output or home.get(user) != index for user in node.users)
+        ]
+        for index, segment in enumerate(segments)
+    ]
+    # A segment that recomputes a size also needs the tensors that the size comes from.
     for index, segment in enumerate(segments):
         for node in segment.nodes:
             for parent in node.all_input_nodes:
@@ -229,7 +212,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def _expression(node: fx.Node) -> str:
-    """What identifies a size: its symbolic expression. For any other node, its name."""
+    """A key for a node: the symbolic expression of a size, the name of any other node."""
     value = node.meta.get("example_value")
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return str(value.node.expr)
@@ -259,14 +242,14 @@ def _op_step(segment: _Segment, wanted: Sequence[fx.Node]) -> OpStep:
 
 
 def _by_name(arg: Any) -> Any:
-    """An argument, its nodes replaced by their names."""
+    """Replace the nodes in an argument by their names."""
     if isinstance(arg, (tuple, list)):
         return (tuple if isinstance(arg, tuple) else list)(map(_by_name, arg))
     return Value(arg.name) if isinstance(arg, fx.Node) else arg
 
 
 def _example(node: fx.Node) -> dict[str, Any]:
-    """What a copy of a node is to know of its value."""
+    """The metadata for a copy of a node."""
     if "example_value" not in node.meta:
         raise CaptureError(f"the graph computes something besides tensors and sizes: {node.name}")
     return {"example_value": node.meta["example_value"]}
@@ -306,8 +289,8 @@ def _piece(gm: fx.GraphModule, nodes: Sequence[fx.Node], wanted: Sequence[fx.Nod
 
 
 def _derivable(reads: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]]:
-    """The sizes among a piece's reads that are a dim of a tensor among them: the piece takes those from the tensor, so
-    that they are right for whatever tensor it is given (each layer's cache may have a length of its own)."""
+    """The sizes that a piece reads and that are also a dim of a tensor it reads. The piece takes them from the tensor,
+    so that they are right for any tensor passed to it (each layer's cache may have its own length)."""
     dims: dict[str, tuple[fx.Node, int]] = {}
     for node in reads:
         value = node.meta.get("example_value")
@@ -318,8 +301,8 @@ def _derivable(reads: Sequence[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]]:
 
 
 def _closure(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """All nodes, sizes moved to their first reader (and those of other segments recomputed); and the values read from
-    outside, in the order of first use. Nothing is dropped: what looks dead may write in place."""
+    """The nodes of a piece, with each size moved to its first reader and sizes of other segments recomputed; and the
+    values read from outside, in the order of first use. Keeps nodes that look dead, because they may write in place."""
     needed = {node for node in nodes if not is_size(node)}
     body: list[fx.Node] = []
     placed: set[fx.Node] = set()
@@ -327,8 +310,8 @@ def _closure(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     first_of: dict[str, fx.Node] = {}
 
     def visit(node: fx.Node) -> None:
-        """Place a node, each size that it reads right in front of its first reader: where the trace computed a size
-        says nothing about the piece."""
+        """Place a node, and before it each size that it is the first to read. Where the trace computed a size does not
+        matter, so equal pieces must not differ in it."""
         for parent in node.all_input_nodes:
             if parent in placed or parent in reads:
                 continue

@@ -1,9 +1,9 @@
-"""Stamping: from the steps of a template to the steps of the deep model, by rewriting where each input comes from.
+"""Stamping: turns the steps of a template into the steps of the deep model by rewriting where each input comes from.
 
-A **unit** is what runs from the first op of one layer up to the first op of the next: a layer's back and the next
-layer's front; or, where the graph was cut at its layers, one layer. What lies before the first unit is the **head**.
-A value that a unit reads is its own, of the unit right before it, or from outside the stack; anything else can't be
-stamped.
+A **unit** is the steps from the first op of one layer up to the first op of the next: the back of a layer and the front
+of the next one. If the graph was cut at its layers, a unit is one layer. The steps before the first unit are the
+**head**. A unit may read its own values, those of the unit before it, and values from outside the stack. If it reads
+anything else, the model can't be stamped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glowplug.graph.split import OpStep, Piece, Step, Value
 
 @dataclass(frozen=True)
 class Own:
-    """A weight or handle of the unit's own layer (`offset` 0) or of the next one (1), by its path in the layer."""
+    """A weight or handle of the unit's layer (`offset` 0) or of the next layer (1), by its path in the layer."""
 
     offset: int
     path: str
@@ -33,20 +33,20 @@ class Local:
     """An output of an earlier step of the same unit."""
 
     step: int
-    slot: int
+    output: int
 
 
 @dataclass(frozen=True)
 class Previous:
-    """An output of a step of the unit right before."""
+    """An output of a step of the unit before."""
 
     step: int
-    slot: int
+    output: int
 
 
 @dataclass(frozen=True)
 class Outside:
-    """A value from before the stack, an argument of the program, or a weight outside the stack, by its graph name."""
+    """A value computed before the stack, an argument of the program, or a weight outside the stack, by graph name."""
 
     name: str
 
@@ -60,25 +60,26 @@ class UnitStep:
 
     Attributes:
         step: the template's piece or op step.
-        found: the piece's fingerprint; None for an op step.
-        inputs: graph value -> where it comes from, for every value that the step reads, in order.
-        constants: the constant arguments of an op step, in canonical text.
+        fingerprint: the piece's fingerprint; None for an op step.
+        inputs: graph value -> its origin, for every value that the step reads, in order.
+        constants: the constant arguments of an op step, as canonical text.
     """
 
     step: Step
-    found: Fingerprint | None
+    fingerprint: Fingerprint | None
     inputs: Mapping[str, Reference]
     constants: str
 
     @property
     def code(self) -> tuple[Any, ...]:
-        """What the step computes, and how many outputs others read: without where its inputs come from."""
-        what = self.found.digest if self.found is not None else f"{self.step.op.name} {self.constants}"  # type: ignore[union-attr]
-        return what, tuple(name is not None for name in self.step.outputs)
+        """What the step computes and which of its outputs are read, without the origin of its inputs."""
+        digest = self.fingerprint.digest if self.fingerprint is not None else None
+        computation = f"{self.step.op.name} {self.constants}" if isinstance(self.step, OpStep) else digest
+        return computation, tuple(name is not None for name in self.step.outputs)
 
     @property
     def wiring(self) -> tuple[Reference, ...]:
-        """Where its inputs come from."""
+        """The origin of each input."""
         return tuple(self.inputs.values())
 
 
@@ -95,7 +96,7 @@ class Unit:
 
     @property
     def owned(self) -> tuple[Own, ...]:
-        """The layers' own weights and handles that it reads, in order."""
+        """The weights and handles of layers that the unit reads, in order."""
         return tuple(ref for step in self.steps for ref in step.wiring if isinstance(ref, Own))
 
     @property
@@ -110,9 +111,9 @@ class Stamped:
 
     Attributes:
         head: the steps before the stack's first op.
-        units: the template's units, one a layer of the template.
-        sequence: for each layer of the deep model, the unit that runs it.
-        outputs: where the program's outputs come from, as seen by the last unit.
+        units: the template's units, one per layer of the template.
+        sequence: the unit for each layer of the deep model.
+        outputs: the origin of each of the program's outputs, as seen by the last unit.
     """
 
     head: tuple[Step, ...]
@@ -123,11 +124,11 @@ class Stamped:
 
 @dataclass(frozen=True)
 class Locations:
-    """Where a template's inputs lie in the model.
+    """Where a template's inputs are in the model.
 
     Attributes:
         own: graph value -> (layer of the stack, path in the layer), for weights and handles in the stack.
-        outside: graph values that come from outside the stack: arguments, other weights.
+        outside: graph values from outside the stack: arguments and other weights.
     """
 
     own: Mapping[str, tuple[int, str]]
@@ -137,7 +138,7 @@ class Locations:
 def stamp(
     captured: Captured,
     steps: Sequence[Step],
-    prints: Sequence[Fingerprint | None],
+    fingerprints: Sequence[Fingerprint | None],
     outputs: Sequence[str],
     *,
     locations: Locations,
@@ -148,14 +149,15 @@ def stamp(
 
     Args:
         captured: the template's graph.
-        steps: its steps, and `prints` the fingerprint of each piece.
+        steps: the template's steps.
+        fingerprints: the fingerprint of each piece; None for an op step.
         outputs: names of the graph's outputs.
-        locations: where its inputs lie.
+        locations: where the template's inputs are.
         template: the kinds of the template's layers.
         kinds: the kinds of all layers, which begin with `template`.
 
     Raises:
-        NotStampableError: the template does not show how to run the rest; the message says why, with the layers.
+        NotStampableError: the template does not show how to run the other layers; the message names the layers.
     """
     nodes = {node.name: node for node in captured.gm.graph.nodes}
     starts = _starts(steps, locations, len(template))
@@ -163,7 +165,7 @@ def stamp(
     reader = _Reader(nodes, locations, head)
     units = []
     for layer, (start, stop) in enumerate(zip(starts, [*starts[1:], len(steps)], strict=True)):
-        units.append(reader.unit(layer, steps[start:stop], prints[start:stop]))
+        units.append(reader.unit(layer, steps[start:stop], fingerprints[start:stop]))
     sequence = _sequence(template, kinds, units)
     _check_alike(units, template)
     _check_joints(units, sequence)
@@ -175,7 +177,7 @@ def stamp(
 
 
 def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int]:
-    """The index of the first op of each layer; of its first step, where the graph was cut at layers."""
+    """The index of each layer's first op, or of its first step if the graph was cut at layers."""
     starts: list[int] = []
     at_layers = any(step.layer is not None for step in steps)
     for index, step in enumerate(steps):
@@ -197,40 +199,40 @@ def _starts(steps: Sequence[Step], locations: Locations, depth: int) -> list[int
 
 
 def _called_for(step: Step, locations: Locations) -> int | None:
-    """The layer that an op is called for; None for a piece, or for a module outside of the stack."""
+    """The layer that an op is called for; None for a piece, and for an op of a module outside the stack."""
     where = locations.own.get(getattr(step.args[0], "name", "")) if isinstance(step, OpStep) else None
     return where[0] if where is not None else None
 
 
 class _Reader:
-    """Finds out where each value comes from, as seen by the unit that reads it."""
+    """Determines the origin of each value, as seen by the unit that reads it."""
 
     def __init__(self, nodes: Mapping[str, fx.Node], locations: Locations, head: Sequence[Step]) -> None:
         self.nodes = nodes
         self.locations = locations
         self.produced: dict[str, tuple[int, int, int]] = {}
         self.head = {name for step in head for name in step.outputs if name is not None}
-        self.inside: dict[fx.Node, bool] = {}
+        self.of_stack: dict[fx.Node, bool] = {}
 
-    def unit(self, layer: int, steps: Sequence[Step], prints: Sequence[Fingerprint | None]) -> Unit:
+    def unit(self, layer: int, steps: Sequence[Step], fingerprints: Sequence[Fingerprint | None]) -> Unit:
         """Describe the steps of one layer's unit."""
-        made = []
-        for index, (step, found) in enumerate(zip(steps, prints, strict=True)):
+        unit_steps = []
+        for index, (step, fingerprint) in enumerate(zip(steps, fingerprints, strict=True)):
             inputs = {name: self.reference(layer, name) for name in reads(step)}
-            made.append(UnitStep(step, found, inputs, _constants(step)))
-            for slot, name in enumerate(step.outputs):
+            unit_steps.append(UnitStep(step, fingerprint, inputs, _constants(step)))
+            for output, name in enumerate(step.outputs):
                 if name is not None:
-                    self.produced[name] = (layer, index, slot)
-        return Unit(tuple(made))
+                    self.produced[name] = (layer, index, output)
+        return Unit(tuple(unit_steps))
 
     def reference(self, layer: int, name: str) -> Reference:
-        """Where the value comes from, seen from a layer's unit."""
+        """The origin of a value, as seen by a layer's unit."""
         if name in self.produced:
-            unit, step, slot = self.produced[name]
+            unit, step, output = self.produced[name]
             if unit == layer:
-                return Local(step, slot)
+                return Local(step, output)
             if unit == layer - 1:
-                return Previous(step, slot)
+                return Previous(step, output)
             raise NotStampableError(f"layer {layer} or {layer + 1} reads a value that layer {unit} made", (unit, layer))
         own = self.locations.own.get(name)
         if own is not None:
@@ -238,19 +240,19 @@ class _Reader:
                 raise NotStampableError(f"layer {layer} reads {own[1]} of layer {own[0]}", (layer, own[0]))
             return Own(own[0] - layer, own[1])
         if name in self.head:
-            if layer > 0 and self._made_inside(self.nodes[name]):
+            if layer > 0 and self._depends_on_stack(self.nodes[name]):
                 raise NotStampableError(f"layer {layer} or {layer + 1} reads a value that layer 0 made", (0, layer))
             return Outside(name)
         if name in self.locations.outside:
             return Outside(name)
         raise NotStampableError(f"layer {layer} reads {name}, whose place in the model is unknown", (layer,))
 
-    def _made_inside(self, node: fx.Node) -> bool:
-        """Whether a layer of the stack had a part in a value."""
-        if node not in self.inside:
-            self.inside[node] = False
-            self.inside[node] = node.name in self.locations.own or any(map(self._made_inside, node.all_input_nodes))
-        return self.inside[node]
+    def _depends_on_stack(self, node: fx.Node) -> bool:
+        """Whether a value depends on a weight or handle of the stack."""
+        if node not in self.of_stack:
+            is_own = node.name in self.locations.own
+            self.of_stack[node] = is_own or any(map(self._depends_on_stack, node.all_input_nodes))
+        return self.of_stack[node]
 
 
 def reads(step: Step) -> list[str]:
@@ -276,30 +278,30 @@ def _constants(step: Step) -> str:
 
 
 def _sequence(template: Sequence[int], kinds: Sequence[int], units: Sequence[Unit]) -> tuple[int, ...]:
-    """For each layer of the deep model, the layer of the template that shows how to run it: the first between such
-    neighbours, of those that fit behind the unit before."""
+    """For each layer of the deep model, the layer of the template that shows how to run it: the first one with equal
+    kinds (its own and its neighbours') that fits behind the unit before, or else the first one with equal kinds."""
     last, depth = len(template) - 1, len(kinds)
     shown: dict[tuple[int, ...], list[int]] = {}
     for index in range(1, last):
         shown.setdefault(tuple(template[index - 1 : index + 2]), []).append(index)
     sequence = [0]
     for layer in range(1, depth - 1):
-        found = shown.get(tuple(kinds[layer - 1 : layer + 2]))
-        if found is None:
+        candidates = shown.get(tuple(kinds[layer - 1 : layer + 2]))
+        if candidates is None:
             raise NotStampableError(f"the template does not show the neighbours of layer {layer}", (layer,))
-        sequence.append(next((unit for unit in found if _fits(units, sequence[-1], unit)), found[0]))
+        sequence.append(next((unit for unit in candidates if _fits(units, sequence[-1], unit)), candidates[0]))
     return (*sequence, last)
 
 
 def _fits(units: Sequence[Unit], before: int, unit: int) -> bool:
-    """Whether a unit finds, in the one that runs before it, what it read from the one before it in the template."""
+    """Whether unit `before` provides what `unit` read from the unit before it in the template."""
     return before == unit - 1 or units[before].code == units[unit - 1].code
 
 
 def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
-    """Layers of equal kinds between equal kinds must have given equal units: a layer that looks like another but
-    computes something else is found out here. The first is not asked: its unit runs no other layer, and it may get less
-    than the others, which get what the one before them hands on."""
+    """Check that layers of equal kinds between equal kinds gave equal units. This detects a layer that looks like
+    another but computes something else. The first unit is exempt: it runs only the first layer, and it may read less
+    than the others, which also read values of the unit before them."""
     by_pair: dict[tuple[int, ...], int] = {}
     by_triple: dict[tuple[int, ...], int] = {}
     for layer in range(1, len(units) - 1):
@@ -322,7 +324,7 @@ def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
 
 
 def _is_outside(step: UnitStep) -> bool:
-    """Whether an op is called for a module outside of the stack, such as a model's head."""
+    """Whether an op is called for a module outside the stack, such as a model's head."""
     return isinstance(next(iter(step.inputs.values()), None), Outside)
 
 

@@ -1,4 +1,4 @@
-"""Which layer is it: handles, the registry of a model's layers, and the context of one forward pass."""
+"""Layer identity: handles, the registry of a model's layers, and the context of one forward pass."""
 
 from glowplug.layers.context import ForwardContext, current_context, forward_context
 from glowplug.layers.handle import LayerHandle

@@ -1,4 +1,4 @@
-"""`ForwardContext`: what one forward pass knows and no graph may: its cache, and its layers."""
+"""`ForwardContext`: the state of one forward pass that must not enter a graph: its cache and its layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ForwardContext(Turns):
     """State of one forward pass of one model, alive from its first op to its last.
 
     Args:
-        registry: the layers of the model that runs.
+        registry: the layers of the running model.
         cache: the key-value cache that `glowplug::kv_cache_update` writes to (any object with
-            `update(keys, values, layer_idx)`), or None: keys and values pass through.
-        check_order: with `identity="ordered"`, whether a wrong order raises. Only a demonstration turns it off.
+            `update(keys, values, layer_idx)`). If None, keys and values pass through.
+        check_order: whether a wrong order raises, with `identity="ordered"`. Only a demonstration turns it off.
         bodies: id of a layer -> the compiled body that its op runs in this pass; see `glowplug.bodies`.
     """
 
@@ -37,12 +37,12 @@ _current: ContextVar[ForwardContext | None] = ContextVar("glowplug_forward_conte
 
 
 def current_context() -> ForwardContext | None:
-    """The innermost `ForwardContext` of this thread or task, or None outside any."""
+    """The innermost `ForwardContext` of this thread or task; None if there is none."""
     return _current.get()
 
 
 def body_for(layer: nn.Module, tensors: Sequence[Any], constants: str = "") -> Callable[..., Tensor] | None:
-    """The compiled body that a layer's op runs in this pass for these tensors; None: the layer's own code."""
+    """The compiled body that a layer's op runs in this pass for these tensors; None to run the layer's own code."""
     context = _current.get()
     body = context.bodies.get(id(layer)) if context is not None else None
     return body.run if body is not None and body.serves(layer, tensors, constants) else None
@@ -50,10 +50,10 @@ def body_for(layer: nn.Module, tensors: Sequence[Any], constants: str = "") -> C
 
 @contextmanager
 def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
-    """Make `context` current for one forward pass. Contexts nest, and threads and tasks don't see each other's.
+    """Make `context` current for one forward pass. Contexts nest; threads and tasks don't see each other's.
 
     Raises:
-        LayerOrderError: on a clean exit, when `identity="ordered"` left layers over; nothing was returned yet.
+        LayerOrderError: on a clean exit, if `identity="ordered"` has layers left over; no output was returned yet.
     """
     token = _current.set(context)
     try:

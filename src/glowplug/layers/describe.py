@@ -1,8 +1,8 @@
-"""Values that modules hold, as text that is equal where they do the same.
+"""Describes values that modules hold as text. Values with equal texts behave the same.
 
-Plain values go by content, and so does what is made of them: containers, functions and what their cells and defaults
-hold, partials, bound methods, objects of Python classes. Anything else goes by identity, in this process (`Describer`),
-or has no description (`glowplug.layers.structure`, which must hold in every process).
+Plain values are described by content, and so are values composed of them: containers, functions with their cells and
+defaults, partials, bound methods, objects of Python classes. `Describer` describes anything else by identity, which is
+valid in one process only. `glowplug.layers.structure` needs texts that hold in every process, and refuses it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtyp
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
 _LONGEST = 200
 _LARGEST = 2000
-"""Objects that one value may hold, at most: what holds more is not looked at."""
+"""The most objects that one value may hold; a larger value is described by identity."""
 _DEEPEST = 60
 _POINTER = object.__basicsize__ // 2
 
 
 class _TooLarge(Exception):
-    """A value holds more objects than is worth looking at."""
+    """A value holds more than `_LARGEST` objects."""
 
 
 class Describer:
     """Describes what the modules below a root hold.
 
     Args:
-        root: such as a layer. What refers to a module below it is described by that module's place.
-        model: ids of the modules of the whole model: those that lie elsewhere go by identity.
-        known: id of an object that refers to nothing below the root -> the object, and its text; describers may share.
-        skip: names of attributes that are left out.
+        root: a module, such as a layer. References to modules below it are described by their path in it.
+        model: ids of the whole model's modules; those outside the root are described by identity.
+        known: id of an object -> the object and its text, for objects that refer to nothing below the root.
+            Describers may share it.
+        skip: names of attributes to leave out.
     """
 
     by_identity = True
-    """Whether what has no content to describe goes by identity."""
+    """Whether an object without content is described by identity."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Describer:
         self._count = 0
 
     def text(self, value: Any) -> str:
-        """A value as text. Equal texts mean: the same to any code that reads it, each below its own root."""
+        """A value as text. Code below the root can't tell values with equal texts apart."""
         if type(value) in PLAIN:
             return repr(value)
         if not self._open:
@@ -79,41 +80,42 @@ class Describer:
                 self._known[id(value)] = value, self.unknown(value)
         return self._look(value)
 
-    # -- what a description in every process does otherwise ----------------------------------------------------
+    # -- overridden for descriptions that must hold in every process -------------------------------------------
 
     def named(self, value: Any) -> str:
-        """A class, an enum's member, a Python module or code: never looked into."""
+        """Describe a class, an enum member, a Python module or a code object, without looking inside."""
         return _identity(value)
 
     def unknown(self, value: Any) -> str:
-        """What can't be looked into."""
+        """Describe an object whose content can't be read."""
         return _identity(value)
 
     def tensor(self, tensor: torch.Tensor) -> str:
-        """A tensor that is no attribute of a module: a program can't bind it."""
+        """Describe a tensor that is no module's attribute. A program can't bind it, so its identity counts."""
         return f"tensor {id(tensor)} {layout_text(tensor)}"
 
     def function(self, function: types.FunctionType) -> str:
-        """A function by its code and by what it holds."""
-        return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {self.held(function)}"
+        """Describe a function by its code and its environment."""
+        text = self.environment(function)
+        return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {text}"
 
     def attribute(self, name: str, value: Any) -> str:
-        """An attribute of an object."""
+        """Describe an attribute of an object."""
         return f"{name}={self.text(value)}"
 
     def arrange(self, texts: list[str]) -> list[str]:
-        """What has no order of its own, in the order in which a loop meets it."""
+        """Order the items of an unordered container. Within one process, iteration order is what code sees."""
         return texts
 
     # -- looking into values -----------------------------------------------------------------------------------
 
-    def held(self, function: types.FunctionType) -> str:
-        """What a function holds besides its code."""
-        cells = [held_by(cell) for cell in function.__closure__ or ()]
+    def environment(self, function: types.FunctionType) -> str:
+        """Describe what a function holds besides its code: defaults, attributes and cells."""
+        cells = [cell_content(cell) for cell in function.__closure__ or ()]
         return self._all(function.__defaults__, function.__kwdefaults__, vars(function), *cells)
 
     def _look(self, value: Any) -> str:
-        """The text of an object; one that is being described already, further out, by how far out."""
+        """Describe an object. One that encloses the current object is described by its distance outwards."""
         key = id(value)
         for table in (self._known, self._mine):
             if key in table:
@@ -135,7 +137,7 @@ class Describer:
         del self._open[key]
         if len(text) > _LONGEST:
             text = f"{type(value).__qualname__} {hashlib.sha256(text.encode()).hexdigest()}"
-        if self._lowest >= level:  # it refers to nothing that holds it
+        if self._lowest >= level:  # no reference to an enclosing object
             (self._mine if self._relative else self._known)[key] = value, text
             self._lowest = _LARGEST
         self._lowest, self._relative = min(outer[0], self._lowest), outer[1] or self._relative
@@ -170,8 +172,8 @@ class Describer:
         if placing is not None:
             return placing
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            held = f"{value.dtype} {value.shape} {value.strides} {value.flags.writeable}"
-            return f"{self.named(type(value))} {held} {hashlib.sha256(value.tobytes()).hexdigest()}"
+            layout = f"{value.dtype} {value.shape} {value.strides} {value.flags.writeable}"
+            return f"{self.named(type(value))} {layout} {hashlib.sha256(value.tobytes()).hexdigest()}"
         return self._container(value)
 
     def _container(self, value: Any) -> str:
@@ -193,16 +195,16 @@ class Describer:
         return self._object(value, []) if _is_transparent(type(value)) else self.unknown(value)
 
     def _object(self, value: Any, items: list[str]) -> str:
-        """An object by its class, what it holds as a container, and its attributes."""
+        """Describe an object by its class, its items and its attributes."""
         attributes = attributes_of(value) or {}
-        kept = self.arrange([self.attribute(name, held) for name, held in attributes.items() if name not in self._skip])
+        kept = self.arrange([self.attribute(name, item) for name, item in attributes.items() if name not in self._skip])
         if self.by_identity and not (items or kept or callable(value) or isinstance(value, _CONTAINERS)):
-            return _identity(value)  # all that code can do with it is to ask whether it is another
+            return _identity(value)  # code can only compare it with another object
         return f"{self.named(type(value))}({', '.join([*items, *kept])})"
 
 
-def held_by(cell: types.CellType) -> Any:
-    """What a function's cell holds; a text when it holds nothing yet."""
+def cell_content(cell: types.CellType) -> Any:
+    """The content of a function's cell, or a text if the cell is still empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -210,17 +212,17 @@ def held_by(cell: types.CellType) -> Any:
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """An object's attributes, those in slots too; None when it can't have any."""
-    attributes = getattr(value, "__dict__", None)
-    found = dict(attributes) if isinstance(attributes, dict) else None
+    """An object's attributes, including slots; None if it can't have any."""
+    table = getattr(value, "__dict__", None)
+    attributes = dict(table) if isinstance(table, dict) else None
     for base in type(value).__mro__:
         for name, slot in _slots(base).items():
-            found = found if found is not None else {}
+            attributes = attributes if attributes is not None else {}
             try:
-                found[name] = slot.__get__(value, type(value))
+                attributes[name] = slot.__get__(value, type(value))
             except AttributeError:
-                continue  # nothing yet
-    return found
+                continue  # not set yet
+    return attributes
 
 
 def _identity(value: Any) -> str:
@@ -228,7 +230,7 @@ def _identity(value: Any) -> str:
 
 
 def _is_python(cls: type) -> bool:
-    return bool(cls.__flags__ & 1 << 9)  # made by a class statement
+    return bool(cls.__flags__ & 1 << 9)  # a heap type: defined by a class statement
 
 
 def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
@@ -238,7 +240,7 @@ def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
 
 
 def _is_transparent(cls: type) -> bool:
-    """Whether attributes and slots are all that an object of a class holds, as far as its size in memory tells."""
+    """Whether objects of a class hold nothing but attributes and slots, judging by their size in memory."""
     bases = [base for base in cls.__mro__ if base is not object]
     if cls.__itemsize__ or not all(_is_python(base) or base is types.SimpleNamespace for base in bases):
         return False
@@ -248,7 +250,7 @@ def _is_transparent(cls: type) -> bool:
 
 
 def layout_text(tensor: torch.Tensor | None) -> str:
-    """A tensor but for its values; one that is made of others with theirs."""
+    """Describe a tensor without its values, and for a tensor subclass its inner tensors."""
     if tensor is None:
         return "none"
     form = tensor.stride() if tensor.layout is torch.strided else tensor.layout
@@ -257,21 +259,21 @@ def layout_text(tensor: torch.Tensor | None) -> str:
 
 
 def inner_text(tensor: torch.Tensor) -> str:
-    """The tensors that one of a subclass is made of, but for their values, and what it says of them; else empty."""
+    """Describe the inner tensors and the context of a tensor subclass, without values. Empty for a plain tensor."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None or sharding_text(tensor):
         return ""
     names, context = flatten()
     inner = ", ".join(
-        f"{name}: {tuple(held.shape)} {held.dtype} {held.stride()} {type(held).__qualname__}{inner_text(held)}"
+        f"{name}: {tuple(part.shape)} {part.dtype} {part.stride()} {type(part).__qualname__}{inner_text(part)}"
         for name in names
-        if isinstance(held := getattr(tensor, name), torch.Tensor)
+        if isinstance(part := getattr(tensor, name), torch.Tensor)
     )
     return f" of {inner} {context!r}"
 
 
 def shown(value: Any) -> str:
-    """A value as a person reads it: without addresses, and short."""
+    """A value as short text for a person, without addresses."""
     return _shown(value, 3)[:100]
 
 
@@ -299,14 +301,14 @@ def _shown(value: Any, depth: int) -> str:
     if isinstance(value, types.MethodType):
         return f"{inner(value.__func__)} of a {type(value.__self__).__qualname__}"
     if isinstance(value, types.FunctionType):
-        held = dict(zip(value.__code__.co_freevars, map(held_by, value.__closure__ or ()), strict=True))
-        held |= {"its defaults": value.__defaults__} if value.__defaults__ else {}
-        held |= value.__kwdefaults__ or {}
-        inside = ", ".join(f"{name}={inner(item)}" for name, item in held.items())
+        environment = dict(zip(value.__code__.co_freevars, map(cell_content, value.__closure__ or ()), strict=True))
+        environment |= {"its defaults": value.__defaults__} if value.__defaults__ else {}
+        environment |= value.__kwdefaults__ or {}
+        text = ", ".join(f"{name}={inner(item)}" for name, item in environment.items())
         name = value.__qualname__.replace("<locals>.", "").replace("<lambda>", "lambda")
-        return f"{name}{f' with {inside}' if inside else ''}"
+        return f"{name}{f' with {text}' if text else ''}"
     attributes = attributes_of(value)
     if attributes is not None and not isinstance(value, nn.Module):
-        inside = ", ".join(f"{name}={inner(item)}" for name, item in itertools.islice(attributes.items(), 8))
-        return f"{type(value).__qualname__}({inside})"
+        text = ", ".join(f"{name}={inner(item)}" for name, item in itertools.islice(attributes.items(), 8))
+        return f"{type(value).__qualname__}({text})"
     return str(getattr(value, "__qualname__", f"a {type(value).__qualname__}"))

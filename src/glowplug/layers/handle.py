@@ -1,6 +1,6 @@
-"""`LayerHandle`: the opaque value by which a layer op finds its layer. Dynamo makes it a graph input.
+"""`LayerHandle`: the opaque value by which a layer op finds its layer. Dynamo lifts it to a graph input.
 
-The one place that touches torch's opaque-object API (private; checked on torch 2.11 and 2.13).
+The only module that uses torch's opaque-object API (private; checked on torch 2.11 and 2.13).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ except ImportError as exc:  # pragma: no cover - depends on the torch installed
 class LayerHandle(OpaqueBase):
     """Names one layer of one registered model, without being a constant in any graph.
 
-    Equal handles name the same layer of the same model. A handle that was copied together with its model belongs to
-    no model until the copy is registered, so a copy can never reach into the original's weights.
+    Equal handles name the same layer of the same model. Copying a model detaches its handles until the copy is
+    registered, so a copy can never reach the original's weights.
 
     Args:
-        scope: number of the registry that made the handle, unique in the process; -1 when it belongs to none.
+        scope: number of the registry that created the handle, unique in the process; -1 if the handle is detached.
         name: the layer's qualified name in its model, such as `"model.layers.3.mlp.experts"`.
     """
 
@@ -41,7 +41,7 @@ class LayerHandle(OpaqueBase):
         self._layer: weakref.ref[nn.Module] | None = None
 
     def attach(self, layer: nn.Module) -> None:
-        """Point the handle at its layer. Held weakly: a handle never keeps a model's weights alive."""
+        """Point the handle at its layer. The reference is weak, so that a handle never keeps weights alive."""
         self._layer = weakref.ref(layer)
 
     def resolve(self) -> nn.Module:
@@ -70,9 +70,6 @@ class LayerHandle(OpaqueBase):
 
     def __fx_repr__(self) -> tuple[str, dict[str, type]]:
         return repr(self), {"LayerHandle": LayerHandle}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerHandle:
-        return LayerHandle(-1, self.name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerHandle, (-1, self.name)

@@ -1,7 +1,9 @@
-"""The kind of each layer of a stack: layers of one kind compute the same of (inputs, own weights, own handle).
+"""Decides the kind of each layer of a stack. Layers of one kind compute the same function of (inputs, own weights,
+own handle).
 
-What a layer's forward can read tells kinds apart: code, shapes, hooks, attributes. Whether it *does* read an attribute
-only a trace says. So kinds may leave out the attributes in which layers differ, until a trace has read them.
+Kinds are told apart by everything a layer's forward can read: code, shapes, hooks, attributes. Only a trace shows
+whether the forward *does* read an attribute. So kinds may ignore attributes in which layers differ until a trace has
+read them.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from glowplug.layers.reads import PRINTED, attributes_read, hooks_of
 
 @dataclass(frozen=True)
 class Fact:
-    """Something of a layer that its forward can read.
+    """Something that a layer's forward can read.
 
     Attributes:
-        text: equal where it does the same.
-        value: what it is.
-        owner: of an attribute that kinds may leave out, the object that has it.
-        name: its name.
+        text: its description; equal texts mean equal behaviour.
+        value: the value itself.
+        owner: the object that has it, if it is an attribute that kinds may ignore.
+        name: the attribute's name.
     """
 
     text: str
@@ -37,16 +39,16 @@ class Fact:
 
 
 Facts = dict[str, Fact]
-"""Where it lies in the layer, such as `mlp.scale` -> the fact."""
+"""Place in the layer, such as `mlp.scale` -> the fact."""
 
 
 @dataclass(frozen=True)
 class Unread:
-    """The attributes in which layers differ and that their kinds leave out, as no trace has read them yet.
+    """Attributes in which layers differ, but which their kinds ignore because no trace has read them yet.
 
     Attributes:
-        attributes: (id of the object that has it, its name) -> where it lies in a layer.
-        values: id of a value that code may reach by another way -> where it lies in a layer.
+        attributes: (id of the owner, attribute name) -> place in a layer.
+        values: id of a value that code may also reach by another path -> place in a layer.
     """
 
     attributes: Mapping[tuple[int, str], str] = field(default_factory=dict)
@@ -55,14 +57,14 @@ class Unread:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the layers of a stack are told apart by.
+    """What tells the layers of a stack apart.
 
     Attributes:
         layers: the layers.
-        columns: what code outside of the layers may look up for each of them: place -> an entry a layer.
+        columns: values that code outside the layers may look up for each layer: place -> one fact per layer.
         model: ids of the model's modules.
-        strict: no trace tells what the layers read.
-        caches: whether attributes that name the layer are handed to caches.
+        strict: whether no trace will show what the layers read.
+        caches: whether the layers may pass attributes that name the layer to caches.
     """
 
     layers: Sequence[nn.Module]
@@ -74,7 +76,7 @@ class LayerFacts:
     _computed: dict[tuple[Any, ...], frozenset[str]] = field(default_factory=dict)
 
     def of(self, index: int) -> Facts:
-        """Everything that a layer's forward can read, but for what merely names the layer and the weights' values."""
+        """Everything a layer's forward can read, except weights' values and attributes that merely name the layer."""
         layer = self.layers[index]
         describer = Describer(layer, self.model, self._known)
         columns = ((place, column[index]) for place, column in self.columns.items())
@@ -100,7 +102,7 @@ class LayerFacts:
             yield f".{name}", Fact(text, value, module, name)
 
     def _names_only(self, module: nn.Module) -> frozenset[str]:
-        """The attributes of a module that merely name the layer, or only print it."""
+        """Names of a module's attributes that merely name the layer or serve only to print it."""
         printed = PRINTED if self.strict else frozenset()
         if not self.caches:
             return printed
@@ -112,13 +114,13 @@ class LayerFacts:
         return (NAMING - self._computed[key]) | printed
 
 
-def tell_apart(layers: Sequence[Facts], told: Collection[str] | None) -> tuple[tuple[int, ...], Unread]:
+def tell_apart(layers: Sequence[Facts], read: Collection[str] | None) -> tuple[tuple[int, ...], Unread]:
     """The kind of each layer, as a number: equal numbers mean the same function of (inputs, own weights, own handle).
 
     Args:
-        layers: the facts of each.
-        told: the places of attributes that a trace has read. Others in which layers differ are left out, and returned.
-            None: nothing is left out.
+        layers: the facts of each layer.
+        read: places of the attributes that a trace has read. The kinds ignore other attributes in which layers differ,
+            and those are returned. None: the kinds ignore nothing.
     """
     attributes: dict[tuple[int, str], str] = {}
     values: dict[int, str] = {}
@@ -129,7 +131,7 @@ def tell_apart(layers: Sequence[Facts], told: Collection[str] | None) -> tuple[t
         if not varies and None not in column:
             continue
         columns.append([fact.text if fact is not None else None for fact in column])
-        for index, fact in enumerate(column if varies and told is not None and place not in told else ()):
+        for index, fact in enumerate(column if varies and read is not None and place not in read else ()):
             if fact is not None and fact.owner is not None:
                 columns[-1][index] = ""
                 attributes[id(fact.owner), fact.name] = place
@@ -141,24 +143,24 @@ def tell_apart(layers: Sequence[Facts], told: Collection[str] | None) -> tuple[t
 
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
-"""Each way to such a value is a read of its own, even where two ways lead to the same object."""
+"""Such values are often shared objects: reaching one by another path does not mean that the attribute was read."""
 _MANY = 10**6
 
 
 def difference(few: Mapping[int, Facts], unread: Unread, name_of: Callable[[int, str], str]) -> str | None:
-    """What keeps layers apart, shown on the two that differ least; None when nothing does.
+    """Describe how the two layers that differ least differ; None if no layers differ.
 
     Args:
-        few: the index and the facts of a layer of each kind.
-        unread: what their kinds leave out.
-        name_of: gives the qualified name of what a layer has at a path.
+        few: index -> facts, for one layer of each kind.
+        unread: the attributes that the kinds ignore.
+        name_of: returns the qualified name for a layer and a path in it.
     """
     ignored = set(unread.attributes.values())
-    found = {(a, b): _differing(few[a], few[b], ignored) for b in few for a in few if a < b}
-    if not found:
+    differing = {(a, b): _differing(few[a], few[b], ignored) for b in few for a in few if a < b}
+    if not differing:
         return None
-    one, other = min(found, key=lambda pair: len(found[pair]) or _MANY)
-    places = found[one, other][:2]
+    one, other = min(differing, key=lambda pair: len(differing[pair]) or _MANY)
+    places = differing[one, other][:2]
     words = [word for place in places for word in _words(few[one].get(place), few[other].get(place), place)]
     return f"layers {one} and {other} differ in {'; '.join(words)}{_use(few[one], places, one, name_of)}"
 
@@ -169,13 +171,13 @@ def _words(one: Fact | None, other: Fact | None, place: str) -> list[str]:
     words = [f"{label} {shown(fact.value)}" for fact in (one, other) if fact is not None]
     if len(words) == 1:
         return [f"{words[0]}, which only one of them has"[:160]]
-    return (
-        [f"{words[0]}, each of a class of its own"] if is_class and words[0] == words[1] else [w[:120] for w in words]
-    )
+    if is_class and words[0] == words[1]:
+        return [f"{words[0]}, each of a class of its own"]
+    return [word[:120] for word in words]
 
 
 def _use(facts: Facts, places: Sequence[str], layer: int, name_of: Callable[[int, str], str]) -> str:
-    """How the layers use the attributes in which they differ."""
+    """Say how the layers use the attributes in which they differ."""
     attributes = [place for place in places if place in facts and facts[place].owner is not None]
     if any(place.rpartition(".")[2] in NAMING for place in attributes):
         return ", which their code computes with"
@@ -185,6 +187,6 @@ def _use(facts: Facts, places: Sequence[str], layer: int, name_of: Callable[[int
 
 
 def _differing(one: Facts, other: Facts, ignored: Collection[str]) -> list[str]:
-    """Places that differ: first those that both have."""
+    """Places that differ, first those that both layers have."""
     both = [place for place in one if place in other and one[place].text != other[place].text and place not in ignored]
     return both + [place for place in {**one, **other} if (place in one) != (place in other)]

@@ -1,5 +1,5 @@
-"""The identities that came before handles: `"baked"`, a layer's name in the graph, and `"ordered"`, the order in which
-the layers were created, as vLLM's pull request 32805 had it. Nobody needs them to understand the hoisted way.
+"""The identities that preceded handles: `"baked"` puts a layer's name in the graph, and `"ordered"` relies on the order
+in which layers were created, like vLLM's pull request 32805. You need neither to understand hoisted handles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _traced_calls: dict[str, list[str]] = {}
 
 
 class LayerName:
-    """What a layer is marked with. In a copy of the model it names nothing until the copy is registered.
+    """The mark on a layer. In a copy of the model it names no layer until the copy is registered.
 
     Attributes:
         identity: `"baked"` or `"ordered"`.
@@ -41,19 +41,12 @@ class LayerName:
         self.text = text
         self.kind = kind
 
-    def __deepcopy__(self, memo: object) -> LayerName:
-        return LayerName(self.identity, f"copy:{self.text.partition(':')[2]}", self.kind)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerName, (self.identity, f"copy:{self.text.partition(':')[2]}", self.kind)
 
 
 class Ordered:
-    """What of a registry these identities need.
-
-    Args:
-        scope: number of the registry.
-    """
+    """The part of a registry that these identities need; `scope` is the registry's number."""
 
     def __init__(self, scope: int) -> None:
         self._kinds: dict[str, str] = {}
@@ -65,7 +58,7 @@ class Ordered:
         def __getitem__(self, name: str) -> nn.Module: ...
 
     def kind(self, name: str) -> str:
-        """A short token that is equal for layers of one class with weights of the same shapes."""
+        """A short token, equal for layers of one class with weights of the same shapes."""
         if name not in self._kinds:
             layer: nn.Module = self[name]
             shapes = repr([(n, tuple(p.shape), str(p.dtype)) for n, p in layer.named_parameters()])
@@ -73,7 +66,7 @@ class Ordered:
         return self._kinds[name]
 
     def set_order(self, op: str, names: Iterable[str]) -> None:
-        """Say, once, in which order `identity="ordered"` hands out the layers of `op`."""
+        """Set the order in which `identity="ordered"` hands out the layers of `op`."""
         self._orders[op] = tuple(names)
 
     def order(self, op: str) -> tuple[str, ...]:
@@ -92,7 +85,7 @@ class Ordered:
 
 
 class Turns:
-    """What of a forward pass `"ordered"` needs: whose turn it is."""
+    """The part of a forward pass that `"ordered"` needs: whose turn it is."""
 
     __slots__ = ()
     registry: LayerRegistry
@@ -119,16 +112,16 @@ class Turns:
                 f"{op} was called {index + 1} times in one forward pass, but {len(order)} layers are registered for "
                 f"it: a layer ran twice. {_ADVICE}"
             )
-        found = self.registry.kind(order[index])
-        if found != kind:
+        next_kind = self.registry.kind(order[index])
+        if next_kind != kind:
             raise LayerOrderError(
                 f"call {index + 1} of {op} came from a layer of kind {kind!r}, but next in order is {order[index]!r} "
-                f"of kind {found!r}, which did not run. {_ADVICE}"
+                f"of kind {next_kind!r}, which did not run. {_ADVICE}"
             )
         return self.registry[order[index]]
 
     def finish(self) -> None:
-        """Check, once the pass is over and before its output is used, that every layer had its turn.
+        """Check after the pass, before its output is used, that every layer had its turn.
 
         Raises:
             LayerOrderError: an op that ran in this pass has layers left over.
@@ -163,23 +156,23 @@ def find_ordered(context: ForwardContext | None, op: str, kind: str) -> nn.Modul
 
 @torch.compiler.assume_constant_result
 def note_call(op: str, text: str, kind: str) -> str:
-    """Runs while an ordered call is traced, and never in a graph: notes which layer made the call."""
+    """Note which layer makes an ordered call. Runs during the trace and never in a graph."""
     _traced_calls.setdefault(op, []).append(text)
     return kind
 
 
 def check_calls(op: str, calls: int) -> None:
-    """Compare the order in which layers made the ordered calls of a trace with the order in which they will be served.
+    """Compare the order of the layers' calls in a trace with the order in which `"ordered"` will hand them out.
 
     Raises:
-        LayerOrderError: a graph that calls an op once for each registered layer calls it in another order. (A graph
-            that calls it more or less often is found out when it runs, before its output is used.)
+        LayerOrderError: the graph calls the op once for each registered layer, but in another order. (Too many or too
+            few calls raise when the graph runs, before its output is used.)
     """
-    noted = _traced_calls.pop(op, [])[-calls:]
-    if not noted:
+    traced = _traced_calls.pop(op, [])[-calls:]
+    if not traced:
         return
-    registry = _registry(noted[0])
-    pairs = zip(noted, (f"{registry.scope}:{name}" for name in registry.order(op)), strict=False)
+    registry = _registry(traced[0])
+    pairs = zip(traced, (f"{registry.scope}:{name}" for name in registry.order(op)), strict=False)
     wrong = next(((index, *pair) for index, pair in enumerate(pairs, 1) if pair[0] != pair[1]), None)
     if wrong is not None and calls == len(registry.order(op)):
         raise LayerOrderError(

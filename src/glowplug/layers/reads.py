@@ -1,6 +1,6 @@
-"""What a module's forward reads of it, and what it never does: the one place for the names of attributes.
+"""Which of a module's attributes its forward may read: the one place for attribute names.
 
-Names of torch checked on 2.11 and 2.13, of transformers on 5.17 and 5.23.
+Names of torch were checked on 2.11 and 2.13, names of transformers on 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import nn
 HANDLE_ATTR = "_glowplug_handle"
 OTHER_ATTR = "_glowplug_other"
 MARKS = frozenset({HANDLE_ATTR, OTHER_ATTR})
-"""What registration sets on a layer: it says which layer it is and never what it computes."""
+"""Attributes that registration sets on a layer. They identify the layer and never affect what it computes."""
 
 TABLES = ("_parameters", "_buffers", "_modules")
 """Where a module keeps its tensors and children."""
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""Where it keeps the hooks that a call runs."""
+"""Where a module keeps the hooks that a call runs."""
 
 FORWARD_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward") and "hooks" in name)
-"""The same, and what says how to run them."""
+"""`CALL_HOOKS` and the tables that say how to run them."""
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-"""Where `torch.nn.modules.module` keeps hooks of every module."""
+"""Where `torch.nn.modules.module` keeps the hooks that apply to every module."""
 
 STANDARD = frozenset(vars(nn.Module()))
-"""What every module has: flags, tables and hooks. What of it a forward reads is looked at by itself."""
+"""Attributes that every module has: flags, tables and hooks. Those that a forward reads are handled separately."""
 
 PRINTED = frozenset({"extra_repr", "_get_name", "__repr__", "__str__"})
-"""What only prints a module."""
+"""Methods that only print a module."""
 
 NOT_WATCHED = frozenset(
     {
@@ -40,10 +40,10 @@ NOT_WATCHED = frozenset(
         "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs",
         "__class__",
-        "_experts_implementation_internal",  # the engine compares it: some values mean the same
+        "_experts_implementation_internal",  # the engine compares it itself, since some values are equivalent
     }
 )
-"""What a trace reads of a module without depending on it."""
+"""Attributes that a trace reads without depending on them."""
 
 LOADING = frozenset(
     {
@@ -88,24 +88,24 @@ _OWN = frozenset({"torch", "glowplug", "builtins"})
 
 
 def without_inert(hooks: dict[Any, Any]) -> dict[Any, Any]:
-    """Hooks without those that transformers leaves behind once hidden states or attentions were asked for: they do
-    nothing unless a call asks again, and such a call runs eager."""
+    """Drop the hooks that transformers leaves behind after a call that requested hidden states or attentions. They do
+    nothing unless a call requests them again, and such a call runs eagerly."""
     return {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", None) != _INERT}
 
 
 def hooks_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """The hooks that a call of a module runs, by the table that they lie in."""
+    """Table name -> its hooks, for the hooks that a call of a module runs."""
     tables = {table: module.__dict__[table] for table in CALL_HOOKS}
     return {table: running for table, hooks in tables.items() if hooks and (running := without_inert(hooks))}
 
 
 def attributes_read(module: nn.Module, but: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
-    """What a module's forward may read of its own attributes, but for some names. A `forward` of its own is one."""
+    """The attributes that a module's forward may read, except those in `but`. A `forward` of its own is included."""
     for name, value in module.__dict__.items():
         if not (name in STANDARD or name in MARKS or name in but):
             yield name, value
 
 
 def is_own(module: str) -> bool:
-    """Whether a Python module is torch's, glowplug's or Python's own: versions tell what it does."""
+    """Whether a Python module is part of torch, glowplug or Python, whose versions already identify the code."""
     return module.partition(".")[0] in _OWN

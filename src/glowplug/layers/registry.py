@@ -1,4 +1,4 @@
-"""The registry of one model's layers: name -> layer object, and the handle of each."""
+"""The registry of one model's layers: name -> layer object, with a handle for each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _scopes = itertools.count()
 
 
 class LayerRegistry(Ordered):
-    """The layers of one model that layer ops may ask for.
+    """The layers of one model that layer ops can look up.
 
     Args:
-        layers: qualified name -> module, in the order of creation. Held weakly.
-        identity: how traced calls say which layer they are: `"hoisted"`, `"ordered"` or `"baked"`.
+        layers: qualified name -> module, in the order of creation. The references are weak.
+        identity: how traced calls identify their layer: `"hoisted"`, `"ordered"` or `"baked"`.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], identity: Identity = "hoisted") -> None:
@@ -58,11 +58,11 @@ def register_layers(
 ) -> LayerRegistry:
     """Give every module of `model` a handle, so that its layer ops can be traced.
 
-    `glowplug.compile` does this by itself. Call it before `torch.compile(model, backend="glowplug")`, and keep the
-    registry for as long as the model runs.
+    `glowplug.compile` does this itself. Call it before `torch.compile(model, backend="glowplug")`, and keep the
+    registry as long as the model runs.
 
     Args:
-        model: the model; its modules get a few private attributes, its weights and forward are left alone.
+        model: the model. Its modules get a few private attributes; its weights and forward don't change.
         identity: `"hoisted"` (a graph input, the default), `"ordered"` or `"baked"`.
         layers: qualified name -> module, to register only these.
 

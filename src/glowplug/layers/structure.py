@@ -1,7 +1,7 @@
-"""A model's structure as text that is equal in every process: what its forward can read, but for the weights' values.
+"""A model's structure as text that is equal in every process: everything its forward can read except weights' values.
 
-Kinds compare layers of one model in one process, and may go by identity; a stored program must be told that this model
-is the very one it was made for. What has no description that holds in another process makes a model not storable.
+Kinds compare layers of one model in one process and may use identity. A stored program must recognise its model in
+another process. If part of a model has no description that holds there, the model is not storable.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ _KNOWN = ("torch.", "builtins", "transformers.modeling_utils", "transformers.gen
 
 
 def structure_of(model: nn.Module, skip: Collection[str] = (), followed: Iterable[nn.Module] = ()) -> str:
-    """SHA-256, in hex, of everything about a model that its forward can read, but for the weights' values.
+    """SHA-256, in hex, of everything about a model that its forward can read except weights' values.
 
     Args:
         model: the model.
-        skip: names of attributes, of modules or of objects that they hold, that no forward reads.
-        followed: modules whose own forward runs at every call, so that no program depends on what they hold.
+        skip: names of attributes, of modules or of the objects in them, that no forward reads.
+        followed: modules whose own forward runs at every call, so that no program depends on their content.
 
     Raises:
-        NotStorableError: something about it can't be described; the message names it.
+        NotStorableError: part of the model can't be described; the message names it.
     """
-    describer, passed = _Addresses(model, skip=frozenset(skip)), set(map(id, followed))
+    describer, own = _PortableDescriber(model, skip=frozenset(skip)), set(map(id, followed))
     lines = [
-        f"{path}: {describer.module(path, module, followed=id(module) in passed)}"
-        for path, module in model.named_modules()
+        f"{path}: {describer.module(path, part, followed=id(part) in own)}" for path, part in model.named_modules()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-class _Addresses(Describer):
-    """Describes what has a name by it, where that finds it in another process; refuses what has none."""
+class _PortableDescriber(Describer):
+    """Describes objects by names that another process can look up, and refuses objects without such a name."""
 
     by_identity = False
 
@@ -55,7 +54,6 @@ class _Addresses(Describer):
         self._trail: list[str] = []
 
     def module(self, path: str, module: nn.Module, *, followed: bool) -> str:
-        """A module of the model."""
         cls, table = type(module), module.__dict__
         if hooks_of(module):
             raise NotStorableError(f"{path or 'the model'} has hooks")
@@ -76,7 +74,7 @@ class _Addresses(Describer):
         return " ".join(parts)
 
     def named(self, value: Any) -> str:
-        """See `Describer`."""
+        """A class by its qualified name, an enum member by its repr."""
         if isinstance(value, type):
             title = f"{value.__module__}.{value.__qualname__}"
             if "<" not in title:
@@ -85,11 +83,11 @@ class _Addresses(Describer):
         return repr(value) if isinstance(value, enum.Enum) else self.unknown(value)
 
     def unknown(self, value: Any) -> str:
-        """See `Describer`."""
+        """Refuse: the object has no description that holds in another process."""
         raise NotStorableError(f"{self._what()} is a {type(value).__name__}, which can't be described")
 
     def tensor(self, tensor: Tensor) -> str:
-        """Its layout, and which of the model's tensors it is, as weights may be tied."""
+        """Describe a tensor's layout, with a number that shows which weights are tied."""
         number = self._tensors.setdefault(id(tensor), len(self._tensors))
         layout = f"{tuple(tensor.shape)} {tensor.dtype} {tensor.stride()} {tensor.device.type}{sharding_text(tensor)}"
         inner = inner_text(tensor)
@@ -98,55 +96,57 @@ class _Addresses(Describer):
         return f"#{number} {layout}" + (f" {self.named(type(tensor))}{inner}" if inner else "")
 
     def function(self, function: types.FunctionType) -> str:
-        """By name where that finds it as its file made it, otherwise by its code and what it holds."""
+        """A function by its name if its file defines it there, otherwise by its code and environment."""
         title = f"{function.__module__}.{function.__qualname__}"
-        return title if _is_as_made(function) else f"{title} {code_text(function.__code__)} {self.held(function)}"
+        if _is_as_defined(function):
+            return title
+        return f"{title} {code_text(function.__code__)} {self.environment(function)}"
 
     def attribute(self, name: str, value: Any) -> str:
-        """See `Describer`."""
+        """See `Describer`. The names lead to the attribute that an error names."""
         self._trail.append(name)
         text = super().attribute(name, value)
         self._trail.pop()
         return text
 
     def arrange(self, texts: list[str]) -> list[str]:
-        """See `Describer`. Processes differ in the order of sets."""
+        """Sort the items, because the order of sets differs between processes."""
         return sorted(texts)
 
     def _what(self) -> str:
         return f"the attribute {'.'.join(self._trail)}" if self._trail else "a module"
 
     def _methods(self, cls: type) -> str:
-        """The code of a class's methods: wrapped, or put in the place of others, or older than their file is now."""
+        """Describe the code of a class's methods. They may be wrapped, replaced, or older than their file is now."""
         parts = []
         for base in cls.__mro__:
-            for name, held in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
-                function = held.fget if isinstance(held, property) else getattr(held, "__func__", held)
+            for name, value in vars(base).items() if not base.__module__.startswith(_KNOWN) else ():
+                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
                 if isinstance(function, types.FunctionType):
-                    as_made = _is_as_made(function)
-                    text = code_text(function.__code__) if as_made else self.attribute(name, function)
+                    as_defined = _is_as_defined(function)
+                    text = code_text(function.__code__) if as_defined else self.attribute(name, function)
                     parts.append(f" {base.__qualname__}.{name}={text}")
         return "".join(parts)
 
 
-def _is_as_made(function: types.FunctionType) -> bool:
-    """Whether a function is found by its name, and is the one that its file defines there: neither wrapped nor put in
-    the place of another."""
-    found: Any = sys.modules.get(function.__module__)
-    if getattr(found, "__dict__", None) is not function.__globals__ or function.__closure__ or vars(function):
+def _is_as_defined(function: types.FunctionType) -> bool:
+    """Whether a function's name leads to it and its file defines it there, so that it neither is wrapped nor replaces
+    another function."""
+    at: Any = sys.modules.get(function.__module__)
+    if getattr(at, "__dict__", None) is not function.__globals__ or function.__closure__ or vars(function):
         return False
     if function.__code__.co_qualname != function.__qualname__:
         return False
     for part in function.__qualname__.split("."):
-        found = getattr(found, "__dict__", {}).get(part)
-    found = getattr(found, "__func__", found)  # of a static or class method
+        at = getattr(at, "__dict__", {}).get(part)
+    at = getattr(at, "__func__", at)  # of a static or class method
     file = vars(sys.modules[function.__module__]).get("__file__")
-    return found is function and function.__code__.co_filename == file
+    return at is function and function.__code__.co_filename == file
 
 
 @functools.lru_cache(maxsize=4096)
 def code_text(code: types.CodeType) -> str:
-    """A function's code, hashed: equal in every process of one Python where it does the same."""
+    """Hash a function's code. The hash is equal in every process with the same version of Python."""
     constants = [code_text(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
     names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
     text = (code.co_code.hex(), code.co_exceptiontable.hex(), constants, names, code.co_argcount, code.co_flags)

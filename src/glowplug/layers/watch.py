@@ -1,7 +1,7 @@
-"""Notices that a model changed after it was compiled: weights replaced, hooks added, modules swapped, flags set.
+"""Detects changes to a model after it was compiled: weights replaced, hooks added, modules swapped, flags set.
 
-A program runs without its modules' Python, so whatever that Python read is remembered here and compared at each call.
-In-place changes of a weight's values need no notice: programs hold the weights themselves.
+A program runs without its modules' Python code. So everything that this code read during the trace is recorded here
+and compared at each call. In-place changes to a weight's values need no check, because programs hold the weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from glowplug.layers.shards import is_sharded, local_of
 
 _TABLES = (*TABLES, *CALL_HOOKS)
 _AROUND = ("_modules", *CALL_HOOKS)
-"""Those that a trace reads of a module whose own forward it does not see."""
+"""The tables that a trace reads of a module whose own forward it does not trace."""
 _ROOTS = frozenset({"model", "layer"})
-"""What the functions that glowplug traces call the module that they are traced for."""
-_OUTSIDE = (types.MemberDescriptorType, types.GetSetDescriptorType)
-"""By which an object gives what lies outside of its `__dict__`: slots, a closure's cells, defaults."""
+"""Names of the parameter by which the traced functions get their module."""
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+"""Descriptors of attributes that are kept outside an object's `__dict__`: slots, a closure's cells, defaults."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 _MISSING = object()
 _Read = Literal["item", "attribute", "dict"]
@@ -36,14 +36,14 @@ _Read = Literal["item", "attribute", "dict"]
 
 @dataclass(slots=True)
 class _Entry:
-    """Something watched."""
+    """A watched value."""
 
-    text: str  # whose it is, for a person
-    owner: Any  # a dict that has it as an item, or is it; or an object that has it as an attribute
+    text: str  # the owner, for a person
+    owner: Any  # the object with the attribute, the dict with the item, or the watched dict itself
     key: Any
     read: _Read
-    whole: bool  # of a dict there, whether what it holds is watched, too
-    before: Any = None  # a copy, if it is a container whose content is watched; else itself
+    whole: bool  # whether the content is watched if the value is a dict
+    before: Any = None  # the value; a copy if it is a container whose content is watched
     is_open: bool = False  # whether it is such a container
 
     def now(self) -> Any:
@@ -52,13 +52,12 @@ class _Entry:
         return self.owner.get(self.key, _MISSING) if self.read == "item" else getattr(self.owner, self.key, _MISSING)
 
     def take(self) -> None:
-        """Remember what it is now."""
         now = self.now()
         self.is_open = type(now) in _CONTAINERS and (self.whole or not isinstance(now, dict))
         self.before = _freeze(now) if self.is_open else now
 
     def changed(self) -> bool:
-        """Whether it is another one, or holds something else."""
+        """Whether the value was replaced, or its content changed."""
         now, before = self.now(), self.before
         if self.key in CALL_HOOKS and self.read == "dict":
             return without_inert(now) != without_inert(before)
@@ -72,19 +71,19 @@ class _Entry:
 
 
 class ReadWatch:
-    """A snapshot of what a trace read of some modules, and of objects, classes and globals around them.
+    """A snapshot of what a trace read of some modules, and of the objects, classes and globals around them.
 
     Args:
         modules: the modules, by name.
-        root: the one that was traced.
-        reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. What was read from one
-            module is watched on every module of its class.
+        root: the traced module.
+        reads: sources of what the trace read, such as `L['model']._modules['lm_head'].training`. An attribute read from
+            one module is watched on every module of the same class.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], root: nn.Module, reads: Iterable[str]) -> None:
         self._modules = modules
         self._entries: dict[tuple[int, Any], _Entry] = {}
-        self._outside: dict[tuple[type, str], bool] = {}
+        self._descriptors: dict[tuple[type, str], bool] = {}
         self._namespaces: dict[type, Mapping[str, Any]] = {}
         self._in_tree = {id(module) for module in modules.values()}
         self._collect(root, reads)
@@ -92,7 +91,7 @@ class ReadWatch:
         self._take()
 
     def change(self) -> str | None:
-        """What changed since the snapshot, in words; None when nothing did, or all of it was changed back."""
+        """Describe what changed since the snapshot; None if nothing did, or if every change was undone."""
         if self._unchanged():
             return None
         changed = next((entry for entry in self._entries.values() if entry.changed()), None)
@@ -118,32 +117,32 @@ class ReadWatch:
                 module, rest = self._last_module(root, source.path)
                 unread = rest[0].name in NOT_WATCHED or rest[0].name in MARKS
                 if unread or rest[0].name in _TABLES or (type(module), rest) in known:
-                    continue  # tables of the model's own modules are watched whole
+                    continue  # `Watch` watches the tables of the model's own modules as a whole
                 known.add((type(module), rest))
                 for name, other in of_class.get(type(module), [("", module)]):
                     self._add_at(name or "the model", other, rest)
 
     def _last_module(self, root: nn.Module, path: Path) -> tuple[nn.Module, Path]:
-        """The last module of the tree that a path passes, and the path from there."""
-        found, start, at = root, 0, root
+        """The last module of the tree on a path, and the path from there."""
+        module, start, at = root, 0, root
         for index, access in enumerate(path[:-1], 1):
             try:
                 at = access.of(at)
-            except Exception:  # whatever a property raises
+            except Exception:  # a property may raise anything
                 break
             if id(at) in self._in_tree:
-                found, start = at, index
-        return found, path[start:]
+                module, start = at, index
+        return module, path[start:]
 
     def _add_at(self, text: str, start: Any, path: Path) -> None:
-        """Watch what lies at a path. Of a list or tuple all of it; of a dict the item that was read, and all of it only
-        where its keys were."""
+        """Watch the value at a path: a list or tuple as a whole, a dict only at the item that was read, unless the
+        trace read its keys."""
         kept = list(path)
         whole = kept[-1] != Access("call", "type")
         try:
             objects = follow(start, kept[:-1])
         except LookupError:
-            return  # another module of the class may lack it
+            return  # another module of the same class may not have it
         while kept and not (kept[-1].by == "attribute" or isinstance(objects[-1], dict)):
             kept.pop()
             objects.pop()
@@ -161,26 +160,26 @@ class ReadWatch:
         self._add(text, owner, name, whole=whole)
 
     def _add(self, text: str, owner: Any, name: str, *, whole: bool = True) -> None:
-        """Watch one attribute of an object; of a dict there, with `whole`, what it holds."""
+        """Watch an attribute of an object, and with `whole` the content if it is a dict."""
         if isinstance(owner, type):
             base = next((base for base in owner.__mro__ if name in vars(base)), None)
             if base is not None and not is_own(base.__module__):
-                table = self._namespaces.setdefault(base, vars(base))  # another one each time
+                table = self._namespaces.setdefault(base, vars(base))  # a new proxy each time
                 self._add_entry(f"the class {base.__qualname__}", table, name, whole=whole)
         elif isinstance(owner, types.ModuleType):
             if not is_own(owner.__name__):
                 self._add_entry(f"the module {owner.__name__}", vars(owner), name, whole=whole)
-        elif self._lies_outside(type(owner), name):
+        elif self._has_descriptor(type(owner), name):
             self._add_entry(text, owner, name, "attribute")
         elif isinstance(getattr(owner, "__dict__", None), dict):
             self._add_entry(text, owner.__dict__, name, whole=whole)
 
-    def _lies_outside(self, cls: type, name: str) -> bool:
-        """Whether objects of a class keep an attribute outside of their `__dict__`."""
-        if (cls, name) not in self._outside:
-            kept = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
-            self._outside[cls, name] = isinstance(kept, _OUTSIDE)
-        return self._outside[cls, name]
+    def _has_descriptor(self, cls: type, name: str) -> bool:
+        """Whether objects of a class keep an attribute outside their `__dict__`."""
+        if (cls, name) not in self._descriptors:
+            member = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+            self._descriptors[cls, name] = isinstance(member, _DESCRIPTORS)
+        return self._descriptors[cls, name]
 
     def _add_entry(self, text: str, owner: Any, key: Any, read: _Read = "item", *, whole: bool = True) -> None:
         entry = self._entries.get((id(owner), key))
@@ -190,13 +189,13 @@ class ReadWatch:
             self._entries[id(owner), key] = _Entry(text, owner, key, read, whole)
 
     def _add_further(self) -> None:
-        """Watch more than what was read."""
+        """Watch more than the trace read; `Watch` overrides this."""
 
     # -- comparing, fast --------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Lay out the values by the dict that they lie in: one C call then reads all that is watched in a dict. A key
-        that was missing can only come to be if its dict grows. What can't change inside is told by identity."""
+        """Take the snapshot. Values are grouped by their dict, so that one C call reads all watched items of a dict. A
+        missing key can only appear if its dict grows, and values without watched content are compared by identity."""
         groups: dict[tuple[bool, int], list[_Entry]] = {}
         for entry in self._entries.values():
             entry.take()
@@ -205,7 +204,7 @@ class ReadWatch:
         readers: tuple[list[_Reader], list[_Reader]] = ([], [])
         values: tuple[list[Any], list[Any]] = ([], [])
         for (is_open, _), group in groups.items():
-            chosen = group if len(group) > 1 else group * 2  # of one key it would give no tuple
+            chosen = group if len(group) > 1 else group * 2  # for one key, itemgetter returns no tuple
             readers[is_open].append((operator.itemgetter(*[entry.key for entry in chosen]), chosen[0].owner))
             values[is_open].extend(entry.before for entry in chosen)
         (self._fixed, self._open), (self._fixed_values, self._open_values) = readers, values
@@ -216,7 +215,7 @@ class ReadWatch:
         self._attributes = [entry for entry in self._entries.values() if entry.read == "attribute"]
 
     def _unchanged(self) -> bool:
-        """Whether every value is as it was, told fast; False means: look closely."""
+        """The fast check. True means that nothing changed; False means that each entry must be compared."""
         try:
             return (
                 list(map(len, self._dicts)) == self._sizes
@@ -237,12 +236,12 @@ def _read(readers: Sequence[_Reader]) -> Iterator[Any]:
 
 
 class Watch(ReadWatch):
-    """A snapshot of everything that a model's forward read in its trace, of its weights' layouts, and of its hooks.
+    """A snapshot of everything that a model's forward read during its trace, of its weights' layouts and its hooks.
 
     Args:
-        model: the model, as it was compiled.
+        model: the compiled model.
         reads: as for `ReadWatch`.
-        followed: modules whose own forward runs at every call, behind an op: what they hold may change.
+        followed: modules whose own forward runs at every call, behind an op, so that their content may change.
     """
 
     def __init__(self, model: nn.Module, reads: Iterable[str] = (), *, followed: Iterable[nn.Module] = ()) -> None:
@@ -255,11 +254,11 @@ class Watch(ReadWatch):
         self._pointers = self._read_pointers()
 
     def change(self) -> str | None:
-        """What changed since the snapshot, in words; None when nothing did, or all of it was changed back. Costs well
-        under a microsecond a module.
+        """Describe what changed since the snapshot; None if nothing did, or if every change was undone. Takes well
+        under a microsecond per module.
 
-        A weight whose storage alone was replaced (same shape, dtype, strides and device) is followed: programs hold
-        the parameter object.
+        Replacing only a weight's storage (same shape, dtype, strides and device) is no change: programs hold the
+        parameter object.
         """
         reason = super().change()
         pointers = self._read_pointers()
@@ -271,7 +270,7 @@ class Watch(ReadWatch):
         return reason
 
     def _read_pointers(self) -> list[int]:
-        if self._sharded:  # a distributed tensor has no memory of its own
+        if self._sharded:  # a distributed tensor has no storage of its own
             return [local_of(tensor).data_ptr() for tensor in self._tensors]
         return [tensor.data_ptr() for tensor in self._tensors]
 
@@ -280,8 +279,8 @@ class Watch(ReadWatch):
             super()._add_at(text, start, path)
 
     def _add_further(self) -> None:
-        """The functions of the modules' classes, as libraries patch modeling code; torch's hooks of every module; and
-        of each module its tables, whether it trains, and a forward of its own."""
+        """Watch the functions of the modules' classes (libraries patch modeling code), torch's global hooks, and each
+        module's tables, training flag and own forward."""
         for cls in {base for module in self._modules.values() for base in type(module).__mro__}:
             for method, value in vars(cls).items() if not is_own(cls.__module__) else ():
                 if isinstance(value, types.FunctionType) and not method.startswith("__") and method not in PRINTED:
@@ -292,17 +291,17 @@ class Watch(ReadWatch):
             text, is_followed = path or "the model", id(module) in self._followed
             for table in _AROUND if is_followed else _TABLES:
                 self._add_entry(text, getattr(module, table), table, "dict")
-            # A module's own `forward` is what wrappers replace; the root's is glowplug's.
+            # Wrappers replace a module's own `forward`; the root's is glowplug's.
             for attribute in () if is_followed else ("training", "forward") if path else ("training",):
                 self._add_entry(text, module.__dict__, attribute)
             for tensors in () if is_followed else (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None and tensor.numel() == 1:  # two may be equal and not the same
+                    if tensor is not None and tensor.numel() == 1:  # comparing tables would miss a replaced one
                         self._add_entry(text, tensors, name)
 
 
 def _freeze(value: Any) -> Any:
-    """A copy of a plain container, so that a change inside it is seen; anything else as it is."""
+    """Copy a plain container, so that changes to its content are detected; return anything else as it is."""
     if type(value) in (dict, OrderedDict):
         return {key: _freeze(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -316,7 +315,7 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _equal(now: Any, before: Any) -> bool:
-    """Equality that asks for identity first, as comparing containers does; a replaced tensor is a change."""
+    """Compare by identity first, like containers do. A replaced tensor is never equal."""
     if now is before:
         return True
     if isinstance(now, torch.Tensor) or isinstance(before, torch.Tensor):

@@ -85,7 +85,7 @@ class Plan:
             for place, step in enumerate(self.stamped.units[number].steps):  # type: ignore[union-attr]
                 inputs = {name: _source(ref, layer) for name, ref in step.inputs.items()}
                 outputs = [(layer, place, at) if name else None for at, name in enumerate(step.step.outputs)]
-                steps.append(DeepStep(step.step, step.found, inputs, outputs, layer))
+                steps.append(DeepStep(step.step, step.fingerprint, inputs, outputs, layer))
         return tuple(steps)
 
     @property
@@ -128,7 +128,7 @@ def _source(ref: Reference, layer: int) -> Key | Own:
         return ref
     if isinstance(ref, Outside):
         return ref.name
-    return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.slot)
+    return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.output)
 
 
 def _outline(step: Step, fingerprint: Fingerprint | None, sources: Iterable[str]) -> StepOutline:
