@@ -1,4 +1,4 @@
-"""Records as text: a line while running, a rich table at the end."""
+"""Records as text: a line for each as it arrives, and a rich table at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from glowplug.bench.record import Record
+from glowplug.bench.results.record import Record
 
 NONE = "-"
 
