@@ -142,13 +142,13 @@ def markdown(rows: list[Row], versions: str) -> str:
     ropes = f"; {_stamped(as_released)} with the rope of released checkpoints" if as_released else ""
     deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
-        "# Every MoE family of transformers, and dense ones of their own ways",
+        "# Every MoE family of transformers, and some dense ones",
         "",
         f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
         f"widths, uncompiled pieces; {versions}.",
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
-        "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
-        "A family is as its default config has it. Where checkpoints have another rope, a row of its own names that.",
+        "*Error*: largest relative error of the logits against eager, over a prefill and two more steps.",
+        "Each family has its default config. Where released checkpoints use another rope, an extra row names it.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
