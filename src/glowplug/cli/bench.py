@@ -44,7 +44,7 @@ def bench(
     specs = make_grid(
         model,
         depths=_depths(depth),
-        strategies=_names(strategies),
+        strategies=read_names(strategies),
         experts=experts,
         width=width,  # type: ignore[arg-type]
         device=device,
@@ -90,7 +90,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def _names(text: str) -> list[str]:
+def read_names(text: str) -> list[str]:
+    """The distinct names in a text with commas between them."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

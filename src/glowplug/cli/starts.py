@@ -24,6 +24,7 @@ from glowplug.bench.starts import (
     write_starts,
 )
 from glowplug.bench.workers.start import WAYS, Start
+from glowplug.cli.bench import read_names
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 from glowplug.options import Options
@@ -48,7 +49,7 @@ def starts(
     """Start a model cold, warm, in the background and while its weights load, each in a fresh process."""
     quiet_transformers()
     Options(experts=experts)  # type: ignore[arg-type]
-    chosen = tuple(dict.fromkeys(name.strip() for name in ways.split(",") if name.strip()))
+    chosen = tuple(read_names(ways))
     unknown = [name for name in chosen if name not in WAYS[:-1]]
     if unknown or width not in ("tiny", "full") or fleet < 0 or rounds < 1:
         sizes = "width is tiny or full, --fleet 0 or more, and --rounds 1 or more"
@@ -112,14 +113,8 @@ def starts_table(starts: list[Started]) -> Table:
     """A table with one row for each start."""
     table = Table()
     table.add_column("start")
-    for name in (
-        "loading\ns",
-        "first token\ns",
-        "second token\ns",
-        "ready\ns",
-        "compiled\nafter s",
-        "largest\nrel. error",
-    ):
+    times = ("loading\ns", "first token\ns", "second token\ns", "ready\ns", "compiled\nafter s")
+    for name in (*times, "largest\nrel. error"):
         table.add_column(name, justify="right")
     table.add_column("what happened", overflow="fold")
     for started in starts:
