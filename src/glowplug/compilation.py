@@ -20,7 +20,7 @@ from glowplug.layers.watch import Watch
 from glowplug.options import Options
 from glowplug.program import PieceCache
 from glowplug.ready import Ready, Refusal
-from glowplug.report import Report
+from glowplug.report import Report, StoreReport
 from glowplug.runtime.fitness import unfit
 from glowplug.store import ArtifactStore
 from glowplug.store.records import Records
@@ -112,16 +112,16 @@ class Compilation:
         full = broken is not None if most is None else sum(map(len, self._programs.values())) >= most
         return Refusal(broken or "", eager=self.front.guarded is None) if full else None
 
-    def keep(self, call: Call, found: Ready | str, *, for_good: bool = False) -> Ready | Refusal:
-        """Remember what was found out."""
+    def keep(self, call: Call, outcome: Ready | str, *, for_good: bool = False) -> Ready | Refusal:
+        """Remember what serves a call, or why nothing does; `for_good`: even once the model has changed."""
         key = self._key(call)
-        if isinstance(found, Ready):
+        if isinstance(outcome, Ready):
             self._refusals.pop(key, None)
-            self._programs.setdefault(call.signature, []).append(found)
-            return found
+            self._programs.setdefault(call.signature, []).append(outcome)
+            return outcome
         eager = self.front.guarded is None
         watches = not for_good and (eager or self._stepped_down)
-        refusal = Refusal(found, self._new_watch() if watches else None, eager=eager)
+        refusal = Refusal(outcome, self._new_watch() if watches else None, eager=eager)
         if not eager:
             self._watch = refusal.watch or self._watch  # once the module is another one, it is tried again
         else:
@@ -191,6 +191,12 @@ class Compilation:
     # -- small questions --------------------------------------------------------------------------------------
 
     @property
+    def compares(self) -> bool:
+        """Whether a program is compared here as soon as there is one: not where it can't run, as it is made for others,
+        nor where several processes compare theirs together, once each has one."""
+        return not self.for_others and self.processes is None
+
+    @property
     def defers(self) -> bool:
         """Whether pieces that run seldom in a step may start uncompiled."""
         return self.options.ends == "auto" and not self.options.strict and self.processes is None
@@ -206,6 +212,11 @@ class Compilation:
         if self.options.strict:
             raise NotServableError(f"{reason} (strict=True: no step down)")
         self.report.fall_back(reason, layers, to="hoisted")
+
+    def report_store(self) -> None:
+        """Report what the store did so far."""
+        if self.records is not None:
+            self.report.store = StoreReport.of(self.records.store)
 
     def why_unused(self, facts: Mapping[str, Any]) -> str:
         """Why a program of another process, whose address was made of these facts, is not used here."""

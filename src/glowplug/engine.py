@@ -96,9 +96,9 @@ class Engine:
     def prepare(self) -> Report:
         """Make the program for the model's first call now."""
         call = self.front.first_call()
-        found = self._start(self.compilation, call) if not isinstance(call, str) else Refusal(call)
-        if isinstance(found, Refusal) and found.reason:
-            self.report.fall_back(found.reason)
+        ready = self._start(self.compilation, call) if not isinstance(call, str) else Refusal(call)
+        if isinstance(ready, Refusal) and ready.reason:
+            self.report.fall_back(ready.reason)
         return self.report
 
     def settle(self, timeout_s: float) -> None:
@@ -172,11 +172,11 @@ class Engine:
     # -- starting ---------------------------------------------------------------------------------------------
 
     def _compile(self) -> Compilation:
-        found = Compilation(
+        state = Compilation(
             self.front, self.options, self.compiler, self.report, self._store, check_order=self.check_order
         )
-        self._states.append(found)
-        return found
+        self._states.append(state)
+        return state
 
     def _current(self) -> Compilation | Refusal:
         """The compilation of the model as it is now."""
@@ -198,14 +198,14 @@ class Engine:
             if known is not None:
                 return known
             try:
-                found = start(state, call)
+                ready = start(state, call)
             except (LayerOrderError, NotServableError):
                 raise
             except Exception as exc:  # whatever it is, the model's own forward can be run
-                found = why(exc)
+                ready = why(exc)
                 if self.front.guarded is not None and not isinstance(exc, (CompileError, OSError)):
-                    state.step_down(found)
-            return state.keep(call, found)
+                    state.step_down(ready)
+            return state.keep(call, ready)
 
     def _take_over(self, state: Compilation, call: Call) -> Ready | Refusal:
         """The program that another process has built; until there is one, eager serves."""
@@ -224,9 +224,9 @@ class Engine:
             if outcome is not None and outcome.reason is not None:
                 what = f"the build in another process came to nothing: {outcome.reason}"
                 return state.keep(call, what, for_good=True)
-            found = find_stored(state, call)
-            if found is not None:
-                return state.keep(call, found)
+            stored = find_stored(state, call)
+            if stored is not None:
+                return state.keep(call, stored)
             if outcome is None:
                 return Refusal(_BUILDING, build=call)
             what = f"what another process built can't be used: {state.why_unused(outcome.facts)}"
@@ -247,5 +247,5 @@ def attach(front: type[FrontEnd], model: nn.Module, options: Options, **kwargs: 
 
 def engine_of(model: nn.Module) -> Engine | None:
     """The model's engine, or None."""
-    found = model.__dict__.get("forward")
-    return found if isinstance(found, Engine) else None
+    forward = model.__dict__.get("forward")
+    return forward if isinstance(forward, Engine) else None

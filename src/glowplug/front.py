@@ -16,13 +16,12 @@ from glowplug.graph.split import Step
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Program
 from glowplug.program.template import Template
 from glowplug.report import Report
 from glowplug.verify.check import Agree
 
 if TYPE_CHECKING:
-    from glowplug.ready import Ready
+    from glowplug.start import Candidate
 
 
 class Call(Protocol):
@@ -257,26 +256,19 @@ class FrontEnd(Protocol):
         ...
 
     def compare(
-        self,
-        ready: Ready,
-        graphs: Program | None,
-        call: Any,
-        registry: LayerRegistry,
-        agree: Agree | None,
-        *,
-        glance: bool,
-        check_order: bool,
-    ) -> str | None:
+        self, candidate: Candidate, call: Any, registry: LayerRegistry, agree: Agree | None, *, check_order: bool
+    ) -> tuple[str | None, Any]:
         """Compare a program with the model's own forward, if that is asked for; see `glowplug.verify.check.why_wrong`.
 
         Args:
-            ready: the program; `returns` is filled in.
-            graphs: the same with uncompiled pieces, if there are any.
+            candidate: the program.
             call: a call that it is to serve.
             registry: the model's layers.
             agree: makes the finding of one process that of all.
-            glance: an earlier process has compared it in every case.
             check_order: with `identity="ordered"`, whether a wrong order raises.
+
+        Returns:
+            Why it must not serve, or None; and what `wrap` needs to know.
         """
         ...
 
@@ -290,7 +282,7 @@ class FrontEnd(Protocol):
         """
         ...
 
-    def to_record(self, ready: Ready, forms: Forms) -> dict[str, Any]:
+    def to_record(self, returns: Any, forms: Forms) -> dict[str, Any]:
         """What a later process needs besides the program, as plain values."""
         ...
 

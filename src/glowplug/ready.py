@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from glowplug.bodies import InUse
-from glowplug.errors import NotServableError
 from glowplug.front import Call, FrontEnd
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.layers.context import ForwardContext, forward_context
@@ -71,27 +70,20 @@ class Sequences:
 
 @dataclass
 class Ready:
-    """A program, and what its calls must fulfil.
+    """A program that serves calls.
 
     Attributes:
         front: the front end whose calls it serves.
-        program: the program.
+        program: the program, with every piece that has arrived.
         assumptions: what its trace assumed of sizes.
         returns: what the front end needs to know to wrap its outputs.
-        bind_to: binds a stamped program to a copy of the model, see `Built.for_copy`; until it was compared.
-        graphs: gives the same program with uncompiled pieces, until it was compared; None: there is none.
-        address: in the store; None when it is not there.
-        proved: whether an earlier process compared it with eager.
+        sequences: what each sequence under way runs.
     """
 
     front: FrontEnd
     program: Program
     assumptions: ShapeAssumptions
-    returns: Any = None
-    bind_to: Callable[..., Program] | None = None
-    graphs: Callable[[], Program | None] | None = None
-    address: str | None = None
-    proved: bool = False
+    returns: Any
     sequences: Sequences = field(default_factory=Sequences)
     _checked: dict[tuple[tuple[int, ...], ...], str | None] = field(default_factory=dict)
 
@@ -111,19 +103,12 @@ class Ready:
             self._checked[key] = self.assumptions.broken_by(shapes, smallest=self.front.smallest)
         return self._checked[key]
 
-    def run_alone(self, call: Call, program: Program, context: ForwardContext) -> Any:
-        """Run a call by a form of the program, outside of any sequence.
-
-        Raises:
-            NotServableError: the call leaves out what can't be filled in.
-        """
-        missing = self.front.missing(self.program.arguments, call)
-        if missing is not None:
-            raise NotServableError(missing)
-        return self.run(call, program, context)
-
     def run(self, call: Call, program: Program, context: ForwardContext) -> Any:
         """Run a call that the program can serve; returns what the model's forward would."""
-        with torch.no_grad(), forward_context(context):
-            outputs = program.run(*self.front.inputs(program.arguments, call))
-        return self.front.wrap(self.returns, call, outputs)
+        return self.front.wrap(self.returns, call, run_program(self.front, program, call, context))
+
+
+def run_program(front: FrontEnd, program: Program, call: Call, context: ForwardContext) -> Sequence[Any]:
+    """What a program returns for a call."""
+    with torch.no_grad(), forward_context(context):
+        return program.run(*front.inputs(program.arguments, call))

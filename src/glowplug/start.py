@@ -8,7 +8,10 @@ end can show it to the trace) is one loop, in `_make`; each step down is recorde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from glowplug.compilation import Compilation
 from glowplug.compilers import warm_up
@@ -27,7 +30,6 @@ from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import Ready
 from glowplug.reasons import why
-from glowplug.report import StoreReport
 from glowplug.runtime.collector import collector_paused
 from glowplug.store.address import address as address_of
 from glowplug.store.address import class_modules, globals_of, modules_of, sources_of
@@ -42,15 +44,36 @@ class Traced:
 
     Attributes:
         built: its program, and what that was made of.
-        assumptions: what the trace assumed of sizes.
         files: of all code that was traced.
         unread: graph values that stood for sizes in the trace, and that no run reads.
     """
 
     built: Built
-    assumptions: ShapeAssumptions
     files: frozenset[str]
     unread: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A program that serves once it was compared with the model's own forward.
+
+    Attributes:
+        program: the program.
+        assumptions: what its trace assumed of sizes.
+        returns: what the front end needs to know to wrap its outputs; the comparison shows it.
+        graphs: gives the program with uncompiled pieces, or None where some are missing.
+        traced: what it was made of, if it was traced here.
+        address: in the store; None when it is not there.
+        proved: whether an earlier process compared it in every case.
+    """
+
+    program: Program
+    assumptions: ShapeAssumptions
+    returns: Any
+    graphs: Callable[[], Program | None]
+    traced: Traced | None = None
+    address: str | None = None
+    proved: bool = False
 
 
 def start(c: Compilation, call: Call) -> Ready | str:
@@ -67,66 +90,62 @@ def start(c: Compilation, call: Call) -> Ready | str:
     if c.unfit is not None:
         return c.unfit
     with collector_paused():
-        ready = _start(c, call) if c.processes is None else _start_together(c, call)
-        if isinstance(ready, Ready):
-            c.compile_bodies()
-    if c.records is not None:
-        c.report.store = StoreReport.of(c.records.store)
-    return ready
+        try:
+            candidate = _start(c, call) if c.processes is None else _start_together(c, call)
+            return candidate if isinstance(candidate, str) else _ready(c, candidate)
+        finally:
+            c.report_store()
 
 
 def find_stored(c: Compilation, call: Call) -> Ready | None:
     """A program from the store that serves calls like this one; None when there is none that is right."""
     address = _address(c, call) if c.unfit is None else None
-    ready = _find(c, address, call) if address is not None else None
-    if c.records is not None:
-        c.report.store = StoreReport.of(c.records.store)
-    if ready is not None:
-        c.compile_bodies()
+    candidate = _find(c, address, call) if address is not None else None
+    ready = _ready(c, candidate) if candidate is not None else None
+    c.report_store()
     return ready
 
 
-def _start(c: Compilation, call: Call) -> Ready | str:
+def _ready(c: Compilation, candidate: Candidate) -> Ready:
+    c.compile_bodies()
+    return Ready(c.front, candidate.program, candidate.assumptions, candidate.returns)
+
+
+def _start(c: Compilation, call: Call) -> Candidate | str:
     address = _address(c, call)
     if address is None or c.records is None:
-        return _make(c, call)[0]
-    ready: Ready | str | None = _find(c, address, call)
-    if ready is not None:
-        return ready
+        return _make(c, call, None)
+    candidate = _find(c, address, call)
+    if candidate is not None:
+        return candidate
     with c.records.lock(address):
-        ready = _find(c, address, call)  # whoever held the lock before may have made it
-        if ready is None:
-            ready, traced = _make(c, call)
-            if isinstance(ready, Ready) and traced is not None:
-                with c.report.phase("store"):
-                    _keep(c, address, ready, traced)
-    return ready
+        # Whoever held the lock before may have made it.
+        return _find(c, address, call) or _make(c, call, address)
 
 
-def _start_together(c: Compilation, call: Call) -> Ready | str:
+def _start_together(c: Compilation, call: Call) -> Candidate | str:
     """The same of a model that several processes run together. Each makes or finds its program without running it, as
     one may wait for a lock that another holds; then all compare theirs, in step."""
     error: Exception | None = None
     try:
-        found = _start(c, call)
+        candidate = _start(c, call)
     except Exception as exc:
-        error, found = exc, why(exc)
-    problem = c.processes.agree(found if isinstance(found, str) else None)
+        error, candidate = exc, why(exc)
+    problem = c.processes.agree(candidate if isinstance(candidate, str) else None)
     if error is not None:
         raise error
-    if problem is not None or isinstance(found, str):
-        return problem or str(found)
-    if c.options.verify == "once":
-        graphs = found.graphs() if found.graphs is not None else None
-        has_graphs, proved = zip(*c.processes.gather((graphs is not None, found.proved)), strict=True)
-        graphs = graphs if all(has_graphs) else None
-        reason = _check(c, found, graphs, call, c.processes.agree, glance=all(proved))
-        found.graphs = None
-        if c.records is not None and found.address is not None:
-            c.records.judge(found.address, reason)
-        if reason is not None:
-            return f"the program is not equal to eager: {reason}"
-    return found
+    if problem is not None or isinstance(candidate, str):
+        return problem or str(candidate)
+    if c.options.verify == "off":
+        return candidate
+    graphs = candidate.graphs()
+    has_graphs, proved = zip(*c.processes.gather((graphs is not None, candidate.proved)), strict=True)
+    everywhere = replace(candidate, graphs=lambda: graphs if all(has_graphs) else None, proved=all(proved))
+    compared = _compare(c, everywhere, call, c.processes.agree)
+    reason = compared if isinstance(compared, str) else None
+    if c.records is not None and candidate.address is not None:
+        c.records.judge(candidate.address, reason)
+    return compared if reason is None else f"the program is not equal to eager: {reason}"
 
 
 # -- find --------------------------------------------------------------------------------------------------------
@@ -146,7 +165,7 @@ def _address(c: Compilation, call: Call) -> str | None:
         return None
 
 
-def _find(c: Compilation, address: str, call: Call) -> Ready | None:
+def _find(c: Compilation, address: str, call: Call) -> Candidate | None:
     """The stored program of an address; None when there is none that is right."""
     assert c.records is not None
     with c.report.phase("load"):
@@ -160,30 +179,26 @@ def _find(c: Compilation, address: str, call: Call) -> Ready | None:
             c.records.drop(address, why(exc))
             return None
     c.reads |= set(record.reads)
-    ready = Ready(c.front, stored.program, record.assumptions, returns)
-    ready.address, ready.proved = address, record.verified
-    if c.processes is not None:  # all compare at once, when each has a program
-        ready.graphs = stored.graphs
-        c.watch()
-    elif not c.for_others:
-        graphs = stored.graphs() if c.options.verify == "once" else None
-        reason = check(c, ready, graphs, call, glance=record.verified)
-        if reason is not None or (c.options.verify == "once" and not record.verified):
-            c.records.judge(address, reason)
-        if reason is not None:
-            return None
+    candidate = Candidate(
+        stored.program, record.assumptions, returns, stored.graphs, None, address, proved=record.verified
+    )
+    checked = check(c, candidate, call)
+    if c.compares and (isinstance(checked, str) or not record.verified):
+        c.records.judge(address, checked if isinstance(checked, str) else None)
+    if isinstance(checked, str):
+        return None
     c.forms |= forms
     c.pieces.add(stored.pieces)
     c.report.pending_pieces = len(c.pieces.pending)
     c.report.add_stored_program(stored.program, record.facts, len(set(c.pieces.order)))
-    return ready
+    return checked
 
 
 # -- make --------------------------------------------------------------------------------------------------------
 
 
-def _make(c: Compilation, call: Call) -> tuple[Ready | str, Traced | None]:
-    """A program from a trace, or why there is none: the ladder, rung by rung."""
+def _make(c: Compilation, call: Call, address: str | None) -> Candidate | str:
+    """A program from a trace, kept at its address, if it has one; or why there is none. The ladder, rung by rung."""
     warm_up(c.compiler, call.device.type)
     c.report.start = "cold"
     refused: CaptureError | LayerLookupError | None = None
@@ -191,52 +206,48 @@ def _make(c: Compilation, call: Call) -> tuple[Ready | str, Traced | None]:
         if rung.again and refused is None:
             continue
         try:
-            made = _make_stamped(c, call, rung) if rung.stamped else _make_in_full(c, call, rung)
+            candidate = _make_stamped(c, call, rung) if rung.stamped else _make_in_full(c, call, rung)
         except (CaptureError, LayerLookupError) as exc:
             refused = refused or exc
             continue
-        if made is not None:
+        if candidate is not None:
             c.front.climbed(rung, c.report)
-            return made
+            return candidate if isinstance(candidate, str) or address is None else _keep(c, address, candidate)
     if c.front.guarded is None:
         assert refused is not None
         raise refused
     if refused is not None:
         c.step_down(f"the module can't be traced in one graph: {refused}")
-    return "", None
+    return ""
 
 
-def _make_in_full(c: Compilation, call: Call, rung: Rung) -> tuple[Ready | str, Traced | None]:
+def _make_in_full(c: Compilation, call: Call, rung: Rung) -> Candidate | str:
     c.report.strategy, c.report.template_layers = c.options.resolved_identity, 0
-    ready, traced = _trace(c, call, rung, None)
-    reason = check(c, ready, _graphs_of(traced), call)
-    return (ready, traced) if reason is None else (reason, None)
+    return check(c, _trace(c, call, rung, None), call)
 
 
-def _make_stamped(c: Compilation, call: Call, rung: Rung) -> tuple[Ready | str, Traced | None] | None:
+def _make_stamped(c: Compilation, call: Call, rung: Rung) -> Candidate | None:
     """A program stamped from a template; None when the model must be traced in full."""
     template: Template | None = None
     try:
         template = c.front.choose(c.read_attributes)
         if template is None:
             return None
-        ready, traced = _trace(c, call, rung, template)
-        reason = check(c, ready, _graphs_of(traced), call)
+        checked = check(c, _trace(c, call, rung, template), call)
     except AttributesReadError as exc:
         c.read_attributes |= exc.places
         return _make_stamped(c, call, rung)
     except NotStampableError as exc:
         c.step_down(str(exc), template.layer_names(exc.layers) if template is not None else ())
         return None
-    ready.bind_to = None  # it holds the whole trace
-    if reason is not None:
-        c.step_down(f"the stamped program is not equal to eager: {reason}")
+    if isinstance(checked, str):
+        c.step_down(f"the stamped program is not equal to eager: {checked}")
         return None
     c.report.strategy, c.report.template_layers = "stamped", template.length
-    return ready, traced
+    return checked
 
 
-def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) -> tuple[Ready, Traced]:
+def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) -> Candidate:
     """Trace the model, or its template, and bind the program of that to the model.
 
     Raises:
@@ -247,7 +258,7 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
     target = c.front.target(call, templates.short_model(model, template) if template is not None else model, rung)
     reads: set[str] = set()
 
-    def consume(captured: Captured) -> Traced:
+    def consume(captured: Captured) -> tuple[Traced, ShapeAssumptions]:
         if template is not None:
             templates.check_reads(model, template, reads)
         arguments, bound = target.sort(captured)
@@ -270,55 +281,34 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
             layer_of=layer_of,
         )
         unread = frozenset(entry.node for entry in captured.inputs if target.is_unread(entry.source))
-        return Traced(built, read_assumptions(captured, set(target.varying)), traced_files(), unread)
+        return Traced(built, traced_files(), unread), read_assumptions(captured, set(target.varying))
 
     with c.report.phase("trace", apart=("split", "fingerprint", "stamp", "compile", "bind")):
-        traced = capture(target.function, target.examples, consume, reads)
+        traced, assumptions = capture(target.function, target.examples, consume, reads)
     c.reads |= reads
     built = traced.built
-    ready = Ready(c.front, built.program, traced.assumptions, c.front.returns())
-    ready.bind_to = built.for_copy if template is not None else None
-    if c.processes is not None:
-        ready.graphs = lambda: _graphs_of(traced)
-    return ready, traced
+    graphs = functools.partial(built.program.with_slots, built.graphs)
+    return Candidate(built.program, assumptions, c.front.returns(), graphs, traced)
 
 
 # -- check and keep ----------------------------------------------------------------------------------------------
 
 
-def _graphs_of(traced: Traced) -> Program:
-    """The program of a trace with uncompiled pieces."""
-    return traced.built.program.with_slots(traced.built.graphs)
-
-
-def check(c: Compilation, ready: Ready, graphs: Program | None, call: Call, *, glance: bool = False) -> str | None:
-    """Compare a program with the model's own forward, and begin to watch the model: changes make the program stale.
-
-    Args:
-        c: the model's compilation.
-        ready: the program.
-        graphs: the same with uncompiled pieces, if there are any.
-        call: a call that it is to serve.
-        glance: an earlier process has compared it in every case.
-
-    Returns:
-        Why it must not serve, or None.
-    """
-    if c.for_others:  # it can't run here; whoever serves the program compares
-        return None
-    if c.processes is not None:  # all compare at once, when each has a program
+def check(c: Compilation, candidate: Candidate, call: Call) -> Candidate | str:
+    """Compare a program with the model's own forward; returns it, or why it must not serve. From here on changes of the
+    model are noticed: they make programs stale."""
+    if c.compares:
+        return _compare(c, candidate, call, None)
+    if not c.for_others:
         c.watch()
-        return None
-    return _check(c, ready, graphs, call, None, glance=glance)
+    return candidate
 
 
-def _check(
-    c: Compilation, ready: Ready, graphs: Program | None, call: Call, agree: Agree | None, *, glance: bool
-) -> str | None:
+def _compare(c: Compilation, candidate: Candidate, call: Call, agree: Agree | None) -> Candidate | str:
     for attempt in range(2):
         watch = c.watch()
         with c.report.phase("verify"):
-            reason = c.front.compare(ready, graphs, call, c.registry, agree, glance=glance, check_order=c.check_order)
+            reason, returns = c.front.compare(candidate, call, c.registry, agree, check_order=c.check_order)
         if reason is not None:
             return reason
         changed = watch.change()
@@ -327,12 +317,13 @@ def _check(
             break
         if attempt == 1:  # the first run may set up what later ones find
             return f"the model's own forward changes the model each time that it runs: {changed}"
-    return None
+    return replace(candidate, returns=returns)
 
 
-def _keep(c: Compilation, address: str, ready: Ready, traced: Traced) -> None:
-    """Store a program that was made here."""
-    assert c.records is not None
+def _keep(c: Compilation, address: str, candidate: Candidate) -> Candidate:
+    """Store a program that was traced here."""
+    traced = candidate.traced
+    assert c.records is not None and traced is not None
     model, built, binder = c.front.model, traced.built, traced.built.binder
     wanted = built.plan.values()
     outside = {name: value for name, value in built.bound.items() if name in wanted}
@@ -343,17 +334,17 @@ def _keep(c: Compilation, address: str, ready: Ready, traced: Traced) -> None:
             places=places_of(model, outside, traced.unread),
             stack=binder.stack if binder is not None else None,
             handles=binder.handles if binder is not None else frozenset(),
-            assumptions=ready.assumptions,
+            assumptions=candidate.assumptions,
             reads=tuple(sorted(c.reads)),
             globals=globals_of(c.reads),
             sources=sources_of(modules_of(traced.files) - class_modules(model)),
             addresses={piece.digest: known_by for piece, known_by in c.pieces.addresses.items()},
-            facts={**facts, **c.front.to_record(ready, c.forms)},
-            verified=c.options.verify == "once" and not c.for_others and c.processes is None,
+            facts={**facts, **c.front.to_record(candidate.returns, c.forms)},
+            verified=c.compares and c.options.verify == "once",
         )
         c.pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
         c.records.keep(address, record)
     except NotStorableError as exc:
         c.records.store.note(f"the program is not stored: {exc}")
-        return
-    ready.address = address
+        return candidate
+    return replace(candidate, address=address)

@@ -1,1 +1,1 @@
-"""Work that other processes do for this one."""
+"""Jobs: work that other processes do for this one."""

@@ -1,7 +1,7 @@
-"""Jobs: work that another process does for this one, a fork of it or, where it must not fork, a new process.
+"""Jobs: work that another process does for this one. It is a fork or, where forking is not safe, a new process.
 
-A fork has the whole trace in memory at once; a new process must import torch and be sent what it works on. What a job
-makes goes into an artifact store, and into nothing else. What it has to say, its outcome, is a file of its folder.
+A fork has the whole trace in memory from the start. A new process must import torch first and gets its work pickled.
+A job hands over its results only through an artifact store, and reports its outcome in a file in the job's folder.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from glowplug.runtime.forks import Scratch, finalize, fork_plainly
 logger = logging.getLogger("glowplug")
 
 TIMEOUT_VARIABLE = "GLOWPLUG_BUILD_TIMEOUT"
-"""The environment variable that says how long a job may take, in seconds."""
+"""Environment variable: the time limit of a job, in seconds."""
 _TIMEOUT_S = 600.0
 _DEATH_S = 10.0
-"""How long a killed process may take to end."""
+"""How long to wait for a killed process to end."""
 _WORKER = "glowplug.background.worker"
 WORK, SWITCHES = "work", "switches"
-"""Files for a new process: what it is to do, and the process-wide switches of whoever wants it done."""
+"""Files that a new process reads: the pickled work, and the process-wide switches of the process that began it."""
 _OUTCOME = "outcome"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job.
+    """The outcome of a job.
 
     Attributes:
-        reason: why it came to nothing; None when it did its work.
-        seconds: what it took.
-        facts: whatever else it said.
+        reason: why the job failed; None on success.
+        seconds: how long it took.
+        facts: further results, as JSON values.
     """
 
     reason: str | None
@@ -59,32 +59,32 @@ class Outcome:
 
 
 class Say(Protocol):
-    """Says what became of a job, the first time that it is called. The work may go on afterwards."""
+    """Reports the outcome of a job. Only the first call counts, and the work may go on after it."""
 
     def __call__(self, reason: str | None = None, **facts: Any) -> None:
-        """Args: as the attributes of `Outcome`; `facts` are JSON."""
+        """See the attributes of `Outcome`."""
         ...
 
 
 class _Fork:
-    """A fork, as `subprocess.Popen` has a process."""
+    """A fork with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while the fork runs."""
         if self._code is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 self._code = os.waitstatus_to_exitcode(status) if pid else None
-            except ChildProcessError:  # somebody else has waited for it
+            except ChildProcessError:  # reaped by somebody else
                 self._code = 0
         return self._code
 
     def kill(self) -> None:
-        """End it."""
+        """Kill the fork."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -93,16 +93,16 @@ Process = _Fork | subprocess.Popen[bytes]
 
 
 class Job:
-    """Work that another process does. It is ended when this object goes, but never by a fork of the process that began
-    it; and one that takes too long is given up.
+    """Work that another process does. The process is killed when this object is collected (but not by a fork of its
+    owner), or when it exceeds its time limit.
 
     Args:
-        begin: begins the process, given the job's folder; or why there can be none.
+        begin: starts the process, given the job's folder; or the reason why no process can be started.
     """
 
     def __init__(self, begin: Callable[[Path], Process] | str) -> None:
         for job in list(_jobs):
-            job._poll()  # the system keeps an entry of each process that has ended until somebody asks
+            job._poll()  # reap processes that have ended
         self._process: Process | None = None
         self._outcome = Outcome(begin) if isinstance(begin, str) else None
         self._begun = time.monotonic()
@@ -112,7 +112,7 @@ class Job:
         try:
             self._scratch = Scratch("job")
             self._process = begin(self._scratch.path)
-        except Exception as exc:  # no room for one more process, or its work can't be written down
+        except Exception as exc:  # too many processes, or the work can't be pickled
             self._outcome = Outcome(f"no other process can be begun: {why(exc)}")
             return
         finalize(self, functools.partial(_end, self._process))
@@ -120,47 +120,47 @@ class Job:
 
     @classmethod
     def fork(cls, work: Callable[[Say], None], *, nice: int = 10) -> Job:
-        """Begin to work in a fork of this process, silently.
+        """Start work in a fork of this process. The fork's output is discarded.
 
-        It must not touch a GPU, nor run a parallel region of OpenMP: this process's threads do not exist there.
+        The work must not use a GPU or run a parallel OpenMP region, as this process's threads do not exist in the fork.
 
         Args:
-            work: is given what says the job's outcome. What it raises before it has said anything is the outcome.
-            nice: how much the fork yields to other processes, as `os.nice` has it.
+            work: receives the function that reports the outcome. If it raises before reporting, that is the outcome.
+            nice: niceness that the fork adds to its own, see `os.nice`.
         """
         return cls(functools.partial(_fork, work, nice))
 
     @classmethod
     def spawn(cls, work: Callable[..., None], *arguments: Any) -> Job:
-        """The same in a new process, which has the switches of this one: `work(say, *arguments)`, pickled."""
+        """Start `work(say, *arguments)`, pickled, in a new process that takes over the switches of this one."""
 
         def begin(folder: Path) -> Process:
             (folder / WORK).write_bytes(pickle.dumps((work, arguments)))
             (folder / SWITCHES).write_bytes(read_switches())
-            quiet = subprocess.DEVNULL
+            null = subprocess.DEVNULL
             command = [sys.executable, "-m", _WORKER, str(folder)]
-            return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet)
+            return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
 
         return cls(begin)
 
     @property
     def ours(self) -> bool:
-        """Whether this process began it. A fork of that one must not wait for it: it finds in the store what the job
-        makes, or makes its own."""
+        """Whether this process started the job. A fork of that process must not wait for the job: it takes the results
+        from the store, or builds its own."""
         return self._process is None or self._scratch.ours
 
     def ended(self, deadline: float | None = None) -> bool:
-        """Whether it has ended, as far as this process can tell. Waits until `deadline` (`time.monotonic()`)."""
+        """Whether the process has ended, as far as this one can tell. Waits until `deadline` (`time.monotonic()`)."""
         return self._wait(self._poll, deadline)
 
     def outcome(self, deadline: float | None = None) -> Outcome | None:
-        """What it said; None while it has said nothing. Waits until `deadline` (`time.monotonic()`)."""
+        """The reported outcome; None if there is none yet. Waits until `deadline` (`time.monotonic()`)."""
         if self._outcome is None and self._wait(lambda: self._path.exists() or self._poll(), deadline):
             self._outcome = self._outcome or self._read("the other process died")
         return self._outcome
 
     def stop(self) -> None:
-        """End it now."""
+        """Kill the process."""
         if self._process is not None and self.ours:
             _end(self._process)
 
@@ -198,42 +198,40 @@ _parent = 0
 
 def _fork(work: Callable[[Say], None], nice: int, folder: Path) -> Process:
     with warnings.catch_warnings():
-        # Python 3.12 warns of forks beside threads. The child touches none of their locks, and is waited for in time.
+        # Python 3.12 warns about forking a process with threads. The child uses none of their locks, and has a limit.
         warnings.simplefilter("ignore", DeprecationWarning)
-        here = os.getpid()
+        parent = os.getpid()
         pid = fork_plainly()
-    if pid == 0:  # the child; never returns
+    if pid == 0:  # the child, which never returns
         code = 1
         try:
             global _parent
-            _parent = here
+            _parent = parent
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            with open(os.devnull, "w") as quiet:
-                os.dup2(quiet.fileno(), 1)
-                os.dup2(quiet.fileno(), 2)
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+                os.dup2(null.fileno(), 2)
             torch.set_num_threads(1)
             os.nice(nice)
-            do(work, folder)
+            run_job(work, folder)
             code = 0
         finally:
             os._exit(code)
     return _Fork(pid)
 
 
-def do(work: Callable[[Say], None], folder: Path) -> None:
-    """Do a job's work in this process, whatever comes of it.
+def run_job(work: Callable[[Say], None], folder: Path) -> None:
+    """Run the work of a job in this process and report its outcome; for `work` see `Job.fork`.
 
-    Args:
-        work: as for `Job.fork`.
-        folder: the job's. What this process has no time to delete goes with it.
+    This process creates its scratch folders in the job's folder, so they are deleted with it even after a kill.
     """
     Scratch.home = str(folder)
     start = time.perf_counter()
 
     def say(reason: str | None = None, **facts: Any) -> None:
         path = folder / _OUTCOME
-        if not path.exists():  # whole or not at all
+        if not path.exists():  # the rename makes it atomic
             outcome = Outcome(reason, round(time.perf_counter() - start, 3), facts)
             path.with_suffix(".part").write_text(json.dumps(asdict(outcome)))
             path.with_suffix(".part").rename(path)
@@ -244,12 +242,12 @@ def do(work: Callable[[Say], None], folder: Path) -> None:
     except Exception as exc:
         say(why(exc))
     finally:
-        if orphaned():  # nobody else is left to do it
+        if orphaned():  # the owner can't delete it any more
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def orphaned() -> bool:
-    """Whether this is a job whose owner's process has ended: then nobody waits for what it makes."""
+    """Whether this process is a job whose owner has ended, so that nobody waits for its results."""
     return _parent != 0 and os.getppid() != _parent
 
 
@@ -264,5 +262,5 @@ def _end(process: Process) -> None:
 def _time_limit() -> float:
     text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if text and not text.isdecimal():
-        logger.warning("glowplug: %s=%r is no whole number of seconds, and is not used", TIMEOUT_VARIABLE, text)
+        logger.warning("glowplug: %s=%r is not a whole number of seconds and is ignored", TIMEOUT_VARIABLE, text)
     return float(text) if text.isdecimal() else _TIMEOUT_S

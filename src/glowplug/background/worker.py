@@ -1,4 +1,4 @@
-"""A job in a process of its own: `python -m glowplug.background.worker FOLDER`."""
+"""Runs a job in a new process: `python -m glowplug.background.worker FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import pickle
 import sys
 from pathlib import Path
 
-from glowplug.background.job import SWITCHES, WORK, Say, do
+from glowplug.background.job import SWITCHES, WORK, Say, run_job
 from glowplug.compilers.environment import set_switches
 
 
 def main(folder: Path) -> None:
-    """Do the work that the job's folder holds."""
+    """Run the job in a folder."""
 
     def work(say: Say) -> None:
         set_switches((folder / SWITCHES).read_bytes())
         function, arguments = pickle.loads((folder / WORK).read_bytes())
         function(say, *arguments)
 
-    do(work, folder)
+    run_job(work, folder)
 
 
 if __name__ == "__main__":

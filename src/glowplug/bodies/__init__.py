@@ -1,4 +1,4 @@
-"""Op bodies: the insides of opaque ops, compiled by themselves."""
+"""Op bodies: the insides of opaque ops, compiled separately."""
 
 from glowplug.bodies.bodies import Bodies
 from glowplug.bodies.body import BoundBody, InUse

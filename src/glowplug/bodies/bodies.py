@@ -1,8 +1,8 @@
-"""Op bodies: the compiled insides of opaque ops (experts, attention of several kernels), one for all layers of a group,
-used where they are faster.
+"""The op bodies of a model: the compiled insides of opaque ops (experts, attention of several kernels), one for each
+group of layers, used where they are faster.
 
-On a CPU a job makes them while the model serves already; a body takes over when a sequence begins. What its trace read
-is watched; a body whose layers changed is not run.
+On a CPU a job compiles them while the model already serves, and sequences that start later use them. Everything that a
+body's trace read is watched; a body whose layers have changed does not run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from glowplug.background.job import Job, orphaned
-from glowplug.bodies.body import Body, BoundBody, InUse, Piece, Verdict
+from glowplug.bodies.body import Body, BoundBody, InUse, Verdict
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import make_body
 from glowplug.bodies.trial import try_body
@@ -28,13 +28,14 @@ from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CaptureError
 from glowplug.layers.watch import ReadWatch
 from glowplug.program import PieceStore
+from glowplug.program.piece_store import Run
 from glowplug.reasons import said
 from glowplug.report import InsideReport, Report
 from glowplug.runtime.forks import make_lock
 from glowplug.store.address import changed_global
 
-_KIND = "inside"
-"""What the store calls them."""
+_STORED_AS = "inside"
+"""What the store calls an op body."""
 _WAIT_S = 600.0
 logger = logging.getLogger("glowplug")
 
@@ -43,14 +44,14 @@ class Bodies:
     """The op bodies of one model.
 
     Args:
-        groups: the layers that they are for.
-        compiler: compiles them.
-        report: receives what was found.
+        groups: the groups of layers that get a body.
+        compiler: compiles the bodies.
+        report: receives the results of trials.
         pieces: the user's store, if there is one.
 
     Attributes:
-        in_use: those that a sequence is to run that begins now.
-        job: makes them.
+        in_use: the bodies for a sequence that begins now.
+        job: the job that compiles bodies, if any.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class Bodies:
 
     @property
     def pending(self) -> bool:
-        """Whether bodies are being made, or wait to be tried."""
+        """Whether some bodies are still being compiled or still have to be tried."""
         return bool(self._groups)
 
     def compile_here(self) -> None:
-        """Make and try them all, now."""
+        """Compile and try all bodies now."""
         groups, self._groups = self._groups, []
         for group in groups:
             if not self._take(group):
@@ -80,13 +81,13 @@ class Bodies:
                     self._use(group, replace(body, artifact=artifact), piece)
 
     def compile_for_others(self) -> None:
-        """Make those that are not in the user's store, for a process that has weights to try them with."""
+        """Compile the bodies that are missing in the user's store. A process with weights will try them."""
         groups, self._groups = self._groups, []
         if self.pieces is not None:
-            self._make([group for group in groups if group.address is not None])
+            self._compile_missing([group for group in groups if group.address is not None])
 
     def compile_in_background(self) -> None:
-        """Use those that have been tried, and begin to make those that are missing, where a fork can do it."""
+        """Use the stored bodies that were tried already, and start compiling the missing ones if a fork can do that."""
         waiting, missing = [], []
         for group in self._groups:
             body = self._read(group)
@@ -98,18 +99,14 @@ class Bodies:
         able = isinstance(compiler, StoringCompiler) and compiler.forks([])
         if missing and able and missing[0].device.type == "cpu" and self._store_of(missing[0]) is not None:
             waiting += missing
-            self.job = Job.fork(lambda _: self._make(missing))
+            self.job = Job.fork(lambda _: self._compile_missing(missing))
         self._groups = waiting
 
     def poll(self, deadline: float | None = None) -> None:
-        """Try the bodies that were made, and put them to use, once no more are being made.
-
-        Args:
-            deadline: wait for that until then (`time.monotonic()`); None: don't wait.
-        """
+        """Once the job has ended, try and use its bodies. Waits for the job until `deadline` (`time.monotonic()`)."""
         wait = max(deadline - time.monotonic(), 0) if deadline is not None else 0
         if not self._lock.acquire(timeout=wait):
-            return  # another thread tries them; serving goes on
+            return  # another thread is trying them; don't block this one
         try:
             if self.job is not None and not self.job.ours:
                 self.job = self._temporary = None
@@ -123,26 +120,26 @@ class Bodies:
         finally:
             self._lock.release()
 
-    # -- making and trying ------------------------------------------------------------------------------------
+    # -- compiling and trying ---------------------------------------------------------------------------------
 
-    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Piece, bytes]:
+    def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
         if self.pieces is not None:
             return self.pieces.compiler.compile_and_store(piece, inputs)
         return self.compiler.compile(piece, inputs), b""
 
-    def _make(self, groups: Sequence[Group]) -> None:
-        """Make and store those that are not stored yet, nor by another process meanwhile."""
+    def _compile_missing(self, groups: Sequence[Group]) -> None:
+        """Compile and store the bodies that no process has stored yet."""
         for group in groups:
             pieces = self._store_of(group)
             assert pieces is not None
-            with contextlib.suppress(CaptureError), pieces.store.lock(_KIND, _key(pieces, group), _WAIT_S):
+            with contextlib.suppress(CaptureError), pieces.store.lock(_STORED_AS, _key(pieces, group), _WAIT_S):
                 if self._read(group) is None:
                     body, artifact = make_body(group, pieces.compiler.compile_to_bytes)
                     if not orphaned():
                         self._keep(group, replace(body, artifact=artifact))
 
-    def _use(self, group: Group, body: Body, piece: Piece) -> None:
-        """Give a group's layers a body, for as many tokens as a trial finds it faster for."""
+    def _use(self, group: Group, body: Body, piece: Run) -> None:
+        """Use a body for the layers of a group, for as many tokens as it is faster for in a trial."""
         verdict = body.verdict
         if verdict is None:
             verdict = self._try(group, body, piece)
@@ -154,7 +151,7 @@ class Bodies:
                 for path, module in layer.named_modules()
             }
             watch = ReadWatch(modules, group.layers[0], body.reads)
-            # Asked once it is watched: it may have changed since the group was made, while a job compiled.
+            # Check after the watch began: the layers may have changed while a job compiled the body.
             if group.changed or changed_global(body.globals) is not None:
                 return
             first, limit = group.form.arguments[0], verdict.tokens
@@ -164,17 +161,17 @@ class Bodies:
             self.in_use = InUse((*self.in_use.groups, (group, watch)), {**self.in_use.every, **bound})
         self.report.insides.append(InsideReport(group.form.op, group.names, body.seconds, *verdict))
 
-    def _try(self, group: Group, body: Body, piece: Piece) -> Verdict:
+    def _try(self, group: Group, body: Body, piece: Run) -> Verdict:
         try:
             return try_body(group, body, piece, limited=group.device.type == "cpu")
-        except Exception as exc:  # whatever a trial raises: the layers go on as they are
+        except Exception as exc:  # whatever a trial raises, keep the layers' own code
             logger.warning("glowplug: the compiled body of %s is not used: its trial raised %s", group.form.op, exc)
             return Verdict()
 
     # -- in a store -------------------------------------------------------------------------------------------
 
     def _store_of(self, group: Group) -> PieceStore | None:
-        """Where a group's body is kept: the user's store, or one of this process, for jobs to hand it over."""
+        """Where a group's body is stored: the user's store, or a temporary one through which jobs hand it over."""
         if self.pieces is not None and group.address is not None:
             return self.pieces
         if self._temporary is None and isinstance(self.compiler, StoringCompiler):
@@ -182,25 +179,25 @@ class Bodies:
         return self._temporary
 
     def _read(self, group: Group) -> Body | None:
-        """A group's stored body, unless the values that its trace read have changed since."""
+        """A group's stored body, unless global values that its trace read have changed."""
         pieces = self._store_of(group)
-        payload = pieces.store.get(_KIND, _key(pieces, group)) if pieces is not None else None
+        payload = pieces.store.get(_STORED_AS, _key(pieces, group)) if pieces is not None else None
         try:
             body: Body | None = pickle.loads(payload) if payload is not None else None
             return body if body is not None and changed_global(body.globals) is None else None
-        except Exception as exc:  # whatever a stored body raises, it is made anew
+        except Exception as exc:  # whatever a stored body raises, recompile it
             self._drop(group, exc)
             return None
 
     def _take(self, group: Group) -> bool:
-        """Put a group's stored body to use; whether there is one."""
+        """Use a group's stored body; returns whether there is one."""
         body = self._read(group)
         if body is None:
             return False
         try:
             assert isinstance(self.compiler, StoringCompiler)
             piece = self.compiler.load(body.artifact)
-        except Exception as exc:  # whatever a stored body raises, it is made anew
+        except Exception as exc:  # whatever a stored body raises, recompile it
             self._drop(group, exc)
             return False
         self._use(group, body, piece)
@@ -210,12 +207,12 @@ class Bodies:
         pieces = self._store_of(group)
         if pieces is not None and body.artifact:
             about = f"{group.form.op}, {type(group.layers[0]).__name__}"
-            pieces.store.put(_KIND, _key(pieces, group), pickle.dumps(body), about)
+            pieces.store.put(_STORED_AS, _key(pieces, group), pickle.dumps(body), about)
 
     def _drop(self, group: Group, exc: Exception) -> None:
         pieces = self._store_of(group)
         if pieces is not None:
-            pieces.store.drop(_KIND, _key(pieces, group), f"it can't be loaded: {said(exc)}")
+            pieces.store.drop(_STORED_AS, _key(pieces, group), f"it can't be loaded: {said(exc)}")
 
 
 def _key(pieces: PieceStore, group: Group) -> str:

@@ -1,4 +1,4 @@
-"""A body: the compiled inside of an op, unbound, and bound to one layer."""
+"""An op body, unbound or bound to one layer, and the bodies in use."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from glowplug.bodies.form import CallForm
 from glowplug.bodies.group import Group
 from glowplug.layers.watch import ReadWatch
+from glowplug.program.piece_store import Run
 from glowplug.report import Report
-
-Piece = Callable[..., Sequence[Tensor]]
 
 
 class Verdict(NamedTuple):
-    """What a trial found: up to how many tokens a body is to serve (None: any number), and the microseconds of the
-    layer's own code and of the body, for one token."""
+    """The result of a trial: the largest number of tokens to use a body for (None: no limit), and the microseconds that
+    the layer's own code and the body take for one token."""
 
     tokens: int | None = 0
     eager_us: float = math.nan
@@ -29,17 +28,17 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Body:
-    """A body, bound to no layer.
+    """A body that is not bound to a layer.
 
     Attributes:
         arguments: for each input of the compiled piece an expression over the op's `tensors`, or `"@"` and the path of
             a weight in the layer.
-        relations: of sizes that it relies on, see `CallForm.check`.
-        seconds: what making it took.
-        reads: sources of what its trace read, of the layer (`L['layer']...`) and of globals.
-        globals: the plain values that it read of Python modules, as text.
-        artifact: the compiled piece; empty where that has no form on disk.
-        verdict: what a trial found; None when nobody has tried it.
+        relations: relations between sizes that it relies on, see `CallForm.check`.
+        seconds: how long tracing and compiling took.
+        reads: sources of everything that its trace read, in the layer (`L['layer']...`) and in globals.
+        globals: the plain values that the trace read from Python modules, as text.
+        artifact: the stored form of the compiled piece; empty if there is none.
+        verdict: the result of its trial; None if it was not tried yet.
     """
 
     arguments: tuple[str, ...]
@@ -52,19 +51,19 @@ class Body:
 
 
 class BoundBody:
-    """A body, bound to one layer.
+    """A body bound to one layer. It looks up weights at each call, so that it sees replaced weights.
 
     Args:
         layer: the layer.
         piece: the compiled piece.
-        body: the body. Weights are looked up at each call, so that a replaced one is never missed.
-        form: of the calls that it serves.
-        limit: elements of the op's first tensor that it serves at most; None: any number.
+        body: the body.
+        form: the form of the calls that it serves.
+        limit: the largest number of elements of the op's first tensor; None: no limit.
     """
 
     __slots__ = ("__weakref__", "_fits", "_owner", "form", "limit", "run")
 
-    def __init__(self, layer: nn.Module, piece: Piece, body: Body, form: CallForm, limit: int | None = None) -> None:
+    def __init__(self, layer: nn.Module, piece: Run, body: Body, form: CallForm, limit: int | None = None) -> None:
         self._owner = weakref.ref(layer)
         self.form = form
         self._fits = form.check(body.relations)
@@ -79,7 +78,7 @@ class BoundBody:
         self.run: Callable[..., Tensor] = eval(f"lambda *tensors: piece({', '.join(texts)})[0]", names)
 
     def serves(self, layer: nn.Module, tensors: Sequence[Any], constants: str = "") -> bool:
-        """Whether a call of the layer is to run it."""
+        """Whether a call of the layer can run this body."""
         form = self.form
         return (
             self._owner() is layer
@@ -91,7 +90,7 @@ class BoundBody:
 
 
 def _table(layer: nn.Module, path: str) -> tuple[Mapping[str, Any], str]:
-    """The table of a module that holds a weight, and its name there."""
+    """The parameter or buffer table that holds a weight, and the weight's name there."""
     parent, _, leaf = path.rpartition(".")
     module = layer.get_submodule(parent)
     return (module._parameters if leaf in module._parameters else module._buffers), leaf
@@ -102,15 +101,15 @@ class InUse:
     """The bodies that a sequence runs.
 
     Attributes:
-        groups: each group that has one, with what finds changes of what the body's trace read.
-        every: id of a layer -> its body.
+        groups: each group that has a body, and the watch on everything that the body's trace read.
+        every: id of each layer -> its body.
     """
 
     groups: tuple[tuple[Group, ReadWatch], ...] = ()
     every: Mapping[int, BoundBody] = field(default_factory=dict)
 
     def unchanged(self, report: Report) -> Mapping[int, BoundBody]:
-        """Those of groups whose layers still are what the body was made from."""
+        """The bodies whose layers have not changed since the body was compiled."""
         changes = [(group, change) for group, watch in self.groups if (change := watch.change()) is not None]
         if not changes:
             return self.every

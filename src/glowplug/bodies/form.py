@@ -1,4 +1,5 @@
-"""How an op is called, read off a trace: of that follow what its body is traced with, tried with, and serves."""
+"""How an op is called, as read from a trace. This determines the inputs with which its body is traced and tried, and
+the calls that the body serves."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ _CALLS: Mapping[str, tuple[tuple[Content, tuple[str, ...]], ...]] = {
     EXPERTS: (("values", ("tokens", "")), ("choices", ("tokens", "")), ("shares", ("tokens", ""))),
     BLOCK: (("values", ("batch", "tokens", "")),),
 }
-"""Op -> what lies in each tensor, and the names of its sizes that vary."""
+"""Op -> for each tensor its content and the names of its sizes; `""` for a size that does not vary."""
 _ROUTED: tuple[tuple[Content, tuple[str, ...]], ...] = (("values", ("routed_tokens", "")),)
-"""The same of experts that take tokens which are routed already."""
+"""The same for experts that take tokens which are already routed."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Argument:
     """One tensor that an op is called with.
 
     Attributes:
-        sizes: its shape; a size that varies from call to call has a name.
+        sizes: its shape; a size that varies from call to call is a name.
         dtype: its dtype.
-        content: `"choices"` are experts, distinct in each row; `"shares"` add up to 1 there; a `"mask"` is causal;
-            `"positions"` are not to be read, as nobody knows what a function wants of them.
-        order: its dims as they lie in memory, the outermost first; empty when it is contiguous.
+        content: `"choices"` are experts, distinct in each row; `"shares"` add up to 1 in each row; a `"mask"` is
+            causal; a body must not compute with `"positions"`, as a trial can't know which ones a function expects.
+        order: its dims in memory order, the outermost first; empty if it is contiguous.
     """
 
     sizes: tuple[int | str, ...]
@@ -50,11 +51,11 @@ class Argument:
     order: tuple[int, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its shape in a call of these sizes."""
+        """Its shape in a call with these sizes."""
         return tuple(sizes[size] if isinstance(size, str) else size for size in self.sizes)
 
     def make(self, sizes: Mapping[str, int], generator: torch.Generator | None) -> Tensor:
-        """A tensor for a call of these sizes: random, or without a generator of zeros."""
+        """A tensor for a call with these sizes: random, or zeros without a generator."""
         shape = self.shape(sizes)
         if self.content == "mask":
             seen = torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
@@ -64,14 +65,14 @@ class Argument:
         if self.content == "positions":
             return torch.arange(shape[-1], dtype=self.dtype).expand(shape)
         if generator is None:
-            made = torch.zeros(shape)
+            tensor = torch.zeros(shape)
         elif self.content == "choices":
-            made = torch.rand(*shape[:-1], sizes["experts"], generator=generator).argsort(-1)[..., : shape[-1]]
+            tensor = torch.rand(*shape[:-1], sizes["experts"], generator=generator).argsort(-1)[..., : shape[-1]]
         else:
-            made = torch.rand(shape, generator=generator)
-            made = made / made.sum(-1, keepdim=True) if self.content == "shares" else made * 2 - 1
+            tensor = torch.rand(shape, generator=generator)
+            tensor = tensor / tensor.sum(-1, keepdim=True) if self.content == "shares" else tensor * 2 - 1
         order = self.order or range(len(shape))
-        laid_out = made.to(self.dtype).permute(*order).contiguous()
+        laid_out = tensor.to(self.dtype).permute(*order).contiguous()
         return laid_out.permute(*map(order.index, range(len(shape))))
 
 
@@ -81,8 +82,8 @@ class CallForm:
 
     Attributes:
         op: the op's name.
-        arguments: its tensors.
-        constants: its keyword arguments that are no tensors; see `glowplug.ops.arguments.encode`.
+        arguments: its tensor arguments.
+        constants: its other keyword arguments, see `glowplug.ops.arguments.encode`.
     """
 
     op: str
@@ -92,8 +93,8 @@ class CallForm:
     def make(
         self, sizes: Mapping[str, int], device: torch.device, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Tensors for a call of these sizes: random ones to try; without a generator zeros to trace with, whose sizes
-        that vary are marked."""
+        """Tensors for a call with these sizes: random ones for a trial; without a generator, zeros for a trace, with
+        the varying sizes marked as dynamic."""
         tensors = tuple(argument.make(sizes, generator).to(device) for argument in self.arguments)
         for tensor, argument in zip(tensors, self.arguments, strict=True) if generator is None else ():
             for dim in (dim for dim, size in enumerate(argument.sizes) if isinstance(size, str)):
@@ -101,11 +102,8 @@ class CallForm:
         return tensors
 
     def check(self, relations: Sequence[str]) -> Callable[..., bool]:
-        """Tells whether tensors are those of a call of this form: one expression, as it is asked at every call.
-
-        Args:
-            relations: further expressions that must hold, over `shape_0` and so on.
-        """
+        """A function that checks whether tensors fit this form and `relations`, expressions over `shape_0` and so on.
+        It is compiled from one expression, as it runs at every call."""
         varying: dict[str, str] = {}
         checks: list[str] = []
         for number, argument in enumerate(self.arguments):
@@ -126,35 +124,29 @@ class CallForm:
         return check
 
     def to_facts(self) -> list[Any]:
-        """Itself as plain values, for a record."""
+        """This form as plain values, for a record."""
         arguments = [[list(a.sizes), str(a.dtype)[6:], a.content, list(a.order)] for a in self.arguments]
         return [self.op, arguments, self.constants]
 
     @classmethod
     def from_facts(cls, facts: Sequence[Any]) -> CallForm:
-        """The form that `to_facts` wrote down."""
-        op, arguments, constants = facts
-        made = (
+        """The form that `to_facts` returned as plain values."""
+        op, rows, constants = facts
+        arguments = [
             Argument(tuple(sizes), getattr(torch, dtype), content, tuple(order))
-            for sizes, dtype, content, order in arguments
-        )
-        return cls(op, tuple(made), constants)
+            for sizes, dtype, content, order in rows
+        ]
+        return cls(op, tuple(arguments), constants)
 
 
 Forms = dict[str, CallForm | None]
-"""Name of a layer -> how its op is called; None when that can't be described, or varies."""
+"""Name of a layer -> how its op is called; None if that varies or can't be described."""
 
 
 def read_forms(captured: Captured, registry: LayerRegistry, masks: Mapping[str, Tensor]) -> Forms:
-    """How each traced layer's op is called.
-
-    Args:
-        captured: the trace.
-        registry: the model's layers.
-        masks: source of a mask in the trace -> the mask of a call.
-    """
+    """How each traced layer's op is called. `masks` maps the source of a mask in the trace to the mask of a call."""
     handles = {entry.node: entry.value.name for entry in captured.inputs if entry.kind == "handle"}
-    given = {entry.node: masks[entry.source] for entry in captured.inputs if entry.source in masks}
+    call_masks = {entry.node: masks[entry.source] for entry in captured.inputs if entry.source in masks}
     calls: dict[str, list[fx.Node]] = {}
     for node in captured.gm.graph.nodes:
         op = find_layer_op(node.target) if node.op == "call_function" else None
@@ -162,12 +154,12 @@ def read_forms(captured: Captured, registry: LayerRegistry, masks: Mapping[str, 
             calls.setdefault(op.name, []).append(node)
     forms: Forms = {}
     for name, nodes in calls.items():
-        hoisted = isinstance(nodes[0].args[0], fx.Node)  # without handles calls come in order
+        hoisted = isinstance(nodes[0].args[0], fx.Node)  # without handles, calls are in order
         layers = [handles[str(node.args[0])] for node in nodes] if hoisted else registry.order(name)
         for layer, node in zip(layers, nodes, strict=True) if len(layers) == len(nodes) else ():
             try:
-                form: CallForm | None = _read_form(name, node.args[1:], given)
-            except (KeyError, ValueError):  # it varies in more than `_CALLS` says, or has a mask that no call gives
+                form: CallForm | None = _read_form(name, node.args[1:], call_masks)
+            except (KeyError, ValueError):  # more sizes vary than in `_CALLS`, or a call has no such mask
                 form = None
             forms[layer] = form if forms.get(layer, form) == form else None
     return forms
@@ -191,13 +183,13 @@ def _read_form(op: str, args: Sequence[Any], masks: Mapping[str, Tensor]) -> Cal
 
 
 def _read(node: fx.Node, content: Content, names: Sequence[str], masks: Mapping[str, Tensor]) -> Argument:
-    if content == "mask":  # one that stands in for it in the trace, and shows nothing
+    if content == "mask":  # the trace has only a stand-in, without the mask's shape
         return Argument(("batch", 1, "tokens", "kv_tokens"), masks[str(node)].dtype, content)
     fake = node.meta["example_value"]
     sizes = tuple(size if isinstance(size, int) else name for size, name in zip(fake.shape, names, strict=True))
     if "" in sizes:
         raise ValueError("a size varies")
-    # Hints are asked: asking strides themselves would bind the trace.
+    # Read hints: comparing symbolic strides would add guards to the trace.
     strides: list[int] = [stride if isinstance(stride, int) else stride.node.hint for stride in fake.stride()]
     order = tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
     return Argument(sizes, fake.dtype, content, order if order != tuple(range(len(strides))) else ())

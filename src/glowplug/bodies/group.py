@@ -1,4 +1,4 @@
-"""Layers that one body serves."""
+"""Groups of layers that share an op body."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from glowplug.bodies.form import CallForm
 from glowplug.layers.stack import describe_layers
 
 _CACHED = 128
-"""Cached tokens of a trial, at least."""
+"""The least number of cached tokens in a trial."""
 _GATHERED = 2**28
-"""Bytes of gathered weights in a trial, at most: on a CPU compiled experts gather those of each token."""
+"""The most bytes of weights that a trial may gather: on a CPU, compiled experts gather the weights of each token."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers of one structure whose op is called in one way.
+    """Layers of equal structure whose op is called in the same way.
 
     Attributes:
-        form: how.
-        names: their qualified names.
-        layers: themselves.
-        described: everything that their forward could read when the group was made, hashed: the same for all of them.
-        own: what the op computes by the layer's own code, `own(layer, *tensors)`: a function to be traced.
-        traced: what stands in for the first layer in the trace.
-        address: what its body depends on besides the compiler, hashed; None when that can't be described.
+        form: how the op is called.
+        names: the layers' qualified names.
+        layers: the layers.
+        described: hash of everything that the layers' forward could read when the group was built, equal for all.
+        own: `own(layer, *tensors)` computes the op by the layer's own code; this function is traced.
+        traced: returns a stand-in for the first layer in the trace.
+        address: hash of everything that the body depends on besides the compiler; None if that can't be described.
     """
 
     form: CallForm
@@ -42,24 +42,24 @@ class Group:
 
     @property
     def changed(self) -> bool:
-        """Whether a layer is no longer what it was when the group was made."""
+        """Whether a layer has changed since the group was built."""
         return any(described != self.described for described in describe_layers(self.layers))
 
     @property
     def device(self) -> torch.device:
-        """Where the first layer lies."""
+        """The device of the first layer."""
         return next(self.layers[0].parameters()).device
 
     def sizes(self, tokens: int, batch: int = 1, kv_tokens: int | None = None) -> dict[str, int]:
-        """Sizes of a call, by name."""
+        """The sizes of a call by name."""
         experts, _ = self._experts
         cached = max(tokens, _CACHED) if kv_tokens is None else kv_tokens
-        # Experts that take no routing are handed every expert's tokens in turn.
+        # Experts that take no routing get the tokens of all experts at once, one expert after the other.
         routed = tokens * experts
         return {"batch": batch, "tokens": tokens, "kv_tokens": cached, "experts": experts, "routed_tokens": routed}
 
     def trial(self, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[Tensor, ...] | None:
-        """Random tensors of a call; None for one that would gather too many weights."""
+        """Random tensors for a call; None if the call would gather too many weights."""
         chosen = next((int(a.sizes[-1]) for a in self.form.arguments if a.content == "choices"), 1)
         gathered = sizes["batch"] * sizes["tokens"] * chosen * self._experts[1]
         if sizes["tokens"] > 1 and gathered > _GATHERED:
@@ -68,7 +68,7 @@ class Group:
 
     @cached_property
     def _experts(self) -> tuple[int, float]:
-        """How many experts a layer has, and the bytes of one."""
+        """The number of experts in a layer, and the bytes of one expert."""
         stacked = [p for p in self.layers[0].parameters() if p.dim() == 3]
         experts = min((int(p.shape[0]) for p in stacked), default=1)
         return experts, sum(p.numel() * p.element_size() for p in stacked) / experts

@@ -1,4 +1,4 @@
-"""Makes the body of a group: traces one of its layers, and compiles that."""
+"""Makes the body of a group: traces one of its layers and compiles the graph."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from glowplug.graph.split import Piece, split
 from glowplug.store.address import globals_of
 
 T = TypeVar("T")
-"""Source of one of the op's tensors, or of a size of one."""
 _TRACED = {"batch": 2, "tokens": 8, "kv_tokens": 11}
-"""Sizes of a trace: at least 2 and all different, so that none is taken for another."""
+"""Sizes for the trace: at least 2 and all different, so that no two are unified."""
 SIZES = (
     {"batch": 1, "tokens": 1, "kv_tokens": 1},
     {"batch": 1, "tokens": 1, "kv_tokens": 6},
@@ -29,14 +28,14 @@ SIZES = (
     {"batch": 3, "tokens": 2, "kv_tokens": 7},
     {"batch": 2, "tokens": 12, "kv_tokens": 12},
 )
-"""Calls that a body must be right for, whatever its trial goes on to time."""
+"""Sizes of calls for which every body must be right."""
 
 
 def make_body(group: Group, compile: Callable[[fx.GraphModule, Sequence[Any]], T]) -> tuple[Body, T]:
-    """The body of a group, and what compiling its piece gave.
+    """The body of a group, and what `compile` returned for its piece.
 
     Raises:
-        CaptureError: it can't be traced, or its trace relied on what calls need not fulfil.
+        CaptureError: the layer can't be traced, or its trace relies on something that calls need not fulfil.
     """
     start = time.perf_counter()
 
@@ -53,18 +52,18 @@ def make_body(group: Group, compile: Callable[[fx.GraphModule, Sequence[Any]], T
 
 
 def _tensor(source: str) -> tuple[int, int | None] | None:
-    """Which of the op's tensors a source stands for, and which of its sizes; None for anything else."""
-    found = parse(source)
-    if found is None or found.root != "tensors" or len(found.path) != 1:
+    """The index of the op's tensor that a source refers to, and the dim if it is a size; None for other sources."""
+    parsed = parse(source)
+    if parsed is None or parsed.root != "tensors" or len(parsed.path) != 1:
         return None
-    return found.path[0].name, found.size
+    return parsed.path[0].name, parsed.size
 
 
 def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str, ...]]:
-    """The one piece that a body consists of, and where its inputs come from, as `Body` has it."""
-    given = {entry.node: found for entry in captured.inputs if (found := _tensor(entry.source)) is not None}
+    """The single piece of a body, and `Body.arguments` for its inputs."""
+    tensors = {entry.node: at for entry in captured.inputs if (at := _tensor(entry.source)) is not None}
     sources = {entry.node: entry for entry in captured.inputs}
-    steps, outputs = split(captured, sources.keys() - given.keys())
+    steps, outputs = split(captured, sources.keys() - tensors.keys())
     if len(steps) != 1 or not isinstance(steps[0], Piece) or steps[0].outputs != outputs or len(outputs) != 1:
         raise CaptureError("the body is not one piece with one output")
     paths = {id(tensor): name for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
@@ -73,8 +72,8 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
         if name not in sources:
             raise CaptureError(f"the body reads {name}, which is no input")
         entry = sources[name]
-        if name in given:
-            number, dim = given[name]
+        if name in tensors:
+            number, dim = tensors[name]
             arguments.append(f"tensors[{number}]" if dim is None else f"tensors[{number}].shape[{dim}]")
         elif id(entry.value) in paths:
             arguments.append(f"@{paths[id(entry.value)]}")
@@ -84,15 +83,15 @@ def _only_piece(captured: Captured, layer: nn.Module) -> tuple[Piece, tuple[str,
 
 
 def _relations(captured: Captured, group: Group) -> tuple[str, ...]:
-    """What the trace, or the compiler, relied on of sizes, but for relations that only exclude sizes of 1: whether the
-    body is right for those, its trial shows.
+    """The relations between sizes that the trace or the compiler relied on. Relations that only exclude sizes of 1 are
+    left out, as the trial shows whether the body is right for those.
 
     Raises:
-        CaptureError: it excludes sizes that calls have, or computes with positions.
+        CaptureError: the trace excludes sizes that calls have, or computes with positions.
     """
     arguments = group.form.arguments
-    sources = {entry.source: found for entry in captured.inputs if (found := _tensor(entry.source)) is not None}
-    if any(arguments[found[0]].content == "positions" for found in sources.values()):
+    sources = {entry.source: at for entry in captured.inputs if (at := _tensor(entry.source)) is not None}
+    if any(arguments[number].content == "positions" for number, _ in sources.values()):
         raise CaptureError("the body computes with positions")
     assumptions = read_assumptions(captured, set(sources))
     numbers = {source: sources[source][0] for source in assumptions.dims}

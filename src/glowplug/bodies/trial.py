@@ -1,4 +1,4 @@
-"""Decides by a trial how many tokens a body is to serve: it must be right, and faster."""
+"""Tries a body: it must be right, and it is used for as many tokens as it is faster for."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glowplug.bodies.body import Body, BoundBody, Piece, Verdict
+from glowplug.bodies.body import Body, BoundBody, Verdict
 from glowplug.bodies.group import Group
 from glowplug.bodies.make import SIZES
+from glowplug.program.piece_store import Run
 from glowplug.verify.slots import run_both
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RUNS = 7
 _FASTER = 0.95
-"""Share of the layer's own time that a body may take."""
+"""A body must take less than this share of the time of the layer's own code."""
 
 
-def try_body(group: Group, body: Body, piece: Piece, *, limited: bool) -> Verdict:
-    """Try a body on a group's first layer, for more and more tokens, until it is no longer the faster way.
-
-    Args:
-        group: the layers that it is for.
-        body: the body.
-        piece: its compiled piece.
-        limited: never let it serve any number of tokens.
-    """
+def try_body(group: Group, body: Body, piece: Run, *, limited: bool) -> Verdict:
+    """Try a body on a group's first layer with more and more tokens, until it is no longer faster than the layer's own
+    code. If `limited`, the verdict always has a limit, even if the body is faster in all trials."""
     layer = group.layers[0]
     compiled = BoundBody(layer, piece, body, group.form).run
     own = functools.partial(group.own, layer)

@@ -1,4 +1,4 @@
-"""Piece compilers: a piece and its fake inputs in, a callable out."""
+"""Piece compilers: turn a piece and its fake inputs into a callable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import CompileError, UsageError
-from glowplug.runtime.forks import begin as begin_thread
+from glowplug.runtime.forks import begin_thread
 
 __all__ = [
     "EagerCompiler",
@@ -20,11 +20,7 @@ __all__ = [
 
 
 def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
-    """The compiler of that name (`"inductor"` or `"eager"`), or `choice` itself if it is one.
-
-    Raises:
-        UsageError: no such compiler.
-    """
+    """The compiler named `"inductor"` or `"eager"`, or `choice` itself if it is one; UsageError for anything else."""
     if not isinstance(choice, str):
         if callable(getattr(choice, "compile", None)) and isinstance(getattr(choice, "name", None), str):
             return choice
@@ -37,18 +33,14 @@ def get_compiler(choice: str | PieceCompiler) -> PieceCompiler:
 
 
 def why_unable(compiler: PieceCompiler, device_type: str) -> str | None:
-    """Why a compiler can't compile for a device here, in one sentence; None when it says nothing of the kind."""
+    """Why a compiler can't compile for a device here, in one sentence; None if it reports no problem."""
     ask = getattr(compiler, "problem", None)
-    found: str | None = ask(device_type) if ask is not None else None
-    return found
+    problem: str | None = ask(device_type) if ask is not None else None
+    return problem
 
 
 def warm_up(compiler: PieceCompiler, device_type: str) -> None:
-    """Start a compiler's one-off work, if it knows any.
-
-    Raises:
-        CompileError: it can't compile for that device here; the message says what to do.
-    """
+    """Start a compiler's one-off work, if it has any; CompileError if it can't compile for the device."""
     problem = why_unable(compiler, device_type)
     if problem is not None:
         raise CompileError(problem)
@@ -58,7 +50,7 @@ def warm_up(compiler: PieceCompiler, device_type: str) -> None:
 
 
 def warm_up_loading(compiler: PieceCompiler) -> None:
-    """Begin what a compiler does once a process before it loads stored pieces, if it knows any, in a thread."""
+    """Start, in a thread, a compiler's one-off work for loading stored pieces, if it has any."""
     begin = getattr(compiler, "warm_up_loading", None)
     if begin is not None:
         begin_thread(begin, "glowplug-warm-up")

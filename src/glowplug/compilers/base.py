@@ -1,4 +1,4 @@
-"""The protocol that a piece compiler fulfils."""
+"""The protocols of piece compilers."""
 
 from __future__ import annotations
 
@@ -11,52 +11,55 @@ from torch import fx
 
 @runtime_checkable
 class PieceCompiler(Protocol):
-    """Turns one piece into a callable. A compiler may also have two methods: `warm_up(device_type)`, called before the
-    trace begins, which starts one-off work and returns at once; and `warm_up_loading()`, called in a thread of its own
-    while weights are loaded, before stored pieces are."""
+    """Turns a piece into a callable.
+
+    A compiler may have more methods. `problem(device_type)` says in one sentence why it can't compile for a device, or
+    returns None. `warm_up(device_type)` is called before the trace, starts one-off work and returns at once.
+    `warm_up_loading()` runs in a thread of its own while the weights load, before stored pieces are loaded.
+    """
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name of the compiler in reports."""
         ...
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-        """Compile one piece, inside the tracing context of its capture.
+        """Compile a piece, inside the tracing context of its capture.
 
         Args:
             piece: the piece's graph; it returns a tuple of tensors.
-            inputs: one fake tensor, symbolic size or handle a placeholder, in order.
+            inputs: for each placeholder, in order, a fake tensor, symbolic size or handle.
 
         Returns:
-            A callable of the same inputs, real ones, that returns a tuple or list of tensors. It must serve every
-            size that the symbols stand for, not only those of the trace, and be safe to call from several threads.
+            A callable that takes the corresponding real inputs and returns a tuple or list of tensors. It must be
+            thread-safe, and support every size that the symbols stand for, not only those of the trace.
         """
         ...
 
 
 @runtime_checkable
 class StoringCompiler(PieceCompiler, Protocol):
-    """A compiler whose compiled pieces can be stored, and so be made by another process."""
+    """A compiler whose compiled pieces can be stored, so another process can compile them."""
 
     def environment(self, device: torch.device) -> str:
-        """Everything besides a piece that its compilation depends on, as text: equal texts, equal compiled pieces."""
+        """Everything besides the piece that its compilation depends on: equal texts mean equal compiled pieces."""
         ...
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
-        """Whether pieces of these inputs may be compiled in forks of this process; called right before. With `several`,
-        it pays to load here what each fork would have to."""
+        """Whether pieces with these inputs may be compiled in forks of this process. Called right before forking. With
+        `several`, it may load what every fork would otherwise load by itself."""
         ...
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
-        """As `compile`, but the compiled piece is returned in a form that can be stored."""
+        """Like `compile`, but returns the compiled piece in storable form."""
         ...
 
     def compile_and_store(
         self, piece: fx.GraphModule, inputs: Sequence[Any]
     ) -> tuple[Callable[..., Sequence[Any]], bytes]:
-        """Both: the callable, and the compiled piece in a form that can be stored."""
+        """The callable, and the compiled piece in storable form."""
         ...
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
-        """The callable of a stored piece. Runs code that the artifact holds."""
+        """The callable of a stored piece. Runs code from the artifact."""
         ...

@@ -1,4 +1,4 @@
-"""The eager piece compiler: runs a piece op by op, uncompiled. For tests, and to tell a compiler's fault from ours."""
+"""The eager piece compiler, for tests and to find out whether a fault is the compiler's or glowplug's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from torch import fx
 
 
 class EagerCompiler:
-    """Runs the piece's graph as generated Python."""
+    """Runs a piece op by op, as the generated Python of its graph."""
 
     name = "eager"
-
-    def warm_up(self, device_type: str) -> None:
-        """Nothing to prepare."""
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""

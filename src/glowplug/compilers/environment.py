@@ -1,4 +1,4 @@
-"""What a compiled piece depends on besides itself: versions, the device, the processor, options and switches.
+"""Everything besides its graph that a compiled piece depends on: versions, device, processor, options and switches.
 
 Reads Inductor's configuration (private; checked on torch 2.11 and 2.13).
 """
@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 FORM = 3
-"""Of what is stored; a change of it makes all that was stored before unreachable."""
+"""Version of the stored form; a new one makes everything stored before unreachable."""
 _VOLATILE = ("compile_threads", "worker_", "trace.", "verbose", "debug", "log", "remote_cache", "cache_dir", "_cache")
-"""Inductor options that change how a piece is compiled and not what comes of it, by parts of their names."""
+"""Parts of the names of Inductor options that do not affect the compiled piece."""
 
 
 def describe_environment(device: torch.device, options: Mapping[str, Any], threads: int) -> str:
-    """The environment of pieces for a device, compiled with some Inductor options for a number of threads, as text."""
+    """The environment, as text, of pieces compiled for a device with these Inductor options and number of threads."""
     facts: dict[str, Any] = {
         "form": FORM,
         "torch": torch.__version__,
         "built": torch.version.git_version,
-        "python": f"{sys.implementation.cache_tag}",
+        "python": str(sys.implementation.cache_tag),
         "machine": f"{sys.platform} {platform.machine()}",
         "device": device.type,
         "options": sorted((name, repr(value)) for name, value in options.items()),
@@ -54,29 +54,31 @@ def describe_environment(device: torch.device, options: Mapping[str, Any], threa
 
 
 def _processor() -> str:
-    """The instruction sets that kernels may use; a GPU piece may hold CPU kernels, too."""
-    found = [torch.backends.cpu.get_cpu_capability()]
+    """The instruction sets that kernels may use. Needed on a GPU as well, whose pieces may contain CPU kernels."""
+    features = [torch.backends.cpu.get_cpu_capability()]
     for name in ("_is_avx512_bf16_supported", "_is_vnni_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
         test = getattr(torch.cpu, name, None)
-        found += [name] if test is not None and test() else []
-    return " ".join([*found, _processor_flags()])
+        features += [name] if test is not None and test() else []
+    return " ".join([*features, _processor_flags()])
 
 
 @functools.cache
 def _processor_flags() -> str:
-    """A digest of all that the processor can do: kernels are compiled for exactly that (`-march=native`), and one that
-    uses an instruction which another processor lacks ends the process. Where the system does not say: its name."""
+    """A digest of the processor's features, or of its name if the system does not list them.
+
+    Kernels are compiled for exactly this processor (`-march=native`). An instruction that another one lacks would kill
+    the process.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    wanted = {" ".join(sorted(line.split())) for line in lines if line.lower().startswith(("flags", "features"))}
-    told = repr(sorted(wanted)) if wanted else platform.processor()
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    flags = {" ".join(sorted(line.split())) for line in lines if line.lower().startswith(("flags", "features"))}
+    text = repr(sorted(flags)) if flags else platform.processor()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _inductor_options() -> dict[str, str]:
-    """Inductor's own configuration."""
     values = _read_inductor()
     return {name: repr(values[name]) for name in sorted(values) if not any(part in name for part in _VOLATILE)}
 
@@ -89,17 +91,14 @@ def _read_inductor() -> dict[str, Any]:
 
 
 def read_switches() -> bytes:
-    """The process-wide switches that the environment of pieces depends on, for another process; see `set_switches`."""
+    """The process-wide switches that the environment depends on, pickled for `set_switches` in another process."""
     inductor = {}
     for name, value in _read_inductor().items():
-        with suppress(Exception):  # a function of somebody's own has no form
+        with suppress(Exception):  # a user's function may not pickle
             inductor[name] = pickle.dumps(value)
     tf32: dict[str, bool] = {}
-    with suppress(RuntimeError):  # torch refuses where its newer switches were used, too
-        tf32 = {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
-        }
+    with suppress(RuntimeError):  # torch raises if its newer switches were used as well
+        tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}
     switches = {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -114,7 +113,7 @@ def read_switches() -> bytes:
 
 
 def set_switches(content: bytes) -> None:
-    """Set the switches of this process as they were in the one that read them."""
+    """Set the switches of this process to those that `read_switches` returned in another."""
     from torch._inductor import config
 
     switches = pickle.loads(content)
@@ -129,35 +128,35 @@ def set_switches(content: bytes) -> None:
     torch.set_num_threads(switches["threads"])
     now = _read_inductor()
     for name, pickled in switches["inductor"].items():
-        with suppress(Exception):  # what can't be set here is found to differ
+        with suppress(Exception):  # a value that can't be set here shows up as a difference
             value = pickle.loads(pickled)
             if name not in now or now[name] != value:
                 setattr(config, name, value)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two processes have otherwise, of all that an address is made of: `"NAME (THERE there, HERE here)"`."""
+    """The facts behind an address that differ between two processes, as `"NAME (THERE there, HERE here)"`."""
     first, second = _flat(there), _flat(here)
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     return [f"{name} ({_short(first.get(name))} there, {_short(second.get(name))} here)" for name in names]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Facts by name, those of an environment (see `describe_environment`) and of Inductor's configuration, too."""
-    found: dict[str, Any] = {}
+    """Facts by name, with those of the environment and of Inductor's configuration unpacked."""
+    flat: dict[str, Any] = {}
     for name, value in facts.items():
         if name == "environment" and isinstance(value, str):
             with suppress(ValueError):
                 value = json.loads(value)
         if isinstance(value, dict):
-            found |= _flat(value, "inductor." if name == "inductor" else prefix)
+            flat |= _flat(value, "inductor." if name == "inductor" else prefix)
         else:
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64 and value.isalnum():  # of a digest the beginning tells them apart
+    if isinstance(value, str) and len(value) == 64 and value.isalnum():  # a digest
         return value[:12]
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

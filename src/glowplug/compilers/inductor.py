@@ -1,4 +1,4 @@
-"""The Inductor piece compiler. The one place that calls `standalone_compile` (private; checked on torch 2.11, 2.13)."""
+"""The Inductor piece compiler, the only caller of `standalone_compile` (private; checked on torch 2.11 and 2.13)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.kernels import noting_kernels, read_kernels, serving_kernels
+from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -35,7 +35,7 @@ _LOADING = (
 
 
 class InductorCompiler:
-    """Compiles a piece with Inductor, symbolic in whatever sizes the capture made symbolic.
+    """Compiles a piece with Inductor; sizes that are symbolic in the capture stay symbolic.
 
     Args:
         options: Inductor options, as for `torch.compile(options=...)`.
@@ -45,22 +45,22 @@ class InductorCompiler:
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.options = dict(options or {})
-        # Kernels are made for a number of threads; a fork that compiles has one, and must not count its own.
+        # Kernels are compiled for a number of threads. Read it here, as a fork that compiles has only one.
         self.threads = torch.get_num_threads()
 
     def problem(self, device_type: str) -> str | None:
-        """Why Inductor can't compile here, in one sentence; None when nothing is known to be in the way."""
+        """Why Inductor can't compile here, in one sentence; None if there is no known obstacle."""
         return why_no_folder(device_type) or (why_no_cpp_compiler() if device_type == "cpu" else None)
 
     def warm_up(self, device_type: str) -> None:
-        """Begin what Inductor does once a process, beside the trace."""
+        """Start Inductor's one-off work, which then runs during the trace."""
         if device_type == "cpu":
             cpu_toolchain()
-        else:  # as torch.compile does: the processes that compile Triton kernels start beside the trace
+        else:  # as torch.compile does: start the processes that compile Triton kernels
             importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
 
     def warm_up_loading(self) -> None:
-        """Import what loading a piece needs: a fifth of a second."""
+        """Import the modules that loading a piece needs, which takes a fifth of a second."""
         for name in _LOADING:
             importlib.import_module(name)
 
@@ -73,11 +73,11 @@ class InductorCompiler:
         return describe_environment(device, self.options, self.threads)
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
-        """See `StoringCompiler.forks`. Not beside a GPU, and not when Inductor is told to use one process."""
+        """See `StoringCompiler.forks`. No forks if CUDA is initialised, or Inductor is limited to one process."""
         single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
         if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
             return False
-        if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread would not be there in a fork
+        if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread does not exist in a fork
             return False
         if several:
             importlib.import_module("torch._inductor.compile_fx")
@@ -97,9 +97,9 @@ class InductorCompiler:
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
-        inductors, kernels = pickle.loads(artifact)
-        with serving_kernels(kernels):
-            return _callable(AOTCompiledArtifact.deserialize(inductors))
+        inductor_artifact, kernels = pickle.loads(artifact)
+        with loading_kernels(kernels):
+            return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
 
     def _compile_or_retry(
         self, piece: fx.GraphModule, inputs: Sequence[Any], *, aot: bool = False, **patches: Any
@@ -107,7 +107,7 @@ class InductorCompiler:
         try:
             return self._compile(piece, inputs, patches, aot)
         except Exception as exc:
-            # Retried only if something was taken on trust, and Dynamo does not ask for another trace.
+            # Retry only if an unverified instruction set may be the cause, and this is not Dynamo's request to restart.
             if is_restart(exc) or not (on_cpu(inputs) and cpu_toolchain().distrust()):
                 raise
         return self._compile(piece, inputs, patches, aot)
@@ -128,7 +128,7 @@ class InductorCompiler:
 
 
 def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
-    # The artifact's own __call__ adds frames and nothing else; one that can be stored has two of them.
+    # Skip the artifact's own __call__, which only adds frames: two if the artifact is storable.
     if isinstance(artifact, AOTCompiledArtifact):
         run: Callable[..., Sequence[Any]] = artifact.inner_fn.compiled_fn
         return run
@@ -136,17 +136,17 @@ def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
 
 
 def on_cpu(inputs: Sequence[Any]) -> bool:
-    """Whether a piece of these inputs runs on a CPU."""
+    """Whether a piece with these inputs runs on the CPU."""
     return all(value.device.type == "cpu" for value in inputs if isinstance(value, FakeTensor))
 
 
 @contextmanager
 def _scalars_allowed(inputs: Sequence[Any]) -> Iterator[None]:
-    """Let a piece ask a tensor for its number: Dynamo turns a Python float that changed into such a tensor."""
+    """Allow pieces to call `item()` on a tensor: Dynamo replaces a Python float that changes with such a tensor."""
     context = TracingContext.try_get()
-    found = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
-    found += [context.fake_mode] if context is not None and context.fake_mode is not None else []
-    modes = list({id(mode): mode for mode in found}.values())
+    all_modes = [value.fake_mode for value in inputs if isinstance(value, FakeTensor)]
+    all_modes += [context.fake_mode] if context is not None and context.fake_mode is not None else []
+    modes = list({id(mode): mode for mode in all_modes}.values())
     before = [mode.allow_scalar_outputs for mode in modes]
     for mode in modes:
         mode.allow_scalar_outputs = True

@@ -1,8 +1,8 @@
-"""The C++ kernels of a piece: noted while it compiles, kept with its artifact, loaded where no compiler needs to run.
+"""Stores the compiled C++ kernels of a piece with its artifact, so that loading it needs no compiler.
 
-Inductor's own artifacts hold a kernel's source, and compile it anew on a machine that has not seen it. Uses
-`AsyncCompile.cpp_pybinding` and `CppPythonBindingsCodeCache` (private; checked on torch 2.11 and 2.13). Where they are
-missing, artifacts hold no kernels, and loading one compiles them.
+Inductor's own artifacts contain only kernel sources, and a machine without them in its cache compiles them again.
+Uses `AsyncCompile.cpp_pybinding` and `CppPythonBindingsCodeCache` (private; checked on torch 2.11 and 2.13). Without
+them, artifacts contain no compiled kernels either.
 """
 
 from __future__ import annotations
@@ -20,34 +20,32 @@ from glowplug.runtime.forks import Scratch, in_forks
 
 Sources = dict[str, tuple[tuple[str, ...], str]]
 """Digest of a kernel -> the types of its arguments, and its C++ source."""
+KernelMaker = Callable[[Callable[[], Any], Sequence[str], str], Any]
+"""`make(inductor, argument_types, source)` returns a kernel; `inductor()` is what Inductor would have returned."""
+_maker: ContextVar[KernelMaker | None] = ContextVar("glowplug_kernels", default=None)
 
 
-def digest_of(argument_types: Sequence[str], source: str) -> str:
-    """What a kernel is known by: SHA-256 of its source and the types of its arguments, in hex."""
+def _digest(argument_types: Sequence[str], source: str) -> str:
     return hashlib.sha256(f"{list(argument_types)!r}\n{source}".encode()).hexdigest()
 
 
-StandIn = Callable[[Callable[[], Any], Sequence[str], str], Any]
-"""Makes a kernel: `stand_in(own, argument_types, source)`; `own()` is what Inductor would have done."""
-
-_stand_in: ContextVar[StandIn | None] = ContextVar("glowplug_kernels", default=None)
-
-
 @contextmanager
-def _in_place_of_inductor(stand_in: StandIn) -> Iterator[None]:
-    """Let `stand_in` make the kernels that this thread asks for."""
-    _ask_stand_ins()
-    token = _stand_in.set(stand_in)
+def _making_kernels(maker: KernelMaker) -> Iterator[None]:
+    """Let `maker` provide the kernels that this thread requests from Inductor."""
+    _patch_inductor()
+    token = _maker.set(maker)
     try:
         yield
     finally:
-        _stand_in.reset(token)
+        _maker.reset(token)
 
 
 @functools.cache
-def _ask_stand_ins() -> None:
-    """From now on Inductor asks the stand-in of a thread for kernels, where it has one. For good, so that no thread,
-    and no fork, sees it come and go."""
+def _patch_inductor() -> None:
+    """Make Inductor use the current thread's kernel maker, if it has one.
+
+    The patch is permanent, so that no thread or fork sees it half applied.
+    """
     from torch._inductor.async_compile import AsyncCompile
 
     own = getattr(AsyncCompile, "cpp_pybinding", None)
@@ -56,36 +54,36 @@ def _ask_stand_ins() -> None:
 
     @functools.wraps(own)
     def cpp_pybinding(self: Any, argtypes: Sequence[str], source_code: str, *args: Any, **kwargs: Any) -> Any:
-        make = functools.partial(own, self, argtypes, source_code, *args, **kwargs)
-        stand_in = _stand_in.get()
-        return make() if stand_in is None else stand_in(make, argtypes, source_code)
+        inductor = functools.partial(own, self, argtypes, source_code, *args, **kwargs)
+        maker = _maker.get()
+        return inductor() if maker is None else maker(inductor, argtypes, source_code)
 
     AsyncCompile.cpp_pybinding = cpp_pybinding
 
 
 @contextmanager
 def noting_kernels() -> Iterator[Sources]:
-    """Collects the kernels that this thread compiles inside."""
-    found: Sources = {}
+    """Collect the kernels that this thread compiles."""
+    sources: Sources = {}
 
-    def stand_in(own: Callable[[], Any], argument_types: Sequence[str], source: str) -> Any:
-        found[digest_of(argument_types, source)] = (tuple(argument_types), source)
-        return own()
+    def note(inductor: Callable[[], Any], argument_types: Sequence[str], source: str) -> Any:
+        sources[_digest(argument_types, source)] = (tuple(argument_types), source)
+        return inductor()
 
-    with _in_place_of_inductor(stand_in):
-        yield found
+    with _making_kernels(note):
+        yield sources
 
 
 @in_forks
 def _forget_threads() -> None:
-    """Inductor's pool of threads is not there in a fork; it would wait for it."""
+    """A fork lacks the threads of Inductor's pool, and would wait for them."""
     pool = getattr(getattr(sys.modules.get("torch._inductor.async_compile"), "AsyncCompile", None), "pool", None)
     if pool is not None:
         pool.cache_clear()
 
 
 def read_kernels(sources: Sources) -> dict[str, bytes]:
-    """The shared libraries of kernels that this process has loaded, by digest."""
+    """Digest -> shared library, for kernels that this process has loaded."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     libraries = {}
@@ -96,21 +94,21 @@ def read_kernels(sources: Sources) -> dict[str, bytes]:
 
 
 @contextmanager
-def serving_kernels(libraries: Mapping[str, bytes]) -> Iterator[None]:
-    """Inside, Inductor gets these kernels instead of compiling them."""
+def loading_kernels(libraries: Mapping[str, bytes]) -> Iterator[None]:
+    """Let Inductor load these kernels instead of compiling them."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     with Scratch("kernels") as folder:
 
-        def stand_in(own: Callable[[], Any], argument_types: Sequence[str], source: str) -> Any:
-            digest = digest_of(argument_types, source)
+        def load(inductor: Callable[[], Any], argument_types: Sequence[str], source: str) -> Any:
+            digest = _digest(argument_types, source)
             if digest not in libraries:
-                return own()
+                return inductor()
             path = folder / f"{digest}.so"
             path.write_bytes(libraries[digest])
-            # A loaded library stays mapped when its file is deleted.
+            # The library stays mapped after its file is deleted.
             library: Any = CppPythonBindingsCodeCache._load_library(str(path), f"glowplug_{digest}")
             return getattr(library, CppPythonBindingsCodeCache.entry_function)
 
-        with _in_place_of_inductor(stand_in):
+        with _making_kernels(load):
             yield

@@ -1,5 +1,6 @@
-"""What Inductor does once a process, and once a machine, before its first CPU kernel: find the vector instruction set,
-precompile its header. Begun in a thread beside the trace, as most of it happens in processes of its own.
+"""Prepares Inductor for its first CPU kernel: chooses the vector instruction set and precompiles the C++ header.
+
+This runs in a thread during the trace, as most of the work happens in other processes.
 
 Uses Inductor's list of instruction sets, its code cache and `cpp.vec_isa_ok` (private; checked on torch 2.11 and 2.13).
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from glowplug.reasons import no_cpp_compiler, no_folder, why
-from glowplug.runtime.forks import begin, in_forks
+from glowplug.runtime.forks import begin_thread, in_forks
 
 _KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -31,31 +32,31 @@ extern "C" void kernel(float* out) {
     at::vec::Vectorized<float>(1).exp().store(out);
 }
 """
-"""Includes what Inductor's kernels include. It is never compiled: asking for it precompiles its header."""
+"""Includes what Inductor's kernels include. It is never compiled, but requesting it precompiles the header."""
 _PATIENCE_S = 120.0
-"""How long to wait for the compiler; then Inductor asks it anew, as it would without all this."""
+"""How long to wait for the compiler. After that, Inductor runs it again by itself."""
 
 
 class CpuToolchain:
-    """The C++ side of Inductor in this process.
+    """The C++ toolchain of Inductor in this process.
 
-    Inductor finds out which instruction sets work by compiling and loading test programs, for seconds. The processor
-    says by itself which it has, so only the compiler is in doubt: while `trusted`, it is asked whether it knows the
-    flags, which takes it hundredths of a second. Should a piece then fail to compile, the tests are made after all.
+    To find out which instruction sets work, Inductor compiles and loads test programs, which takes seconds. The
+    processor reports its instruction sets itself, so only the compiler is in doubt. While `trusted`, a quick check of
+    whether the compiler accepts the flags replaces these tests. If a piece then fails to compile, they run after all.
     """
 
     def __init__(self) -> None:
         self.trusted = _is_x86()
         self._known = threading.Event()
         self.prepared = False
-        self._thread = begin(self._prepare, "glowplug-toolchain")
+        self._thread = begin_thread(self._prepare, "glowplug-toolchain")
 
     def wait(self) -> None:
-        """Until the instruction set is known, or the compiler does not answer. The header may still be on its way."""
+        """Wait until the instruction set is known or the wait times out. The header may not be ready yet."""
         self._known.wait(_PATIENCE_S)
 
     def join(self) -> bool:
-        """Until everything is prepared; returns whether it is."""
+        """Wait until everything is prepared; returns whether it is."""
         self._thread.join(_PATIENCE_S)
         return self.prepared
 
@@ -64,7 +65,7 @@ class CpuToolchain:
         return {"cpp.vec_isa_ok": True} if self.trusted else {}
 
     def distrust(self) -> bool:
-        """Forget what was taken on trust; returns whether anything was, so that trying again can help."""
+        """Go back to Inductor's own tests; returns whether that can help, that is, whether they were skipped."""
         if not self.trusted:
             return False
         self.trusted = False
@@ -72,8 +73,8 @@ class CpuToolchain:
 
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
         for isa in cpu_vec_isa.supported_vec_isa_list:
-            for found in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
-                vars(isa).pop(found, None)
+            for attribute in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+                vars(isa).pop(attribute, None)
             for method in ("__bool__", "is_avx512_bf16_supported", "is_amx_fp16_supported"):
                 clear = getattr(getattr(type(isa), method, None), "cache_clear", None)
                 if clear is not None:
@@ -85,14 +86,14 @@ class CpuToolchain:
             from torch._inductor import config, cpu_vec_isa
             from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-            trusting: Any = config.patch(self.options())
-            with trusting:
+            patched: Any = config.patch(self.options())
+            with patched:
                 with _quick_tests(cpu_vec_isa) if self.trusted else nullcontext():
                     cpu_vec_isa.valid_vec_isa_list()
                 self._known.set()
-                CppPythonBindingsCodeCache.load_pybinding_async(["float*"], _KERNEL, submit_fn=_not_now)
+                CppPythonBindingsCodeCache.load_pybinding_async(["float*"], _KERNEL, submit_fn=_skip_compilation)
         except Exception:
-            self.distrust()  # a real fault is found again, and reported, when a piece is compiled
+            self.distrust()  # compiling a piece will hit and report a real fault
         finally:
             self._known.set()
             self.prepared = True
@@ -100,10 +101,10 @@ class CpuToolchain:
 
 @contextlib.contextmanager
 def _quick_tests(cpu_vec_isa: Any) -> Iterator[None]:
-    """Let Inductor's tests of instruction sets ask the compiler for its flags, and nothing else."""
+    """Reduce Inductor's tests of instruction sets to whether the compiler accepts their flags."""
     cls = cpu_vec_isa.VecISA
     _tests.setdefault(cls, cls.check_build)
-    cls.check_build = _knows_flags
+    cls.check_build = _accepts_flags
     try:
         yield
     finally:
@@ -111,35 +112,35 @@ def _quick_tests(cpu_vec_isa: Any) -> Iterator[None]:
 
 
 _tests: dict[Any, Any] = {}
-"""Inductor's own test of instruction sets."""
+"""Class -> Inductor's own test of its instruction set."""
 
 
-def _knows_flags(isa: Any, _code: str) -> bool:
-    """Whether the C++ compiler takes an instruction set's flags; stands in for `VecISA.check_build`."""
+def _accepts_flags(isa: Any, _code: str) -> bool:
+    """Whether the C++ compiler accepts an instruction set's flags; replaces `VecISA.check_build`."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     command = [get_cpp_compiler(), *shlex.split(isa.build_arch_flags()), "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60).returncode == 0
 
 
-def _not_now(_compile: Any) -> None:
-    """Stands in for what would compile a kernel in the background."""
+def _skip_compilation(_compile: Any) -> None:
+    """Replaces the function that would compile a kernel in the background."""
 
 
 @lru_cache(maxsize=1)
 def cpu_toolchain() -> CpuToolchain:
-    """The toolchain of this process; the first call begins its preparation and returns at once."""
+    """The toolchain of this process. The first call starts its preparation and returns at once."""
     return CpuToolchain()
 
 
 def toolchain_begun() -> bool:
-    """Whether this process has begun to prepare its toolchain."""
+    """Whether this process has started to prepare its toolchain."""
     return cpu_toolchain.cache_info().currsize > 0
 
 
 @in_forks
-def _begin_anew() -> None:
-    """A fork lacks the thread of a toolchain that was still being prepared."""
+def _restart() -> None:
+    """A fork lacks the thread that was preparing the toolchain, and must start again."""
     if toolchain_begun() and not cpu_toolchain().prepared:
         cpu_toolchain.cache_clear()
         for cls, own in _tests.items():
@@ -151,25 +152,25 @@ def _is_x86() -> bool:
 
 
 def why_no_cpp_compiler() -> str | None:
-    """Why there is no C++ compiler for Inductor, told without running one; None where there may be."""
+    """Why Inductor has no C++ compiler, judged without running one; None if it may have one."""
     from torch._inductor import config
 
-    asked = config.cpp.cxx
-    names = [name for name in (asked if isinstance(asked, (list, tuple)) else [asked]) if name is not None]
-    fetched = os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")  # then Inductor gets one by itself
-    if sys.platform == "win32" or fetched or any(map(shutil.which, names)):
+    cxx = config.cpp.cxx
+    names = [name for name in (cxx if isinstance(cxx, (list, tuple)) else [cxx]) if name is not None]
+    installs = os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")  # Inductor then installs one by itself
+    if sys.platform == "win32" or installs or any(map(shutil.which, names)):
         return None
-    given = os.environ.get("CXX")
-    return no_cpp_compiler() if not given else f"CXX={given} is no program that can be run; {no_cpp_compiler()}"
+    variable = os.environ.get("CXX")
+    return no_cpp_compiler() if not variable else f"CXX={variable} is no program that can be run; {no_cpp_compiler()}"
 
 
 def why_no_folder(device_type: str) -> str | None:
-    """Why Inductor can't work in the folder that it compiles in; None when it can."""
+    """Why Inductor can't use its cache folder; None if it can."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     try:
         folder = os.path.abspath(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
-    except OSError as exc:  # no temporary folder can be used
+    except OSError as exc:  # there is no usable temporary folder
         return f"there is no temporary folder: {why(exc)}; set TMPDIR to one that can be written to"
     if device_type == "cpu" and any(map(str.isspace, folder)):
         return no_folder(folder, "its C++ commands can't name a folder with a space in its name")

@@ -1,4 +1,4 @@
-"""Layer ops: custom ops that are given their layer object, and the four that glowplug brings."""
+"""Layer ops: custom ops that receive their layer object, and the ones that glowplug defines."""
 
 from glowplug.ops.attention import attention, kv_cache_update
 from glowplug.ops.layer_op import LayerOp, find_layer_op, known_layer_ops, layer_op, order_layers

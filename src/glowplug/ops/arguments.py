@@ -1,4 +1,4 @@
-"""Keyword arguments as an op can carry them: a list of tensors, and a text that says what each name is."""
+"""Encodes keyword arguments for an op: as a list of tensors, and a text that describes each argument."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor
 from glowplug.errors import CaptureError, NotServableError
 
 CONTEXT_CACHE = "#"
-"""Stands in the text for the cache of the `ForwardContext`."""
+"""Marks the cache of the `ForwardContext` in the text."""
 
 NOTHING: Any = object()
-"""What a layer hands on that was to hand on a tensor, and has none."""
+"""Passed on by a layer that was expected to pass on a tensor but has none."""
 
 
 def encode(kwargs: Mapping[str, Any], caches: type | tuple[type, ...] = ()) -> tuple[list[Tensor], str]:
     """The tensors among keyword arguments, and a text for `decode`. Runs inside traces.
 
     Args:
-        kwargs: tensors, None, booleans, numbers, and tuples and dicts of these; and caches; by name.
-        caches: classes whose values stand for the `ForwardContext`'s cache.
+        kwargs: by name: tensors, None, booleans, numbers, tuples and dicts of these, and caches.
+        caches: cache classes; an instance stands for the `ForwardContext`'s cache.
 
     Returns:
-        The tensors, and `name=literal`, `name=@0` (a tensor), `name=@0,1` (a tuple of them) or `name=#` (the
-        context's cache), joined by `;`. What holds tensors deeper is a literal with `@0` in it. A tensor may be None
-        when it is called, as masks are.
+        The tensors, and `name=literal`, `name=@0` (a tensor), `name=@0,1` (a tuple of tensors) or `name=#` (the
+        context's cache), joined by `;`. Deeper tuples and dicts are literals with `@0` for each tensor. A tensor may
+        be None at run time, as masks may be.
 
     Raises:
-        CaptureError: a value is none of these.
+        CaptureError: a value has another type.
     """
     tensors: list[Tensor] = []
     options: list[str] = []
-    for name in sorted(kwargs):  # what `decode` gives back has the same text
+    for name in sorted(kwargs):  # so that encoding the result of `decode` gives the same text
         value = kwargs[name]
         if isinstance(value, Tensor):
             options.append(f"{name}=@{len(tensors)}")
@@ -56,7 +56,7 @@ def encode(kwargs: Mapping[str, Any], caches: type | tuple[type, ...] = ()) -> t
 
 
 def _literal(name: str, value: Any, tensors: list[Tensor]) -> str:
-    """What holds tensors as a literal, its tensors put at the end of the list."""
+    """The literal of a value; its tensors are appended to the list."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return f"@{len(tensors) - 1}"
@@ -70,10 +70,10 @@ def _literal(name: str, value: Any, tensors: list[Tensor]) -> str:
 
 
 def decode(options: str, tensors: list[Tensor], cache: Any = None) -> dict[str, Any]:
-    """The keyword arguments that `encode` wrote down.
+    """The keyword arguments that `encode` encoded.
 
     Raises:
-        NotServableError: one is `NOTHING`.
+        NotServableError: one of them is `NOTHING`.
     """
     constants, named = parse(options)
     kwargs = dict(constants)
@@ -93,7 +93,7 @@ def decode(options: str, tensors: list[Tensor], cache: Any = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Nested:
-    """A tuple or dict with bytes in the place of each tensor: its number."""
+    """A tuple or dict with the index of each tensor, as bytes, in the place of the tensor."""
 
     literal: Any
 
@@ -111,8 +111,8 @@ Places = int | tuple[int, ...] | _Nested | None
 
 @lru_cache(maxsize=4096)
 def parse(options: str) -> tuple[tuple[tuple[str, Any], ...], tuple[tuple[str, Places], ...]]:
-    """What `encode` wrote down: the constant keyword arguments; and of the others where their tensors are, None for the
-    cache."""
+    """Parse the text of `encode`: the constant keyword arguments; and for each of the others the places of its tensors,
+    or None for the cache."""
     constants: list[tuple[str, Any]] = []
     named: list[tuple[str, Places]] = []
     for option in options.split(";") if options else ():

@@ -11,7 +11,7 @@ from glowplug.ops.arguments import decode
 from glowplug.ops.layer_op import layer_op
 
 ATTENTION_FN_ATTR = "_glowplug_attention_fn"
-"""Where a layer keeps the attention function that `glowplug::attention` runs for it."""
+"""The attribute of a layer that holds the attention function for `glowplug::attention`."""
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -29,32 +29,32 @@ def attention(
     tensors: list[Tensor],
     options: str,
 ) -> Tensor:
-    """Attention of one layer, by whatever function the layer keeps (sdpa, flash, a model's own).
+    """Attention of one layer, by the function that the layer holds (sdpa, flash, a model's own).
 
     Args:
         layer: the attention module.
         query: `[batch, heads, tokens, head_dim]`.
         key: `[batch, kv_heads, kv_tokens, head_dim]`, as `kv_cache_update` returned it.
         value: `[batch, kv_heads, kv_tokens, value_dim]`.
-        mask: boolean or additive, `[batch, 1, tokens, kv_tokens]`, or None for what the function does without one.
+        mask: boolean or additive, `[batch, 1, tokens, kv_tokens]`, or None for no mask.
         tensors: further tensor arguments of the attention function, such as attention sinks.
         options: its other keyword arguments; see `encode`.
 
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous, of the query's dtype.
     """
-    given = (query, key, value, mask, *tensors)
-    body = body_for(layer, given, options)
+    inputs = (query, key, value, mask, *tensors)
+    body = body_for(layer, inputs, options)
     if body is not None:
-        return body(*given)
+        return body(*inputs)
     kwargs = decode(options, tensors)
     output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
     return output if output.is_contiguous() else output.contiguous()
 
 
 def layer_index(layer: nn.Module) -> int | None:
-    """Which layer of the cache is a module's; None when it has none. The attribute is not looked for among the weights,
-    which is what takes `getattr` long."""
+    """The index of a module's layer in the cache; None if it has none. Looks in `__dict__` first, as `getattr` is slow
+    when it searches the weights."""
     for name in ("layer_idx", "layer_id"):
         own = name in layer.__dict__ or not hasattr(type(layer), name)
         index = layer.__dict__.get(name) if own else getattr(layer, name, None)
@@ -74,20 +74,20 @@ def _fake_update(key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Te
 
 @layer_op("glowplug::kv_cache_update", fake=_fake_update, splitting=True)
 def kv_cache_update(layer: nn.Module, key: Tensor, value: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Write one step's keys and values into the layer's cache; give back all that attention is to see.
+    """Write one step's keys and values into the layer's cache; return all keys and values that attention needs.
 
-    The cache is the `ForwardContext`'s: any object with `update(key, value, layer_idx)`. Without one, keys and values
-    pass through.
+    The cache is the `ForwardContext`'s: any object with `update(key, value, layer_idx)`. Without a cache, keys and
+    values are returned as they are.
 
     Args:
-        layer: the attention module; `layer_index` says which layer of the cache is meant.
+        layer: the attention module; `layer_index` gives its index in the cache.
         key: `[batch, kv_heads, tokens, head_dim]`.
         value: `[batch, kv_heads, tokens, value_dim]`.
-        extent: `[kv_tokens]`, any content: in a trace its length, a dynamic dim, stands for the number of cached
-            tokens. Not read at run time.
+        extent: `[kv_tokens]`, with any content: in a trace its length, a dynamic dim, is the number of cached tokens.
+            Not read at run time.
 
     Returns:
-        Keys and values of all cached tokens, `[batch, kv_heads, kv_tokens, ...]`, contiguous.
+        The keys and values of all cached tokens, `[batch, kv_heads, kv_tokens, ...]`, contiguous.
     """
     context = current_context()
     if context is None or context.cache is None:

@@ -1,7 +1,7 @@
-"""`@layer_op`: a custom op that is given its layer object, while its graphs hold no layer's identity.
+"""`@layer_op`: a custom op that receives its layer object, while graphs contain no layer's identity.
 
-Registration goes through `torch.library.Library` and not `torch.library.custom_op`: glowplug serves inference, and pays
-for no autograd wrapper.
+Registration uses `torch.library.Library` rather than `torch.library.custom_op`: glowplug serves inference, where
+`custom_op`'s autograd wrapper would only cost time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from glowplug.ops.tape import current_tape
 
 @functools.cache
 def _library(namespace: str) -> torch.library.Library:
-    """One for each namespace, for good."""
+    """One library per namespace; it must live as long as the process."""
     return torch.library.Library(namespace, "FRAGMENT")
 
 
@@ -35,7 +35,7 @@ _IDENTITIES: dict[str, tuple[str, Callable[[str, Any], nn.Module]]] = {
     "baked": ("str layer", lambda _op, name: find_baked(name)),
     "ordered": ("str kind", lambda op, kind: find_ordered(current_context(), op, kind)),
 }
-"""How a traced call names its layer: the first argument in the op's schema, and what finds the layer by it."""
+"""How a traced call identifies its layer: the first argument in the op's schema, and how it finds the layer."""
 
 _by_overload: dict[Any, LayerOp] = {}
 _by_name: dict[str, LayerOp] = {}
@@ -43,13 +43,13 @@ _by_name: dict[str, LayerOp] = {}
 
 @dataclass(frozen=True, eq=False)
 class LayerOp:
-    """A registered layer op. Made by `layer_op`.
+    """A registered layer op, created by `layer_op`.
 
     Attributes:
         name: qualified name, `"namespace::op"`.
         fn: the author's function, `fn(layer, *tensors)`.
         splitting: whether the graph is cut at this op.
-        layer_type: the class of the layers, from the annotation of `fn`'s first parameter; None when unannotated.
+        layer_type: the class of the layers, from the annotation of `fn`'s first parameter; None if not annotated.
         overloads: identity -> the torch overload that traced calls use.
     """
 
@@ -60,14 +60,14 @@ class LayerOp:
     overloads: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self, overload: Any, args: Sequence[Any]) -> tuple[Callable[[], nn.Module], Sequence[Any]]:
-        """How to find the layer of a traced call, and the arguments left for `fn`."""
+        """A function that finds the layer of a traced call, and the arguments for `fn` after the layer."""
         if overload is self.overloads["hoisted"]:
             return args[0].resolve, args[1:]
         find = next(_IDENTITIES[name][1] for name, known in self.overloads.items() if known is overload)
         return functools.partial(find, self.name, args[0]), args[1:]
 
     def direct(self, overload: Any) -> Callable[..., Any]:
-        """What a traced call does, as a plain Python function: no dispatcher, gradients flow."""
+        """A traced call as a plain Python function: without the dispatcher, so that gradients flow."""
 
         def call(*args: Any) -> Any:
             find_layer, rest = self.resolve(overload, args)
@@ -83,24 +83,24 @@ def layer_op(
     mutates: Sequence[str] = (),
     splitting: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function of a layer object and tensors into a custom op whose graphs hold no layer's identity.
+    """Turn a function of a layer object and tensors into a custom op, without any layer's identity in graphs.
 
-    The function's first parameter is the layer object; annotate it with the layer's class. The others, and the
-    result, carry the types that `torch.library.infer_schema` knows (`Tensor`, `Tensor | None`, `list[Tensor]`, `int`,
+    The function's first parameter is the layer object; annotate it with the layer's class. Annotate the others and the
+    result with types that `torch.library.infer_schema` supports (`Tensor`, `Tensor | None`, `list[Tensor]`, `int`,
     `float`, `str`, ...). Outside a trace the call is a plain Python call. In a trace it becomes one opaque node.
 
     Args:
         name: `"namespace::op"`.
-        fake: `fake(*tensors)` (no layer): outputs of the right shape, dtype and device, computing nothing.
+        fake: `fake(*tensors)` (without the layer) returns outputs of the right shape, dtype and device.
         mutates: names of the tensor parameters that the function writes to.
-        splitting: cut the graph at this op: it then runs between two compiled pieces, called directly.
+        splitting: cut the graph at this op, so that it runs between two compiled pieces and is called directly.
 
     Returns:
         A decorator. The decorated function is called as `fn(layer, *tensors)`, in eager and in traced code.
 
     Raises:
         UsageError: `name` is not of the form `namespace::op` or is taken, or the schema can't be inferred.
-        LayerLookupError: at a traced call, when the layer was never registered.
+        LayerLookupError: at a traced call, if the layer was never registered.
 
     Example:
         >>> class Experts(torch.nn.Module):
@@ -124,7 +124,7 @@ def layer_op(
         signature, layer_type = _without_layer(fn, name)
         schema = _schema(signature, name, tuple(mutates))
         library = _library(namespace)
-        record = LayerOp(name, fn, splitting, layer_type)
+        registered = LayerOp(name, fn, splitting, layer_type)
 
         parameters = list(signature.parameters)
         writes = {parameters.index(written) for written in mutates if written in parameters}
@@ -144,10 +144,10 @@ def layer_op(
             library.impl(f"{op}.{identity}", functools.partial(run, find), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{name}.{identity}", fake_of_any_identity, lib=library)
             overload = getattr(getattr(getattr(torch.ops, namespace), op), identity)
-            record.overloads[identity] = overload
-            _by_overload[overload] = record
-        _by_name[name] = record
-        hoisted, baked, ordered = record.overloads.values()
+            registered.overloads[identity] = overload
+            _by_overload[overload] = registered
+        _by_name[name] = registered
+        hoisted, baked, ordered = registered.overloads.values()
 
         def call(layer: nn.Module, *args: Any) -> Any:
             if not torch.compiler.is_compiling():
@@ -166,14 +166,14 @@ def layer_op(
             return ordered(note_call(name, other.text, other.kind), *args)
 
         call.__name__, call.__doc__, call.__module__ = fn.__name__, fn.__doc__, fn.__module__
-        call.layer_op = record  # type: ignore[attr-defined]
+        call.layer_op = registered  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
 def find_layer_op(target: Any) -> LayerOp | None:
-    """The layer op that an FX node's target belongs to, or None."""
+    """The layer op of an FX node's target, or None."""
     try:
         return _by_overload.get(target)
     except TypeError:  # an unhashable target
@@ -181,7 +181,7 @@ def find_layer_op(target: Any) -> LayerOp | None:
 
 
 def find_op_by_name(name: str) -> LayerOp | None:
-    """The layer op of that qualified name, or None."""
+    """The layer op with this qualified name, or None."""
     return _by_name.get(name)
 
 
@@ -191,20 +191,18 @@ def known_layer_ops() -> tuple[LayerOp, ...]:
 
 
 def order_layers(registry: LayerRegistry) -> None:
-    """Fill in the creation order of every op whose author annotated the layer's class."""
+    """Set the creation order of the layers of every op whose author annotated the layer's class."""
     for op in known_layer_ops():
-        layer_type = op.layer_type
-        if layer_type is not None:
-            names = [name for name in registry if isinstance(registry[name], layer_type)]
-            if names:
-                registry.set_order(op.name, names)
+        names = [name for name in registry if op.layer_type and isinstance(registry[name], op.layer_type)]
+        if names:
+            registry.set_order(op.name, names)
 
 
 def check_traced_order(gm: torch.fx.GraphModule) -> None:
-    """Compare the order of a graph's ordered calls with that of the layers; see `check_calls`.
+    """Check that a graph's ordered calls match the creation order of the layers; see `check_calls`.
 
     Raises:
-        LayerOrderError: they differ.
+        LayerOrderError: they do not match.
     """
     for op in known_layer_ops():
         calls = sum(node.target is op.overloads["ordered"] for node in gm.graph.nodes)

@@ -1,5 +1,5 @@
-"""`glowplug::mixer`: a token mixer that keeps states of its own in the cache (linear attention, state space, short
-convolution), run whole, at a cut."""
+"""`glowplug::mixer`: a token mixer with its own states in the cache (linear attention, state space, short convolution),
+run as a whole at a cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _fake_mixer(hidden_states: Tensor, *_: Any) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _takes_mask(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class has a parameter for the mask, which some want even when there is none."""
+    """Whether the forward of a class has a mask parameter; it may be required, even if there is no mask."""
     return "attention_mask" in inspect.signature(cls.forward).parameters
 
 
@@ -31,17 +31,17 @@ def mixer(layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors:
     """Run a layer's own forward, with the `ForwardContext`'s cache.
 
     Args:
-        layer: the mixer; its forward takes `hidden_states`, `attention_mask` and what `options` names.
+        layer: the mixer; its forward takes `hidden_states`, `attention_mask` and the arguments in `options`.
         hidden_states: `[batch, tokens, hidden]`.
-        mask: whatever the model gives this kind of layer, such as `[batch, tokens]`, or None.
+        mask: the mask that the model passes to this layer, such as `[batch, tokens]`, or None.
         tensors: further tensor arguments.
         options: its other keyword arguments; see `encode`.
 
     Returns:
-        `[batch, tokens, hidden]`, contiguous, of the hidden states' dtype. The first, where the forward gives several.
+        `[batch, tokens, hidden]`, contiguous, of the hidden states' dtype: the forward's first output.
 
     Raises:
-        NotServableError: the layer's output has another form.
+        NotServableError: the output has another shape or dtype.
     """
     return _run(layer, hidden_states, mask, tensors, options)[0]
 
@@ -54,25 +54,25 @@ def _fake_mixer_handing_on(hidden_states: Tensor, *_: Any) -> tuple[Tensor, Tens
 def mixer_handing_on(
     layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str, place: int
 ) -> tuple[Tensor, Tensor]:
-    """As `mixer`, for a layer that gives a tensor for the next layer as well, which nothing else may compute with: its
-    shape and dtype are not known in a trace (where it has no dims, so that asking for its shape fails).
+    """As `mixer`, for a layer that also returns a tensor for the next layer. Nothing else may compute with that tensor,
+    as its shape and dtype are unknown in a trace. There it has no dims, so that reading its shape fails.
 
     Args:
         layer, hidden_states, mask, tensors, options: as for `mixer`.
-        place: which of the layer's outputs is the tensor.
+        place: the tensor's index among the layer's outputs.
 
     Returns:
-        What `mixer` returns, and the tensor; `NOTHING`, which a layer refuses, if there is none.
+        The output of `mixer`, and the tensor, or `NOTHING` if there is none, which the next layer refuses.
     """
     outputs = _run(layer, hidden_states, mask, tensors, options)
-    handed = outputs[place] if place < len(outputs) else None
-    return outputs[0], handed if isinstance(handed, Tensor) else NOTHING
+    passed_on = outputs[place] if place < len(outputs) else None
+    return outputs[0], passed_on if isinstance(passed_on, Tensor) else NOTHING
 
 
 def _run(
     layer: nn.Module, hidden_states: Tensor, mask: Tensor | None, tensors: list[Tensor], options: str
 ) -> tuple[Any, ...]:
-    """The layer's outputs, the first of them checked, and contiguous."""
+    """The layer's outputs; the first one is checked and contiguous."""
     context = current_context()
     kwargs = decode(options, tensors, context.cache if context is not None else None)
     if mask is not None or ("attention_mask" not in kwargs and _takes_mask(type(layer))):  # type: ignore[arg-type]

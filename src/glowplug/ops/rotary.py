@@ -1,4 +1,4 @@
-"""`glowplug::rotary`: rotary embeddings whose tables change with the length of the sequence, worked out at a cut."""
+"""`glowplug::rotary`: rotary embeddings whose tables depend on the length of the sequence, computed at a cut."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from glowplug.runtime.forks import make_lock
 
 @dataclass(frozen=True)
 class Form:
-    """What a rotary module gives for positions of some number of dims.
+    """The output of a rotary module for positions with a certain number of dims.
 
     Attributes:
-        layer_type: the argument of that name; None: the module takes none, or none was given.
-        dropped: how many of the positions' leading dims the tables lack.
+        layer_type: the `layer_type` argument; None if the module takes none, or none was passed.
+        dropped: how many leading dims of the positions the tables lack.
         tables: width and dtype of each table; a dtype of None is that of the hidden states.
-        several: whether it returns them as a tuple.
+        several: whether the module returns a tuple.
     """
 
     layer_type: str | None
@@ -32,7 +32,7 @@ class Form:
     several: bool
 
     def to_text(self) -> str:
-        """Its form as an op's argument, for `read_form`."""
+        """This form as a text, which `read_form` reads: an op's argument."""
         return repr((self.layer_type, self.dropped, self.tables, self.several))
 
     def of(self, x: Tensor, positions: Tensor) -> list[tuple[tuple[Any, ...], torch.dtype]]:
@@ -43,7 +43,7 @@ class Form:
 
 @functools.lru_cache(maxsize=256)
 def read_form(text: str) -> Form:
-    """What `Form.to_text` wrote."""
+    """The form that `Form.to_text` wrote."""
     return Form(*ast.literal_eval(text))
 
 
@@ -52,21 +52,21 @@ def _fake_rotary(x: Tensor, positions: Tensor, form: str) -> list[Tensor]:
 
 
 _lock = make_lock()
-"""A module works out its tables in steps that no other thread must come between."""
+"""Held while a module computes its tables, as it may change its own state meanwhile."""
 
 
 @layer_op("glowplug::rotary", fake=_fake_rotary, splitting=True)
 def rotary(layer: nn.Module, x: Tensor, positions: Tensor, form: str) -> list[Tensor]:
-    """Run the module's own forward, which may rebuild its tables by the largest position, as it does in eager.
+    """Run the module's own forward, which may rebuild its tables for the largest position, as in eager mode.
 
     Args:
-        layer: the module, called as `layer.forward(x, positions)`, or with `layer_type=` besides.
-        x: hidden states, which give a dtype and a device.
+        layer: the module, called as `layer.forward(x, positions)`, with `layer_type=` if the form has one.
+        x: hidden states; only their dtype and device matter.
         positions: `[..., batch, tokens]`.
-        form: what its trace was told of the output, see `Form`.
+        form: the form that the trace assumed, see `Form`.
 
     Returns:
-        Its tables, such as cosines and sines, `[batch, tokens, width]`, contiguous.
+        The tables, such as cosines and sines, `[batch, tokens, width]`, contiguous.
 
     Raises:
         NotServableError: the output has another form.
@@ -86,6 +86,6 @@ def rotary(layer: nn.Module, x: Tensor, positions: Tensor, form: str) -> list[Te
 
 
 def tables_of(output: Any) -> list[Tensor] | None:
-    """The tensors that a rotary module returned; None when it returned anything else."""
-    found = list(output) if isinstance(output, tuple) else [output]
-    return found if found and all(isinstance(table, Tensor) for table in found) else None
+    """The tensors that a rotary module returned; None if it returned anything else."""
+    tables = list(output) if isinstance(output, tuple) else [output]
+    return tables if tables and all(isinstance(table, Tensor) for table in tables) else None

@@ -1,9 +1,8 @@
-"""Replays layer ops: what an op gave inside an uncompiled piece, it gives inside the compiled one.
+"""Records the layer ops inside an uncompiled piece, and replays their outputs inside the compiled piece.
 
-An op may turn a difference of rounding into one of another order: where a router finds two experts nearly tied, the
-last bit of its input chooses. So when a compiled piece is compared with its own graph, both see the same outputs of the
-ops inside, and what each hands to them is compared as well. Each op runs once, writes once, and, with
-`identity="ordered"`, takes its layer once.
+An op may amplify a rounding difference: if a router finds two experts nearly tied, the last bit of its input chooses.
+So when a compiled piece is compared with its own graph, both get the same outputs of the ops inside, and the inputs of
+these ops are compared, too. Each op runs once, writes once, and, with `identity="ordered"`, takes its layer once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from glowplug.errors import LayerLookupError
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of an op, as it was recorded."""
+    """A recorded call of an op."""
 
     args: Any
     output: Any
@@ -30,7 +29,7 @@ class _Call:
 
 
 class Tape:
-    """The calls of ops inside a piece: recorded once, replayed as often as wanted."""
+    """The calls of ops inside a piece, recorded once and replayed any number of times."""
 
     def __init__(self) -> None:
         self._calls: dict[str, list[_Call]] = {}
@@ -38,19 +37,19 @@ class Tape:
 
     @property
     def given(self) -> dict[str, list[Any]]:
-        """What each op was given in each of its calls while they were recorded."""
+        """The inputs of each recorded call, by op."""
         return {op: [call.args for call in calls] for op, calls in self._calls.items()}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Ops run, and are recorded."""
+        """Run ops and record their calls."""
         self._replay = None
         with self._in_use():
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[dict[str, list[Any]]]:
-        """Ops give what they gave while they were recorded, and do not run. Yields what they are given."""
+        """Return recorded outputs instead of running ops. Yields the inputs of the replayed calls, by op."""
         self._replay = {}
         with self._in_use():
             yield self._replay
@@ -72,44 +71,35 @@ class Tape:
         args: tuple[Any, ...],
         writes: set[int],
     ) -> Any:
-        """One call of an op.
-
-        Args:
-            op: its name.
-            identity: by what it finds its layer.
-            find_layer: finds it.
-            fn: what it does.
-            args: what else it is given.
-            writes: which of these it writes to.
-        """
+        """Run or replay one call of an op: of `fn` on a layer and `args`, some of which it `writes` to."""
         name = f"{op} of {getattr(identity, 'name', identity)}"
-        given = copy_of(args)
+        inputs = copy_of(args)
         if self._replay is None:
             output = fn(find_layer(), *args)
             written = {index: copy_of(args[index]) for index in writes}
-            self._calls.setdefault(name, []).append(_Call(given, copy_of(output), written))
+            self._calls.setdefault(name, []).append(_Call(inputs, copy_of(output), written))
             return output
-        before = self._replay.setdefault(name, [])
-        before.append(given)
-        if len(before) > len(self._calls.get(name, ())):
+        replayed = self._replay.setdefault(name, [])
+        replayed.append(inputs)
+        if len(replayed) > len(self._calls.get(name, ())):
             raise LayerLookupError(f"{op} is called more often than its calls were recorded")
-        known = self._calls[name][len(before) - 1]
-        for index, value in known.written.items():
+        recorded = self._calls[name][len(replayed) - 1]
+        for index, value in recorded.written.items():
             if isinstance(value, Tensor):
                 args[index].copy_(value)
-        return copy_of(known.output)
+        return copy_of(recorded.output)
 
 
 _current: ContextVar[Tape | None] = ContextVar("glowplug_tape", default=None)
 
 
 def current_tape() -> Tape | None:
-    """The tape that ops are recorded on or replayed from, in this thread."""
+    """The tape in use in this thread or task, or None."""
     return _current.get()
 
 
 def copy_of(value: Any) -> Any:
-    """A copy of a tensor, of the same strides, on which compiled code relies; or of those in a list or tuple."""
+    """A copy of a tensor, or of the tensors in a list or tuple, with the same strides: compiled code relies on them."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(copy_of, value))
     if not isinstance(value, Tensor):

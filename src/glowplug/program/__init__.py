@@ -1,6 +1,6 @@
 """The program: the flat list of steps that runs a model, bound to its weights."""
 
-from glowplug.program.build import Built, Stamping, build_program
+from glowplug.program.build import Built, build_program
 from glowplug.program.piece_store import PieceStore
 from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Plan
@@ -14,7 +14,6 @@ __all__ = [
     "PieceStore",
     "Plan",
     "Program",
-    "Stamping",
     "build_program",
     "with_arrived",
 ]

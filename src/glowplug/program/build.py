@@ -1,7 +1,8 @@
-"""From a captured graph to a program: split, fingerprint, stamp, compile each distinct piece once, bind."""
+"""Builds a program from a captured graph: split, fingerprint, stamp, compile each distinct piece once, bind."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from glowplug.ops.layer_op import check_traced_order
 from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
-from glowplug.program.slots import count_uses
 from glowplug.program.write import Slots
 from glowplug.report import Report
 from glowplug.runtime.trace_log import log_pieces
@@ -30,10 +30,10 @@ class Stamping:
     """How to stamp a template over a stack.
 
     Attributes:
-        locations: where the template's inputs lie.
+        locations: where the template's inputs lie in the model.
         template: the kinds of the template's layers.
         kinds: the kinds of all layers.
-        binder: finds what layers have.
+        binder: finds the weights and handles of layers.
     """
 
     locations: Locations
@@ -44,14 +44,14 @@ class Stamping:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gives.
+    """The result of a build.
 
     Attributes:
         program: the program.
-        plan: what it was written from.
-        bound: graph value -> object, for what is bound now.
-        graphs: each distinct piece uncompiled, to compare with eager closely.
-        binder: finds what a stamped program is bound to in the layers.
+        plan: the plan that it was written from.
+        bound: graph value -> object, for everything that is bound.
+        graphs: the uncompiled form of each distinct piece, to compare with eager.
+        binder: finds the weights and handles in the layers of a stamped model.
     """
 
     program: Program
@@ -61,7 +61,7 @@ class Built:
     binder: Binder | None = None
 
     def for_copy(self, model: nn.Module, registry: LayerRegistry, of: Mapping[int, Any]) -> Program:
-        """The same stamped program for a copy of the model; `of` maps the id of what is bound to its copy."""
+        """The same stamped program for a copy of the model. `of` maps the id of a bound object to the object's copy."""
         assert self.binder is not None
         values = {
             name: registry.handles[value.name] if isinstance(value, LayerHandle) else of.get(id(value), value)
@@ -88,21 +88,21 @@ def build_program(
     """Build the program of a captured graph, inside its capture.
 
     Args:
-        captured: the graph; a template's, with `stamping`.
+        captured: the graph; with `stamping`, the template's.
         compiler: compiles each piece whose fingerprint is new.
         report: receives counts and seconds.
-        cache: compiled pieces so far; grows.
-        arguments: graph value -> source, for what is handed in at each call.
-        bound: graph value -> object, for what is bound now.
-        check: may refuse the steps by raising.
-        stamping: stamp the steps over a stack.
+        cache: the pieces compiled so far; receives the new ones.
+        arguments: graph value -> source, for the call arguments.
+        bound: graph value -> object, for everything that is bound.
+        check: raises if it refuses the steps.
+        stamping: how to stamp the steps over a stack; None for a full trace.
         drop_unused: leave out arguments that no step reads.
-        layer_of: cut at the boundaries of layers, too.
-        defer: pieces that run seldom in a step may start uncompiled, see `glowplug.program.slots`.
+        defer: let pieces that run seldom start uncompiled, see `glowplug.program.slots`.
+        layer_of: also cut at the boundaries of layers.
 
     Raises:
         CaptureError: the graph can't be cut.
-        NotStampableError: with `stamping`: the graph does not show how to run the whole stack. Nothing was compiled.
+        NotStampableError: with `stamping`, the graph does not show how to run the whole stack. Nothing was compiled.
         CompileError: the compiler failed.
     """
     with report.phase("split"):
@@ -119,15 +119,8 @@ def build_program(
     stamped: Stamped | None = None
     if stamping is not None:
         with report.phase("stamp"):
-            stamped = stamp(
-                captured,
-                steps,
-                prints,
-                outputs,
-                locations=stamping.locations,
-                template=stamping.template,
-                kinds=stamping.kinds,
-            )
+            locations, template, kinds = stamping.locations, stamping.template, stamping.kinds
+            stamped = stamp(captured, steps, prints, outputs, locations=locations, template=template, kinds=kinds)
     sources = {entry.node: entry.source for entry in captured.inputs}
     head = len(steps) if stamped is None else len(stamped.head)
     outline = outline_of(steps[:head], prints[:head], sources)
@@ -137,7 +130,7 @@ def build_program(
     distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
     graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
     with report.phase("compile"), cache.lock:
-        uses = count_uses(step.slot for step in plan.deep) if defer else None
+        uses = Counter(step.slot for step in plan.deep if step.slot is not None) if defer else None
         before = cache.count
         slots = compile_pieces(distinct, compiler, cache, captured, uses)
         report.compiled_pieces += cache.count - before

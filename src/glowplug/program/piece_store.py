@@ -1,4 +1,4 @@
-"""Compiled pieces in a store, and the graphs of those that are still being compiled."""
+"""Compiled pieces in a store, and the graphs of pieces that are still being compiled."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class PieceStore:
 
     Attributes:
         store: the store.
-        compiler: makes and loads them.
+        compiler: compiles and loads the pieces.
         environment: everything besides a piece that its compilation depends on.
-        scratch: the folder that the store lies in and goes with, if it is one of this process alone.
+        scratch: the temporary folder of a store that belongs to this process alone, else None.
     """
 
     store: ArtifactStore
@@ -43,7 +43,7 @@ class PieceStore:
 
     @classmethod
     def temporary(cls, compiler: StoringCompiler) -> PieceStore | None:
-        """A store of this process, for what its jobs hand over; None where no folder can be made for it."""
+        """A store through which this process's jobs hand over pieces; None if its folder can't be created."""
         try:
             scratch = Scratch("store")
             return cls(ArtifactStore(scratch.path), compiler, "", scratch)
@@ -52,20 +52,20 @@ class PieceStore:
 
     @property
     def lost(self) -> bool:
-        """Whether it is a temporary one of the process that this one is a fork of, and goes with that."""
+        """Whether this is a temporary store of the parent process, which this fork can't rely on."""
         return self.scratch is not None and not self.scratch.ours
 
     @property
     def writable(self) -> bool:
-        """Whether jobs can leave pieces there."""
+        """Whether jobs can write to the store."""
         return os.access(self.store.local.root, os.W_OK)
 
-    def takes(self, found: Fingerprint) -> bool:
-        """Whether all that use the store know a piece by its digest."""
-        return found.stable or self.scratch is not None
+    def takes(self, fingerprint: Fingerprint) -> bool:
+        """Whether every process that uses the store computes the same digest for a piece."""
+        return fingerprint.stable or self.scratch is not None
 
     def key(self, digest: str) -> str:
-        """The address of a piece, given its fingerprint's digest."""
+        """The key of a piece in the store, from its digest."""
         return hashlib.sha256(f"{self.environment}\n{digest}".encode()).hexdigest()
 
     def has(self, digest: str) -> bool:
@@ -73,21 +73,21 @@ class PieceStore:
         return self.store.get("piece", self.key(digest)) is not None
 
     def load(self, digest: str) -> Run | None:
-        """A stored piece, ready to run; None when there is none that can be loaded."""
+        """A stored piece, ready to run; None if there is none or it can't be loaded."""
         payload = self.store.get("piece", self.key(digest))
         if payload is None:
             return None
         try:
             return self.compiler.load(pickle.loads(payload)[0])
-        except OSError as exc:  # such as a full disk, where kernels are unpacked: no fault of the piece
+        except OSError as exc:  # such as a full disk when kernels are unpacked: not the piece's fault
             self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
             return None
-        except Exception as exc:  # whatever a stored piece raises, it is compiled anew
+        except Exception as exc:  # whatever a stored piece raises, recompile it
             self.store.drop("piece", self.key(digest), f"it can't be loaded: {said(exc)}")
             return None
 
     def load_graph(self, digest: str) -> Run | None:
-        """The uncompiled form of a piece, to compare with, or to run until it is compiled."""
+        """The uncompiled form of a piece, to compare with, or to run until the piece is compiled."""
         payload = self.store.get("piece", self.key(digest))
         try:
             graph = pickle.loads(payload)[1] if payload is not None else self.store.get("graph", self.key(digest))
@@ -100,28 +100,28 @@ class PieceStore:
         self._put("piece", digest, pickle.dumps((artifact, _pickled(piece))), piece)
 
     def keep_graph(self, digest: str, piece: fx.GraphModule) -> None:
-        """Store the uncompiled form of a piece that is being compiled by whoever holds its lock."""
+        """Store the uncompiled form of a piece while the holder of its lock compiles it."""
         self._put("graph", digest, _pickled(piece), piece)
 
     def abandoned(self, digest: str) -> bool:
-        """Whether somebody began to compile a piece beside serving, and nobody is at it any more."""
+        """Whether a process started to compile this deferred piece, and no process is compiling it any more."""
         return self.store.get("graph", self.key(digest)) is not None and not self.busy(digest)
 
     def busy(self, digest: str, deadline: float | None = None) -> bool:
         """Whether another process is compiling a piece. Waits for it until `deadline` (`time.monotonic()`)."""
-        with self.lock(digest, max(deadline - time.monotonic(), 0) if deadline is not None else 0) as held:
-            return not held
+        with self.lock(digest, max(deadline - time.monotonic(), 0) if deadline is not None else 0) as locked:
+            return not locked
 
     def lock(self, digest: str, timeout_s: float) -> AbstractContextManager[bool]:
         """Hold the lock of a piece, see `ArtifactStore.lock`."""
         return self.store.lock("piece", self.key(digest), timeout_s)
 
-    def _put(self, kind: str, digest: str, payload: bytes, piece: fx.GraphModule) -> None:
-        self.store.put(kind, self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
+    def _put(self, form: str, digest: str, payload: bytes, piece: fx.GraphModule) -> None:
+        self.store.put(form, self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
 
 
 def _pickled(piece: fx.GraphModule) -> bytes:
-    """A piece's graph; empty when it can't be stored."""
+    """A piece's graph as bytes; empty if it can't be pickled."""
     with contextlib.suppress(Exception):
         return graph_to_bytes(piece)
     return b""

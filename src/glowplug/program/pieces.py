@@ -1,4 +1,4 @@
-"""The compiled pieces of one model: each distinct one compiled once, or taken from a store."""
+"""The compiled pieces of one model: each distinct piece is compiled once, or loaded from a store."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from glowplug.runtime.forks import make_lock
 from glowplug.runtime.progress import piece_progress
 
 _WAIT_S = 600.0
-"""How long to wait for another process that compiles the same piece."""
+"""How long to wait for another process that is compiling the same piece."""
 _PATIENCE_S = 60.0
-"""How much longer than this process a fork may take, before its pieces are compiled here."""
-_GLANCE_S = 0.1
-"""How long to wait for a lock that another process may only be asking about."""
-_BEGIN_S = 30.0
-"""How long a job may take to hold the locks of its pieces."""
+"""How much longer than this process a fork may take before its pieces are compiled here."""
+_BRIEFLY_S = 0.1
+"""How long to wait for a lock that another process may hold only to see whether it is free."""
+_LOCKED_S = 30.0
+"""How long to wait for a job to lock its pieces."""
 
 
 @dataclass
 class PieceCache:
-    """Compiled pieces of one model, by fingerprint: programs for further signatures reuse them.
+    """Compiled pieces of one model by fingerprint, shared by its programs.
 
     Attributes:
-        compiled: the pieces.
-        order: the fingerprint of each distinct piece, deferred ones too.
-        slots: those of pieces that run uncompiled for now.
-        store: where to look for compiled pieces, and to keep them.
-        addresses: what the store knows a piece by that holds only with relations between sizes which its compilation
-            wrote down; a program that keeps to them may use it.
-        count: how many pieces were compiled here.
+        compiled: the compiled pieces.
+        order: the fingerprint of each distinct piece, including deferred pieces.
+        slots: slots of the pieces that still run uncompiled.
+        store: where compiled pieces are looked up and kept.
+        addresses: store addresses of pieces whose compilation added guards on sizes. Such a piece is valid only for a
+            program with the same guards, so its address is not just its digest.
+        count: how many pieces were compiled by this process and its jobs.
     """
 
     compiled: dict[Fingerprint, Run] = field(default_factory=dict)
@@ -60,31 +60,31 @@ class PieceCache:
     lock: Any = field(default_factory=make_lock)
 
     def channel(self, compiler: PieceCompiler) -> PieceStore | None:
-        """The store through which jobs of this process hand pieces over: the model's, or else a temporary one, which
-        goes with its holder. None where there can be none."""
+        """The store through which this process's jobs hand over pieces: the model's, or else a temporary one that is
+        deleted when nothing refers to it. None if neither is possible."""
         if self.store is not None and self.store.writable:
             return self.store
         return PieceStore.temporary(compiler) if isinstance(compiler, StoringCompiler) else None
 
     def add(self, pieces: Mapping[Fingerprint, Run]) -> None:
-        """Take the pieces of a stored program."""
+        """Add the pieces of a stored program."""
         self.slots += [run for run in pieces.values() if isinstance(run, PieceSlot)]
         self.compiled |= {piece: run for piece, run in pieces.items() if not isinstance(run, PieceSlot)}
         self.order += [piece for piece in pieces if piece not in self.order]
 
-    def load(self, found: Fingerprint) -> bool:
-        """Take a piece from the store; returns whether it was there."""
-        run = self.store.load(found.digest) if self.store is not None and found.stable else None
+    def load(self, fingerprint: Fingerprint) -> bool:
+        """Load a piece from the store; returns whether it was there."""
+        run = self.store.load(fingerprint.digest) if self.store is not None and fingerprint.stable else None
         if run is not None:
-            self.compiled[found] = run
+            self.compiled[fingerprint] = run
         return run is not None
 
     def poll(self, report: Report, deadline: float | None = None) -> None:
-        """Take what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        """Pick up deferred pieces whose code has arrived, waiting for them until `deadline` (`time.monotonic()`)."""
         if not self.slots:
             return
         if not self.lock.acquire(timeout=max(deadline - time.monotonic(), 0) if deadline is not None else 0):
-            return  # another thread compiles pieces, or polls; serving goes on
+            return  # another thread is compiling or polling; don't block this one
         try:
             for slot in self.slots:
                 slot.poll(deadline)
@@ -98,16 +98,16 @@ class PieceCache:
 
     @property
     def pending(self) -> dict[Fingerprint, PieceSlot]:
-        """A slot of each piece that runs uncompiled for now."""
+        """The slot of each piece that still runs uncompiled."""
         return {slot.fingerprint: slot for slot in self.slots}
 
     def wait_until_locked(self) -> None:
-        """Until other processes can see which pieces jobs of this one are compiling."""
+        """Wait until other processes can see which pieces this process's jobs are compiling."""
         for job in self._jobs():
-            job.outcome(time.monotonic() + _BEGIN_S)
+            job.outcome(time.monotonic() + _LOCKED_S)
 
     def finish(self) -> None:
-        """Wait for what jobs of this process compile, and leave it to others."""
+        """Wait for this process's jobs to end, without loading what they compiled."""
         for job in self._jobs():
             job.ended(math.inf)
 
@@ -122,49 +122,41 @@ def compile_pieces(
     captured: Captured,
     uses: Counter[Fingerprint] | None,
 ) -> dict[Fingerprint, Run]:
-    """Compile what is new among pieces, inside their capture.
-
-    Args:
-        pieces: one of each distinct piece.
-        compiler: compiles them.
-        cache: compiled pieces so far; grows.
-        captured: the graph that they are cut from.
-        uses: how often each runs in a step: seldom used ones may then be compiled later; None: all now.
-
-    Returns:
-        What runs each piece: its code, or its slot while that is compiled beside serving.
+    """Compile the distinct pieces that `cache` does not have yet, inside their capture. `uses` tells how often each
+    runs in a step, so that seldom used ones can be deferred; None compiles all now. Returns for each piece its
+    compiled code, or its slot if it is deferred.
 
     Raises:
         CompileError: the compiler failed.
     """
-    new = {found: piece for found, piece in pieces.items() if found not in cache.compiled}
+    new = {key: piece for key, piece in pieces.items() if key not in cache.compiled}
     cache.order += new
-    wanted = {found: piece for found, piece in new.items() if found not in cache.pending and not cache.load(found)}
+    wanted = {key: piece for key, piece in new.items() if key not in cache.pending and not cache.load(key)}
     compilation = _Compilation(compiler, cache, captured)
-    later: dict[Fingerprint, Piece] = {}
+    deferred: dict[Fingerprint, Piece] = {}
     if uses is not None and isinstance(compiler, StoringCompiler):
         chosen = choose_deferred(uses, wanted)
-        later = {found: wanted.pop(found) for found in new if found in chosen and compilation.may_defer(found)}
+        deferred = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
     compilation.compile(wanted)
-    # Asked last: a fork takes with it what compiling the others has loaded.
-    if later and not compilation.defer(later):
-        compilation.compile(later)
+    # Fork last, so that the child inherits the modules loaded while compiling the other pieces.
+    if deferred and not compilation.defer(deferred):
+        compilation.compile(deferred)
     runners: dict[Fingerprint, Run] = {**cache.pending, **cache.compiled}
-    for found in compilation.local:  # it relies on relations between sizes that only this capture has written down
-        del cache.compiled[found]
-    return {found: runners[found] for found in pieces}
+    for key in compilation.local:
+        del cache.compiled[key]
+    return {key: runners[key] for key in pieces}
 
 
 class _Compilation:
-    """Compiles pieces of one capture into a cache, each in one process of all that use the store.
+    """Compiles the pieces of one capture into a cache; each piece is compiled by one of the processes using the store.
 
-    Every process takes the locks of the pieces that nobody is at, compiles them, and puts them into the store; then it
-    waits for the others. So do forks of this process, one a core, on Linux CPUs. Pieces for a GPU are compiled here,
-    one after the other (Triton compiles their kernels side by side). Whatever goes wrong in a fork, its pieces are
-    compiled here.
+    Each process locks the pieces that no other process is compiling, compiles them, and stores them; then it waits for
+    the rest. On Linux CPUs this process forks, one process per core, and its forks do the same. Pieces for a GPU are
+    compiled here one by one, as Triton compiles their kernels in parallel. If a fork fails, its pieces are compiled
+    here.
 
     Attributes:
-        local: pieces that hold in this capture alone.
+        local: pieces whose compilation added guards on sizes, so that they are valid in this capture only.
     """
 
     def __init__(self, compiler: PieceCompiler, cache: PieceCache, captured: Captured) -> None:
@@ -174,11 +166,7 @@ class _Compilation:
         self.local: list[Fingerprint] = []
 
     def compile(self, pieces: Mapping[Fingerprint, Piece]) -> None:
-        """Compile pieces.
-
-        Raises:
-            CompileError: the compiler failed.
-        """
+        """Compile pieces, in several processes if that is worth it."""
         pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
         workers = _workers(len(pieces), _cores())
         channel = self._channel(pieces, several=True) if workers > 1 else None
@@ -202,22 +190,22 @@ class _Compilation:
         if channel is not None:
             channel.store.counts.update({"piece stored": ours, "piece hits": -ours})
 
-    def may_defer(self, found: Fingerprint) -> bool:
-        """Whether a piece may be compiled later: one whose compilation was begun and abandoned is compiled now."""
+    def may_defer(self, fingerprint: Fingerprint) -> bool:
+        """Whether a piece may be deferred. If an earlier job left it unfinished, it is compiled now."""
         store = self.cache.store
-        return store is None or not found.stable or not store.abandoned(found.digest)
+        return store is None or not fingerprint.stable or not store.abandoned(fingerprint.digest)
 
     def defer(self, pieces: Mapping[Fingerprint, Piece]) -> bool:
-        """Begin to compile pieces in a fork while this process serves; returns whether that can be done."""
+        """Start compiling pieces in a fork while the model serves; returns whether a fork can compile them."""
         channel = self._channel(pieces, several=False)
         if channel is None:
             return False
-        job = Job.fork(functools.partial(self._work_beside, pieces, channel))
-        self.cache.slots += [PieceSlot(found, piece.gm.forward, channel, job) for found, piece in pieces.items()]
+        job = Job.fork(functools.partial(self._work_on_deferred, pieces, channel))
+        self.cache.slots += [PieceSlot(key, piece.gm.forward, channel, job) for key, piece in pieces.items()]
         return True
 
     def _channel(self, pieces: Mapping[Fingerprint, Piece], *, several: bool) -> PieceStore | None:
-        """The store by which forks hand pieces over; None when they are not to be compiled in forks."""
+        """The store through which forks hand over pieces; None if the pieces must be compiled in this process."""
         compiler = self.compiler
         if sys.platform != "linux" or not isinstance(compiler, StoringCompiler):
             return None
@@ -229,19 +217,21 @@ class _Compilation:
     def _compile_free(
         self, pieces: Mapping[Fingerprint, Piece], store: PieceStore | None, wait_s: float, advance: Callable[[], None]
     ) -> None:
-        """Load or compile those pieces that are left and whose locks can be had; after waiting, all of them."""
-        for found, piece in pieces.items():
-            if found in self.cache.compiled:
+        """Load or compile the remaining pieces that no other process has locked; with a `wait_s`, all of them."""
+        for fingerprint, piece in pieces.items():
+            if fingerprint in self.cache.compiled:
                 continue
-            kept = store if store is not None and store.takes(found) else None
-            with kept.lock(found.digest, wait_s) if kept is not None else contextlib.nullcontext(True) as held:
-                if held or wait_s:
-                    run = kept.load(found.digest) if kept is not None else None
-                    self.cache.compiled[found] = run or self._compile(found, piece, kept)
+            shared = store if store is not None and store.takes(fingerprint) else None
+            lock = shared.lock(fingerprint.digest, wait_s) if shared is not None else contextlib.nullcontext(True)
+            with lock as locked:
+                if locked or wait_s:
+                    run = shared.load(fingerprint.digest) if shared is not None else None
+                    self.cache.compiled[fingerprint] = run or self._compile(fingerprint, piece, shared)
                     advance()
 
-    def _compile(self, found: Fingerprint, piece: Piece, store: PieceStore | None) -> Run:
-        """Compile a piece in this process, and store it."""
+    def _compile(self, fingerprint: Fingerprint, piece: Piece, store: PieceStore | None) -> Run:
+        """Compile a piece in this process and store it."""
+        address = fingerprint.digest
         before = len(self._guards())
         artifact = None
         try:
@@ -252,72 +242,72 @@ class _Compilation:
         except Exception as exc:
             if is_restart(exc):
                 raise
-            raise CompileError(f"{self.compiler.name} can't compile piece {found.digest[:12]}: {why(exc)}") from exc
+            raise CompileError(f"{self.compiler.name} can't compile piece {address[:12]}: {why(exc)}") from exc
         self.cache.count += 1
-        address = found.digest
         if len(self._guards()) > before:
-            self.local.append(found)
+            self.local.append(fingerprint)
             relations = repr([str(guard.expr) for guard in self._guards()])
             address = f"{address}-{hashlib.sha256(relations.encode()).hexdigest()}"
-            self.cache.addresses[found] = address
+            self.cache.addresses[fingerprint] = address
         if store is not None and artifact is not None:
             store.keep(address, artifact, piece.gm)
         return run
 
     def _guards(self) -> Sequence[Any]:
-        """The relations between sizes that the capture has written down so far."""
+        """The guards on sizes that the capture has collected so far."""
         return self.captured.fake_mode.shape_env.guards if self.captured.fake_mode.shape_env else []
 
     # -- in forks --------------------------------------------------------------------------------------------
 
     def _work(self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, say: Say) -> None:
-        """Compile pieces whose locks can be had, beside this process, which does the same."""
+        """Compile pieces that no other process has locked, in parallel with the parent, which does the same."""
         compiled = []
-        for found, piece in pieces.items():
-            with channel.lock(found.digest, 0) as held:
-                if held and not channel.has(found.digest) and self._compile_for_others(found, piece, channel):
-                    compiled.append(found.digest)
+        for fingerprint, piece in pieces.items():
+            digest = fingerprint.digest
+            with channel.lock(digest, 0) as locked:
+                if locked and not channel.has(digest) and self._compile_into(channel, digest, piece):
+                    compiled.append(digest)
         say(compiled=compiled)
 
-    def _work_beside(self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, say: Say) -> None:
-        """Compile pieces while this process serves, but for those that another process compiles or has stored. Their
-        locks are held from the beginning until each is stored."""
+    def _work_on_deferred(self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, say: Say) -> None:
+        """Compile deferred pieces that no other process is compiling or has stored. Each stays locked from the start
+        until it is stored, so that other processes can see that it is on its way."""
         with contextlib.ExitStack() as stack:
-            ours: dict[Fingerprint, contextlib.ExitStack] = {}
-            for found in pieces:
+            locks: dict[str, tuple[Piece, contextlib.ExitStack]] = {}
+            for fingerprint, piece in pieces.items():
+                digest = fingerprint.digest
                 lock = stack.enter_context(contextlib.ExitStack())
-                if not lock.enter_context(channel.lock(found.digest, _GLANCE_S)) or channel.has(found.digest):
+                if not lock.enter_context(channel.lock(digest, _BRIEFLY_S)) or channel.has(digest):
                     continue
-                ours[found] = lock
-                if channel.scratch is None:  # others may start with the graph
-                    channel.keep_graph(found.digest, pieces[found].gm)
-            say(compiled=[found.digest for found in ours])
-            for found, lock in ours.items():
+                locks[digest] = piece, lock
+                if channel.scratch is None:  # other processes may start with the graph
+                    channel.keep_graph(digest, piece.gm)
+            say(compiled=list(locks))
+            for digest, (piece, lock) in locks.items():
                 with lock:
-                    self._compile_for_others(found, pieces[found], channel)
+                    self._compile_into(channel, digest, piece)
 
-    def _compile_for_others(self, found: Fingerprint, piece: Piece, channel: PieceStore) -> bool:
-        """Compile a piece, and store it if its compilation writes down no relations between sizes, of which this
-        process's capture would not know; returns whether it is stored."""
+    def _compile_into(self, channel: PieceStore, digest: str, piece: Piece) -> bool:
+        """Compile a piece; store it unless its compilation added guards, which the parent's capture would lack.
+        Returns whether it was stored."""
         before = len(self._guards())
         artifact = channel.compiler.compile_to_bytes(piece.gm, _inputs(piece))
-        stores = len(self._guards()) == before and not orphaned()
-        if stores:
-            channel.keep(found.digest, artifact, piece.gm)
-        return stores
+        stored = len(self._guards()) == before and not orphaned()
+        if stored:
+            channel.keep(digest, artifact, piece.gm)
+        return stored
 
 
 def _inputs(piece: Piece) -> list[Any]:
-    """A piece's inputs, as for `PieceCompiler.compile`."""
     return [node.meta["example_value"] for node in piece.gm.graph.nodes if node.op == "placeholder"]
 
 
 def _workers(pieces: int, cores: int) -> int:
     """How many processes to compile in.
 
-    A piece alone already keeps two cores busy at times, as Inductor compiles its kernels side by side, and every
-    process has its own first piece to get over. On 2 cores, 3 pieces took 4.8 s in one process and 5.1 s in two, 4
-    pieces the same in both, 11 pieces 13 % less in two.
+    One piece already keeps two cores busy at times, as Inductor compiles its kernels in parallel, and the first piece
+    of each process takes longer. On 2 cores, 3 pieces took 4.8 s in one process and 5.1 s in two; 4 pieces took the
+    same; 11 pieces took 13 % less in two.
     """
     return 1 if cores <= 2 and pieces <= 4 else min(pieces, cores)
 

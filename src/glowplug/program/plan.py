@@ -1,10 +1,10 @@
-"""A plan: everything that a program is made of, but for the objects. It has a form on disk; a program has none."""
+"""A plan: a program without the objects that it is bound to. Unlike a program, a plan can be stored."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from glowplug.program.write import DeepStep, Key, Slots, write_program
 
 @dataclass(frozen=True)
 class Binder:
-    """Finds what a stamped program is bound to in the layers of a model.
+    """Finds the weights and handles that a stamped program needs in the layers of a model.
 
     Attributes:
         stack: qualified name of the stack.
         layers: its layers.
-        registry: finds their handles.
-        handles: which paths in a layer are handles.
+        registry: holds their handles.
+        handles: the paths in a layer that are handles.
     """
 
     stack: str
@@ -41,13 +41,13 @@ class Binder:
         return cls(stack, tuple(layers), registry, handles)
 
     def find(self, layer: int, own: Own) -> Any:
-        """The very object that a layer has at a path."""
+        """The object that a layer has at a path."""
         if own.path in self.handles:
             return self.registry.handles[self.name_of(layer, own)]
         return _getter(own.path)(self.layers[layer + own.offset])
 
     def name_of(self, layer: int, own: Own) -> str:
-        """Its qualified name."""
+        """The qualified name of the object that `find` returns."""
         return ".".join(filter(None, (self.stack, str(layer + own.offset), own.path)))
 
 
@@ -59,12 +59,12 @@ class Plan:
     """How a model runs.
 
     Attributes:
-        steps: of a full trace all steps, of a stamped model those of its head.
+        steps: all steps of a full trace; the head's steps of a stamped model.
         prints: the fingerprint of each of them; None for an op step.
         outputs: graph values that a full trace returns.
-        arguments: graph value -> its source, for what is handed in at each call, in call order.
+        arguments: graph value -> source of each call argument, in call order.
         stamped: the units of a stamped model.
-        outline: of `steps`, for reports.
+        outline: the outline of `steps`, for reports.
     """
 
     steps: tuple[Step, ...]
@@ -76,7 +76,7 @@ class Plan:
 
     @functools.cached_property
     def deep(self) -> tuple[DeepStep, ...]:
-        """Every step of the deep model, in the order in which they run."""
+        """Every step of the deep model, in the order of execution."""
         steps = [
             DeepStep(step, slot, {name: name for name in reads(step)}, step.outputs)
             for step, slot in zip(self.steps, self.prints, strict=True)
@@ -90,36 +90,40 @@ class Plan:
 
     @property
     def returned(self) -> tuple[Any, ...]:
-        """Where the program's outputs come from."""
+        """Sources of the program's outputs."""
         if self.stamped is None:
             return self.outputs
         return tuple(_source(ref, len(self.stamped.sequence) - 1) for ref in self.stamped.outputs)
 
     def pieces(self) -> tuple[Fingerprint, ...]:
-        """Each distinct piece, in the order of first use."""
+        """The distinct pieces, in the order of first use."""
         return tuple(dict.fromkeys(step.slot for step in self.deep if step.slot is not None))
 
     def values(self) -> frozenset[str]:
-        """Names of the graph values that `write` may ask for."""
+        """Names of the graph values that `write` may need."""
         sources = [*self.returned, *(source for step in self.deep for source in step.inputs.values())]
         return frozenset(source for source in sources if isinstance(source, str))
 
     def write(self, slots: Slots, values: Mapping[str, Any], binder: Binder | None = None) -> Program:
-        """The program.
+        """Write the program.
 
         Args:
             slots: the callable of each distinct piece.
-            values: graph value -> object, for what is bound and lies outside the stack.
-            binder: finds what lies in the stack, for a stamped model.
+            values: graph value -> object, for bound objects outside the stack.
+            binder: finds the objects inside the stack of a stamped model.
         """
         find = binder.find if binder is not None else None
         program = write_program(self.deep, self.returned, self.arguments, slots, values, find)
-        outline = [_outline(step, binder) for step in self.deep if binder is not None and step.layer is not None]
-        return replace(program, outline=(*self.outline, *outline))
+        outline = list(self.outline)
+        for deep in self.deep:
+            if binder is not None and deep.layer is not None:
+                owned = [binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own)]
+                outline.append(_outline(deep.step, deep.slot, owned))
+        return replace(program, outline=tuple(outline))
 
 
 def _source(ref: Reference, layer: int) -> Key | Own:
-    """What a reference means, as seen from a layer's unit."""
+    """What a reference in a layer's unit refers to."""
     if isinstance(ref, Own):
         return ref
     if isinstance(ref, Outside):
@@ -127,21 +131,15 @@ def _source(ref: Reference, layer: int) -> Key | Own:
     return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.slot)
 
 
-def _outline(deep: DeepStep, binder: Binder) -> StepOutline:
-    assert deep.layer is not None
-    names = tuple(binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own))
-    return StepOutline(deep.step.op.name if isinstance(deep.step, OpStep) else None, deep.slot, names)
+def _outline(step: Step, fingerprint: Fingerprint | None, sources: Iterable[str]) -> StepOutline:
+    return StepOutline(step.op.name if isinstance(step, OpStep) else None, fingerprint, tuple(sources))
 
 
 def outline_of(
     steps: Sequence[Step], prints: Sequence[Fingerprint | None], sources: Mapping[str, str]
 ) -> tuple[StepOutline, ...]:
-    """The outline of a trace's steps, given the source of each input of the graph."""
+    """The outline of a trace's steps, from the source of each graph input."""
     return tuple(
-        StepOutline(
-            step.op.name if isinstance(step, OpStep) else None,
-            found,
-            tuple(sources[name] for name in reads(step) if name in sources),
-        )
-        for step, found in zip(steps, prints, strict=True)
+        _outline(step, fingerprint, (sources[name] for name in reads(step) if name in sources))
+        for step, fingerprint in zip(steps, prints, strict=True)
     )

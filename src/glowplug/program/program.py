@@ -1,4 +1,4 @@
-"""A program: flat steps in generated Python, weights and layers bound, nothing looked up while it runs."""
+"""A program: flat steps in generated Python, bound to weights and layers, with no lookups at run time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepOutline:
 
     Attributes:
         op: the splitting op's name; None for a piece.
-        fingerprint: the piece's; None for an op.
+        fingerprint: the piece's fingerprint; None for an op.
         sources: paths of the weights and handles that the step reads.
     """
 
@@ -33,12 +33,12 @@ class Program:
     """A runnable program.
 
     Attributes:
-        code: `code(slots, *arguments)` -> tuple of the outputs, the compiled form of `source`.
-        slots: the callable of each distinct piece: `piece_a`, `piece_b`, ... of the text, in this order.
-        arguments: sources of what changes from call to call.
+        code: the function compiled from `source`: `code(slots, *arguments)` returns a tuple of the outputs.
+        slots: the callable of each distinct piece, in the order of the text's names `piece_a`, `piece_b`, ...
+        arguments: sources of the call arguments.
         source: the Python text that runs.
-        names: what the text's global names stand for: ops, layers, tuples of weights.
-        outline: its steps, for reports.
+        names: the objects that the text's global names are bound to: ops, layers, tuples of weights.
+        outline: the steps, for reports.
     """
 
     code: Callable[..., tuple[Any, ...]]
@@ -50,15 +50,15 @@ class Program:
 
     @functools.cached_property
     def run(self) -> Callable[..., tuple[Any, ...]]:
-        """`run(*arguments)` -> tuple of the outputs. Arguments in the order of `arguments`."""
+        """`run(*arguments)`, with arguments in the order of `arguments`, returns a tuple of the outputs."""
         return functools.partial(self.code, tuple(self.slots.values()))
 
     def with_slots(self, others: Mapping[Fingerprint, Callable[..., Any]]) -> Program:
-        """The same program with other callables in some of its slots; this one stays as it is."""
+        """A copy of this program with other callables in some of its slots."""
         return replace(self, slots={slot: others.get(slot, run) for slot, run in self.slots.items()})
 
     def listing(self) -> str:
-        """The program's text with a comment on top that says what its names stand for."""
+        """The program's text, with a comment above that explains its names."""
         head = "# How the model runs: pieces, ops and weights are bound to the names below."
         slots = [f"# {piece_name(number)}: piece {slot.digest[:12]}" for number, slot in enumerate(self.slots)]
         names = [f"# {name}: {_describe(value)}" for name, value in self.names.items()]

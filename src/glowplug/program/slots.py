@@ -1,8 +1,8 @@
-"""Slots of deferred pieces: a piece that runs seldom in a step, such as a model's first or last, serves uncompiled
-while another process compiles it, and its program takes the code between two sequences.
+"""Slots of deferred pieces: a piece that runs seldom in a step, such as a model's first or last, runs uncompiled until
+another process has compiled it. The program switches to the compiled code between two sequences.
 
-On two cores a piece takes two to three seconds to compile. One that runs once in a step of dozens of pieces saves less
-in all the steps of those seconds than its compilation would delay the first.
+On two cores a piece takes two to three seconds to compile. For a piece that runs once in a step of dozens of pieces,
+compiled code saves less time during those seconds than waiting for it would cost the first step.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from glowplug.verify.slots import run_both
 logger = logging.getLogger("glowplug")
 
 _SHARE = 1 / 8
-"""Largest share of a program's pieces that may start uncompiled, all of them together."""
+"""Largest share of a step's pieces that may be deferred."""
 _ANYWAY = 2
-"""So many may at any depth, as long as others run more often: what they cost a step does not depend on its length."""
+"""Number of pieces that may be deferred at any depth, as long as others run more often."""
 _RUNS = 4
-"""Runs whose inputs are kept, to try the compiled piece on: those of the comparison with eager, mostly."""
+"""Runs whose inputs are kept to try the compiled piece on; most come from the comparison with eager."""
 _LARGEST = 2**20
-"""Elements of the inputs kept, not counting weights: at most."""
+"""Largest number of input elements kept per run, not counting weights."""
 
 
 class PieceSlot:
-    """The place of a deferred piece in programs: runs its graph, and keeps the inputs of its first runs, until code for
-    it has arrived in a store.
+    """The place of a deferred piece in programs. Until compiled code arrives in the store, it runs the piece's graph,
+    and keeps the inputs of the first runs to try the compiled code on.
 
     Args:
-        fingerprint: the piece's.
+        fingerprint: the piece's fingerprint.
         graph: the uncompiled piece.
-        pieces: the store.
-        job: the job of this process that compiles the piece; None: a process that holds its lock does.
-        address: what the store knows it by; empty: the fingerprint's digest.
+        pieces: the store in which the code arrives.
+        job: this process's job that compiles the piece; None if another process compiles it and holds its lock.
+        address: the piece's address in the store; defaults to its digest.
 
     Attributes:
-        compiled: its code, once it has arrived and was found to compute the same.
-        pending: whether it may still arrive.
-        ours: whether the job compiled it.
+        compiled: the compiled code, once it has arrived and computes the same as the graph.
+        pending: whether code may still arrive.
+        ours: whether this process's job compiled it.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class PieceSlot:
         return self.graph(*args)
 
     def poll(self, deadline: float | None = None) -> None:
-        """Take the code from the store, once nobody is at it any more, and if it computes the same. Waits until
-        `deadline` (`time.monotonic()`)."""
+        """Once no process is compiling the piece, load its code and keep it if it computes the same as the graph. Waits
+        for that until `deadline` (`time.monotonic()`)."""
         if self.job is not None and not self.job.ended(deadline):
             return
         if not self.pieces.lost and self.pieces.busy(self.address, deadline):
@@ -91,7 +91,7 @@ class PieceSlot:
         self._seen.clear()
 
     def _try(self, code: Run) -> str | None:
-        """Why code must not be used: on the inputs that the graph had, it gives something else; None when it may."""
+        """How the compiled code differs from the graph on the graph's recorded inputs; None if it agrees."""
         with torch.no_grad():
             for args in self._seen:
                 try:
@@ -108,49 +108,40 @@ def _size(value: Any) -> int:
 
 
 def with_arrived(program: Program) -> Program:
-    """A program with the code that has arrived in its slots. Whoever runs the old one meanwhile sees nothing of it."""
+    """A copy of a program that runs the compiled code that has arrived; runs of the old program are not affected."""
     slots = [run for run in program.slots.values() if isinstance(run, PieceSlot)]
     arrived = {slot.fingerprint: slot.compiled for slot in slots if slot.compiled is not None}
     return program.with_slots(arrived) if arrived else program
 
 
-def count_uses(prints: Iterable[Fingerprint | None]) -> Counter[Fingerprint]:
-    """How often each piece runs, from the fingerprint of each step (None: an op)."""
-    return Counter(found for found in prints if found is not None)
-
-
 def choose_deferred(uses: Counter[Fingerprint], pieces: Mapping[Fingerprint, Piece]) -> set[Fingerprint]:
-    """The pieces that may start uncompiled: those used least often, as long as all of them together are few.
-
-    Args:
-        uses: how often each distinct piece runs in a step.
-        pieces: one of each.
-    """
+    """The pieces to defer: the least used ones (`uses`: how often each runs in a step), as long as they make up a small
+    share of the step."""
     left = max(sum(uses.values()) * _SHARE, _ANYWAY)
     chosen: set[Fingerprint] = set()
     for count in sorted(set(uses.values()))[:-1]:
-        some = {found for found, often in uses.items() if often == count}
-        left -= count * len(some)
+        equally_often = {fingerprint for fingerprint, often in uses.items() if often == count}
+        left -= count * len(equally_often)
         if left < 0:
             break
-        chosen |= some
-    return {found for found in chosen & pieces.keys() if not _writes(pieces[found])}
+        chosen |= equally_often
+    return {fingerprint for fingerprint in chosen & pieces.keys() if not _writes(pieces[fingerprint])}
 
 
 def _writes(piece: Piece) -> bool:
-    """Whether a piece may write to its inputs, or to anything that it did not make: a trial would do so twice."""
+    """Whether a piece may write to memory that it did not allocate: trying its compiled code would write twice."""
     nodes = list(piece.gm.graph.nodes)
-    given = {storage for node in nodes if node.op == "placeholder" for storage in _storages([node])}
+    inputs = _storages(node for node in nodes if node.op == "placeholder")
     for node in nodes:
         if node.op in ("placeholder", "output") or not may_mutate(node):
             continue
         touched = _storages(node.all_input_nodes)
-        if not touched or touched & given:
+        if not touched or touched & inputs:
             return True
     return False
 
 
 def _storages(nodes: Iterable[fx.Node]) -> set[int]:
-    """The memory that values lie in; views of a tensor lie in its own."""
+    """Ids of the memory that values lie in; a view shares its tensor's."""
     values = [node.meta.get("example_value") for node in nodes]
     return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}

@@ -1,9 +1,9 @@
-"""The template of a model: a short model that shares its weights, and where they lie in the deep one."""
+"""The template of a model: a short model that shares the deep model's weights, and where its inputs lie there."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +22,18 @@ from glowplug.program.build import Stamping
 from glowplug.program.plan import Binder
 
 _DEEP = 16
-"""Layers of a transformers model that is deep, whatever its kinds: that it has no template needs a reason."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The layers of a stack that are traced.
-
-    Attributes:
-        stack: the stack.
-        length: how many of its layers, from the first.
-    """
+    """The first `length` layers of a stack, which are traced in the place of all."""
 
     stack: LayerStack
     length: int
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """The kinds of its layers."""
+        """The kinds of the template's layers."""
         return self.stack.kinds[: self.length]
 
     def layer_names(self, layers: tuple[int, ...]) -> tuple[str, ...]:
@@ -48,11 +42,8 @@ class Template:
 
 
 def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
-    """The template of a stack; None when the stack is no deeper than its template would be.
-
-    Args:
-        stack: the stack.
-        deep: layers of a stack that is deep, whatever its kinds: that it has no template needs a reason.
+    """The template of a stack; None if the stack is no deeper than its template would be. A stack of more than `deep`
+    layers must have a template.
 
     Raises:
         NotStampableError: the stack is deep, but its layers differ too much.
@@ -69,7 +60,7 @@ def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
 
 
 def short_model(model: nn.Module, template: Template) -> nn.Module:
-    """A model of the template's layers alone. It shares every module and weight with `model`, which stays as it is."""
+    """A copy of a model with only the template's layers. It shares modules and weights with `model`, unchanged."""
     short = at = shallow_copy(model)
     for part in filter(None, template.stack.path.split(".")):
         at._modules[part] = at = shallow_copy(at._modules[part])  # type: ignore[arg-type]
@@ -78,44 +69,37 @@ def short_model(model: nn.Module, template: Template) -> nn.Module:
 
 
 def check_reads(model: nn.Module, template: Template, reads: Collection[str]) -> None:
-    """Refuse a template whose trace read an attribute that its layers' kinds leave out.
-
-    Args:
-        model: the deep model.
-        template: the template.
-        reads: sources of what the trace read.
+    """Refuse a template whose trace, by the sources in `reads`, read an attribute that its layers' kinds leave out.
 
     Raises:
-        AttributesReadError: it read some.
+        AttributesReadError: the trace read such attributes.
     """
     unread = template.stack.unread
     if not unread.attributes:
         return
-    found: set[str] = set()
+    places: set[str] = set()
     names = {name for _, name in unread.attributes}
     for read in reads:
         for owner, name in attributes_in(read, names):
             holder = _at(owner, model)
             place = unread.attributes.get((id(holder), name))
             if place is not None:
-                found.add(place)
-            elif holder is None or name == "__dict__":  # any object that has such an attribute; all that this one has
-                found |= {
-                    place
-                    for (held_by, attribute), place in unread.attributes.items()
-                    if (attribute == name if holder is None else held_by == id(holder))
-                }
+                places.add(place)
+            elif holder is None:  # it may be any object with such an attribute
+                places |= {place for (_, attribute), place in unread.attributes.items() if attribute == name}
+            elif name == "__dict__":  # all attributes of this object
+                places |= {place for (owner_id, _), place in unread.attributes.items() if owner_id == id(holder)}
         source = parse(read) if unread.values else None
         if source is not None and source.is_global:
             with contextlib.suppress(LookupError):
                 passed = map(id, source.objects({}))
-                found |= {unread.values[key] for key in passed if key in unread.values}
-    if found:
-        raise AttributesReadError(frozenset(found))
+                places |= {unread.values[key] for key in passed if key in unread.values}
+    if places:
+        raise AttributesReadError(frozenset(places))
 
 
 def _at(source: Source | None, model: nn.Module) -> Any:
-    """What lies at a source; None when that can't be told."""
+    """The object at a source; None if that is unknown."""
     if source is None:
         return None
     try:
@@ -125,7 +109,7 @@ def _at(source: Source | None, model: nn.Module) -> Any:
 
 
 def layer_of(template: Template, captured: Captured) -> LayerOf | None:
-    """Where to cut a template's graph besides its splitting ops: at its layers, unless each of them has such an op."""
+    """Finds the layer of a node, to cut a template's graph at its layers; None if every layer has a splitting op."""
     stack = template.stack
     handles = {entry.node: stack.index_of(entry.value.name) for entry in captured.inputs if entry.kind == "handle"}
     cut = set()
@@ -148,10 +132,10 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
 def stamping(
     model: nn.Module, template: Template, captured: Captured, arguments: Mapping[str, str], registry: LayerRegistry
 ) -> Stamping:
-    """Everything that stamping the template's graph needs to know of the model.
+    """How to stamp the template's graph over the model's stack.
 
     Raises:
-        NotStampableError: a weight's place can't be told.
+        NotStampableError: a weight can't be located.
     """
     stack = template.stack
     own, handles = _locate(model, stack, captured, arguments)
@@ -163,7 +147,7 @@ def stamping(
 def _locate(
     model: nn.Module, stack: LayerStack, captured: Captured, arguments: Mapping[str, str]
 ) -> tuple[dict[str, tuple[int, str]], frozenset[str]]:
-    """Graph value -> (layer, path in it) for what lies in the stack; and which of the paths are handles."""
+    """Graph value -> (layer, path in it) for weights and handles in the stack; and the paths that are handles."""
     names = tensor_names(model)
     own: dict[str, tuple[int, str]] = {}
     handles = set()
@@ -191,16 +175,11 @@ def _locate(
 
 
 def tensor_names(model: nn.Module) -> dict[int, list[str]]:
-    """Of a model: id of a tensor -> every qualified name that it has."""
+    """Id of each tensor of a model -> all qualified names of the tensor."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in _tensors(module):
-            names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+        for table in (module._parameters, module._buffers, module.__dict__):
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    names.setdefault(id(value), []).append(f"{path}.{name}" if path else name)
     return names
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for table in (module._parameters, module._buffers, module.__dict__):
-        for name, value in table.items():
-            if isinstance(value, Tensor):
-                yield name, value

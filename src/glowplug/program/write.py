@@ -1,8 +1,8 @@
-"""Writes a program's Python text: one line a step, dead values dropped, repeating layers a `for` loop.
+"""Writes a program's Python text: one line per step, a `del` for dead values, a `for` loop over repeating layers.
 
-The steps of the deep model are flat. Each layer's lines name its outputs by their place in the layer, and leave a hole
-for each object that is bound; where the lines of layers repeat, they are written once, and a loop's rows hold what goes
-into the holes.
+The steps of the deep model are flat. A layer's lines name its outputs by their place in the layer, and leave a hole for
+each bound object. Where the lines of several layers are equal, they are written once, in a loop over rows that hold the
+objects for the holes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _numbers = itertools.count(1)
 Slots = Mapping[Fingerprint, Callable[..., Any]]
 """The callable of each distinct piece."""
 Find = Callable[[int, Own], Any]
-"""`find(layer, own)`: the very object that a layer of the deep model has at a path."""
+"""`find(layer, own)`: the object that a layer of the deep model has at a path."""
 Key = str | tuple[int, int, int]
-"""A value that changes from call to call: its name in the graph; a layer's by layer, step, place among its outputs."""
+"""A value computed at run time: its graph name, or for a layer's value (layer, step, index of the output)."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class DeepStep:
     Attributes:
         step: the template's piece or op step.
         slot: the piece's fingerprint; None for an op.
-        inputs: graph value -> where it comes from: a value, an object from outside the stack by its name, or one of
-            the layer's own.
-        outputs: the values that it makes; None for one that nothing reads.
-        layer: the layer in whose unit it runs; None before the stack, and in a full trace.
+        inputs: graph value -> its source: a value, the name of an object outside the stack, or one of the layer's own.
+        outputs: the values that it computes; None for one that nothing reads.
+        layer: the layer in whose unit it runs; None before the stack and in a full trace.
     """
 
     step: Step
@@ -64,7 +63,7 @@ def write_program(
     values: Mapping[str, Any],
     find: Find | None,
 ) -> Program:
-    """Write the program that runs `steps` and returns `outputs`; the rest as for `Plan.write`."""
+    """Write the program that runs `steps` and returns `outputs`; other arguments as for `Plan.write`."""
     distinct = list(dict.fromkeys(deep.slot for deep in steps if deep.slot is not None))
     pieces = {slot: piece_name(number) for number, slot in enumerate(distinct)}
     writer = _Writer(steps, outputs, pieces, values, find)
@@ -80,7 +79,7 @@ def write_program(
 
 
 def _compile(text: str, names: Mapping[str, Any]) -> Callable[..., tuple[Any, ...]]:
-    """The text's function; tracebacks show its lines for as long as it lives."""
+    """Compile the text's function. Tracebacks show its lines as long as the function lives."""
     filename = f"<glowplug program {next(_numbers)}>"
     table = dict(names)
     exec(compile(text, filename, "exec"), table)
@@ -91,7 +90,7 @@ def _compile(text: str, names: Mapping[str, Any]) -> Callable[..., tuple[Any, ..
 
 
 class _Object(NamedTuple):
-    """What goes into a hole: a bound object, what to name it after, and a key that is equal for the same object."""
+    """A bound object for a hole, a stem for its name, and a key that identifies the object."""
 
     value: Any
     stem: str
@@ -100,8 +99,8 @@ class _Object(NamedTuple):
 
 @dataclass(frozen=True)
 class _Lines:
-    """The text of one step, with a hole for each of `objects`, and the locals that no later step reads; those made
-    before the stack apart: a loop must not drop them before it ends."""
+    """The text of one step with a hole for each of `objects`, and the locals that no later step reads. Those assigned
+    before the stack are in `dead_outside`: a loop must not delete them before it ends."""
 
     text: str
     objects: Sequence[_Object]
@@ -110,11 +109,11 @@ class _Lines:
 
 
 class _Writer:
-    """Writes steps, and keeps account of what the locals hold and what the globals are bound to.
+    """Writes steps, and tracks what locals hold and what globals are bound to.
 
     Attributes:
-        bound: the objects that globals are bound to.
-        local: the local that holds each value now.
+        bound: the object that each global is bound to.
+        local: the local that currently holds each value.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class _Writer:
     # -- names ------------------------------------------------------------------------------------------------
 
     def _fresh(self, stem: str) -> str:
-        """A new name: `stem`, `stem_2`, `stem_3`, ..."""
+        """An unused name: `stem`, `stem_2`, `stem_3`, ..."""
         name = stem
         while name in self._taken:
             self._count[stem] += 1
@@ -155,14 +154,14 @@ class _Writer:
         return name
 
     def _global(self, item: _Object) -> str:
-        """The global of an object, the same one each time."""
+        """The global of an object, always the same one."""
         if item.key not in self._globals:
             self._globals[item.key] = self._fresh(item.stem.upper())
             self.bound[self._globals[item.key]] = item.value
         return self._globals[item.key]
 
     def outside(self, name: str) -> str:
-        """The global of an object from outside the stack."""
+        """The global of an object outside the stack."""
         return self._global(_Object(self._values[name], "value", id(self._values[name])))
 
     def place(self, place: Any, name: str) -> str:
@@ -172,7 +171,7 @@ class _Writer:
         return self._places[place]
 
     def hold(self, key: Key, local: str) -> str:
-        """Note that a local holds a value from now on."""
+        """Record that a local holds a value from now on."""
         self.local[key], self._holds[local] = local, key
         return local
 
@@ -199,23 +198,23 @@ class _Writer:
             call = f"{targets[0] if single else _targets(targets)} = {call}"
         for read in {*deep.inputs.values(), *deep.outputs}:
             if read in self.local and self._last[read] == index:
-                ended = self.local.pop(read)
-                if self._holds[ended] == read:  # it may hold an output of this step by now
-                    del self._holds[ended]
-                    (dead_outside if isinstance(read, str) and deep.layer is not None else dead).append(ended)
+                local = self.local.pop(read)
+                if self._holds[local] == read:  # unless it already holds an output of this step
+                    del self._holds[local]
+                    (dead_outside if isinstance(read, str) and deep.layer is not None else dead).append(local)
         return _Lines("\n".join([*lines, call]), objects, sorted(dead), dead_outside)
 
     def _vacate(self, local: str, index: int) -> list[str]:
-        """The lines that move aside what a local holds, where a later step reads that."""
-        held = self._holds.get(local)
-        if held is None or self._last[held] <= index:
+        """The lines that move a local's value to another local, if a later step reads it."""
+        value = self._holds.get(local)
+        if value is None or self._last[value] <= index:
             return []
         spare = self.place(("aside", local), local)
         lines = self._vacate(spare, index)
-        return [*lines, f"{self.hold(held, spare)} = {local}"]
+        return [*lines, f"{self.hold(value, spare)} = {local}"]
 
     def _call(self, deep: DeepStep, objects: list[_Object]) -> str:
-        """The call of a piece, its bound objects as one tuple."""
+        """The call of a piece, with adjacent bound objects unpacked from one tuple."""
         assert deep.slot is not None
         arguments: list[str] = []
         for is_local, group in itertools.groupby(deep.inputs.values(), self.local.__contains__):
@@ -229,7 +228,7 @@ class _Writer:
 
     def _call_op(self, deep: DeepStep, step: OpStep, objects: list[_Object]) -> str:
         """The call of an op's function on its layer object. A stamped program is bound to the object; a full trace
-        looks it up at each call and does not hold it, as torch keeps what it compiled longer than the model lives."""
+        looks it up at each call, since torch may keep the program longer than the model lives."""
         first, *rest = step.args
         if isinstance(first, Value):
             first = self._fixed(deep, deep.inputs[first.name])
@@ -246,10 +245,10 @@ class _Writer:
         return f"{self._ops[step.op]}({', '.join([_HOLE if deep.layer is not None else f'{_HOLE}()', *arguments])})"
 
     def _expression(self, deep: DeepStep, arg: Any, objects: list[_Object]) -> str:
-        """An op's argument in the text."""
+        """The text of an op's argument."""
         if isinstance(arg, (list, tuple)):
-            inside = ", ".join(self._expression(deep, item, objects) for item in arg)
-            return f"[{inside}]" if isinstance(arg, list) else f"({inside}{',' if len(arg) == 1 else ''})"
+            items = ", ".join(self._expression(deep, item, objects) for item in arg)
+            return f"[{items}]" if isinstance(arg, list) else f"({items}{',' if len(arg) == 1 else ''})"
         if arg is None or type(arg) in (bool, int, str) or (type(arg) is float and math.isfinite(arg)):
             return repr(arg)
         stem = "constant"
@@ -262,7 +261,7 @@ class _Writer:
         return _HOLE
 
     def _fixed(self, deep: DeepStep, source: Key | Own) -> Any:
-        """A bound object."""
+        """The object that a step is bound to."""
         if isinstance(source, Own):
             assert self._find is not None and deep.layer is not None
             return self._find(deep.layer, source)
@@ -272,7 +271,7 @@ class _Writer:
     # -- layers -----------------------------------------------------------------------------------------------
 
     def layers(self, steps: Sequence[DeepStep], lines: Sequence[_Lines]) -> list[str]:
-        """The text of all steps: those before the stack, then layer after layer, repeating ones as a loop."""
+        """The text of all steps: first those before the stack, then the layers, with a loop where they repeat."""
         blocks: dict[int | None, list[_Lines]] = {}
         for deep, line in zip(steps, lines, strict=True):
             blocks.setdefault(deep.layer, []).append(line)
@@ -288,7 +287,7 @@ class _Writer:
         return body
 
     def _block(self, repeats: Sequence[Sequence[_Lines]], table: str) -> list[str]:
-        """The text of steps; where they repeat, a loop over rows of the objects that differ."""
+        """The text of steps; if they repeat, a loop over rows of the objects that differ."""
         variables: dict[Any, str] = {}
         columns: list[list[Any]] = []
         names: list[str] = []
@@ -301,23 +300,23 @@ class _Writer:
                 variables[keys] = self._fresh(hole[0].stem)
                 columns.append([item.value for item in hole])
             names.append(variables[keys])
-        left, once = iter(names), len(repeats) == 1
+        hole_names, once = iter(names), len(repeats) == 1
         body: list[str] = []
         for line in repeats[0]:
-            body += re.sub(_HOLE, lambda _: next(left), line.text).split("\n")
+            body += re.sub(_HOLE, lambda _: next(hole_names), line.text).split("\n")
             body += _delete([*line.dead, *line.dead_outside] if once else line.dead)
         if once:
             return body
         rows = self._fresh(table)
         self.bound[rows] = tuple(zip(*columns, strict=True)) if columns else ((),) * len(repeats)
-        ended = [local for lines in repeats for line in lines for local in line.dead_outside]
+        dead = [local for lines in repeats for line in lines for local in line.dead_outside]
         loop = f"for {_targets(list(variables.values())) or '_'} in {rows}:"
-        return [loop, *(f"    {text}" for text in body), *_delete(ended)]
+        return [loop, *(f"    {text}" for text in body), *_delete(dead)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of a sequence: `times` repetitions of `period` items, from the item at `start`."""
+    """A part of a sequence: `times` repetitions of `period` items, beginning at index `start`."""
 
     start: int
     period: int
@@ -325,7 +324,7 @@ class Run:
 
 
 def fold(sequence: Sequence[Any]) -> list[Run]:
-    """Find the repetition in a sequence; what does not repeat at least three times stays as it is."""
+    """Find the repetitions in a sequence; items that repeat less than three times are runs of their own."""
     runs: list[Run] = []
     start = 0
     while start < len(sequence):
@@ -343,7 +342,7 @@ def fold(sequence: Sequence[Any]) -> list[Run]:
 
 
 def _stem(value: str) -> str:
-    """What to name a local after: a graph value's name, or the path of an attribute."""
+    """The stem of a local's name, from the name of a graph value or the path of an attribute."""
     stem = re.sub(r"(_\d+)+$", "", value.rpartition(".")[2].removeprefix("l_").rstrip("_"))
     usable = stem.isidentifier() and stem.isascii() and stem.islower() and not iskeyword(stem)
     return stem if usable and len(stem) <= 32 else "value"
@@ -354,5 +353,5 @@ def _targets(names: Sequence[str]) -> str:
 
 
 def _delete(names: Collection[str]) -> list[str]:
-    """The line that drops locals, so that their memory is free for the next step."""
+    """The line that deletes locals, so that their memory is free for the next step."""
     return [f"del {', '.join(sorted(names))}"] if names else []

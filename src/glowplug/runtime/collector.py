@@ -1,5 +1,5 @@
-"""Python's garbage collector stands still while a program is built: a trace makes millions of objects, none of them
-garbage yet, and looking through them, once or again and again, takes a tenth of a cold start."""
+"""Pauses Python's garbage collector while a program is built. A trace creates millions of live objects, and scanning
+them again and again would take a tenth of a cold start."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from glowplug.runtime.forks import in_forks, make_lock
 
 _lock = make_lock()
 _pauses: Counter[int] = Counter()
-"""How often each thread has paused it."""
+"""Number of pauses by thread."""
 _resume = False
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No collection inside, in any thread; afterwards the collector is as it was before the first pause.
+    """Pause collection in all threads; when the last pause ends, the collector is as it was before the first.
 
-    What was made inside counts as old then, so that the first collection afterwards, which would come at once, does not
-    go through all of it.
+    The objects created meanwhile move to the oldest generation. Otherwise the next collection, which would come at
+    once, would scan all of them.
     """
     global _resume
     thread = threading.get_ident()
@@ -40,11 +40,11 @@ def collector_paused() -> Iterator[None]:
 
 
 def _end_pauses(threads: list[int]) -> None:
-    """Forget the pauses of threads; after the last one the collector goes on."""
+    """Drop the pauses of some threads; after the last one, collection resumes."""
     for thread in threads:
         del _pauses[thread]
     if threads and not _pauses and _resume:
-        if gc.get_freeze_count() == 0:  # nobody froze anything that this would thaw
+        if gc.get_freeze_count() == 0:  # else this would unfreeze the objects of somebody else
             gc.freeze()
             gc.unfreeze()
         gc.enable()

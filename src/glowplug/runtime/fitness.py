@@ -1,15 +1,15 @@
-"""What about a model keeps it from being compiled at all, told before anything is traced."""
+"""Recognises, before any trace, models that can't be compiled at all."""
 
 from __future__ import annotations
 
 from torch import nn
 
 _QUANTIZED = "torch.ao.nn."
-"""Where the modules live that `torch.ao.quantization` puts in the place of others. Checked on torch 2.11 and 2.13."""
+"""Package of the modules that `torch.ao.quantization` substitutes. Checked on torch 2.11 and 2.13."""
 
 
 def unfit(model: nn.Module) -> str | None:
-    """Why no program of a model can be made, in one sentence; None when nothing is known to be in the way."""
+    """Why a model can't be compiled, in one sentence; None if there is no known obstacle."""
     for name, module in model.named_modules():
         where = name or "the model"
         if "_hf_hook" in module.__dict__:  # accelerate's; checked on 1.15

@@ -1,12 +1,13 @@
-"""Forks of this process, whoever makes them, such as a server that loads a model once for all its workers.
+"""Makes forks of this process safe, such as those of a server that loads a model once for all its workers.
 
-A fork has a copy of the memory, and of one thread: the one that made it. Locks that other threads held are never
-released there, and GNU OpenMP waits for its threads, which are gone. So a fork begins when captures of other threads
-are over, if that is soon; OpenMP's threads end before it and are made anew after it, on both sides; and in the fork
-locks that nobody there can release are made anew. What belongs to the process that made it (its forks, its folders) is
-left alone.
+A fork copies the memory but only the thread that forked. Locks of other threads are never released there, and GNU
+OpenMP would wait for threads that no longer exist. Therefore:
+- a fork waits, for a limited time, until other threads have finished their captures;
+- OpenMP's threads end before the fork, and both processes start new ones on demand;
+- the fork reinitialises locks that no thread in it can release;
+- the fork leaves alone what belongs to its parent, such as the parent's jobs and folders.
 
-Holds for what calls Python's hooks: `os.fork`, `multiprocessing`. Code in C that forks by itself must call them, too.
+This relies on Python's fork hooks, which `os.fork` and `multiprocessing` call. C code that forks must call them itself.
 """
 
 from __future__ import annotations
@@ -27,22 +28,19 @@ from typing import Any, ClassVar
 import torch
 
 _PATIENCE_S = 5.0
-"""How long a fork waits for captures of other threads, and for threads of glowplug's own."""
+"""How long a fork waits for other threads' captures and for glowplug's own threads."""
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _awaited: weakref.WeakSet[Any] = weakref.WeakSet()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-_renewals: list[Callable[[], None]] = []
+_fork_hooks: list[Callable[[], None]] = []
 _thread = threading.local()
-"""Of the thread that forks: `held`, the locks that it took for that; `plain`, whether it forks for glowplug."""
+"""State of the forking thread: `locks`, the locks it took for the fork; `plain`, whether it is in `fork_plainly`."""
 
 
 def make_lock(*, awaited: bool = False) -> Any:
-    """A re-entrant lock. In a fork it is free, unless the thread that forked holds it.
-
-    Args:
-        awaited: forks wait for it, shortly.
-    """
+    """A re-entrant lock that is free in a fork, unless the forking thread holds it. If `awaited`, forks wait for it for
+    a limited time."""
     lock = threading.RLock()
     free_in_forks(lock)
     if awaited:
@@ -51,19 +49,19 @@ def make_lock(*, awaited: bool = False) -> Any:
 
 
 def free_in_forks(lock: Any) -> None:
-    """Let a re-entrant lock be free in forks, unless the thread that forked holds it."""
+    """Make a re-entrant lock free in forks, unless the forking thread holds it."""
     _locks.add(lock)
 
 
-def in_forks(renew: Callable[[], None]) -> Callable[[], None]:
-    """Call a function in each fork, before anything else runs there. A decorator."""
-    _renewals.append(renew)
-    return renew
+def in_forks(hook: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: call a function in each fork before anything else runs there."""
+    _fork_hooks.append(hook)
+    return hook
 
 
-def begin(work: Callable[[], None], name: str) -> threading.Thread:
-    """Start a thread that ends by itself before long. A fork waits for it, shortly: imports that it is in the middle of
-    would never end there."""
+def begin_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """Start a short-lived thread. A fork waits for it for a limited time, as imports that the thread has begun would
+    never finish in the fork."""
     thread = threading.Thread(target=work, name=name, daemon=True)
     _threads.add(thread)
     thread.start()
@@ -71,25 +69,22 @@ def begin(work: Callable[[], None], name: str) -> threading.Thread:
 
 
 def finalize(owner: Any, work: Callable[[], Any]) -> weakref.finalize[Any, Any]:
-    """Call `work` when `owner` goes, at the latest when this process ends; but never in a fork of it."""
-    return weakref.finalize(owner, _here, os.getpid(), work)
+    """Call `work` when `owner` is collected or this process exits, but never in a fork of this process."""
+    return weakref.finalize(owner, _call_in, os.getpid(), work)
 
 
-def _here(process: int, work: Callable[[], Any]) -> None:
+def _call_in(process: int, work: Callable[[], Any]) -> None:
     if os.getpid() == process:
         work()
 
 
 class Scratch:
-    """A folder that is deleted with this object, by the process that made it alone. A context manager.
-
-    Args:
-        what: what it is for.
+    """A temporary folder, also a context manager. Only the process that created it deletes it, with this object.
 
     Attributes:
-        home: where such folders are made in this process; None: where the system has them.
+        home: where this process creates such folders; None for the system's temporary folder.
         path: the folder.
-        ours: whether this process made it.
+        ours: whether this process created it.
     """
 
     home: ClassVar[str | None] = None
@@ -103,20 +98,16 @@ class Scratch:
     def ours(self) -> bool:
         return self._process == os.getpid()
 
-    def cleanup(self) -> None:
-        """Delete it now."""
-        self._finalizer()
-
     def __enter__(self) -> Path:
         return self.path
 
     def __exit__(self, *_: object) -> None:
-        self.cleanup()
+        self._finalizer()
 
 
 def fork_plainly() -> int:
-    """`os.fork` that waits for nothing: by a thread that may hold what others wait for. The child must not run a
-    parallel region of OpenMP."""
+    """`os.fork` without waiting, for a thread that may hold a lock that others wait for. The child must not run a
+    parallel OpenMP region."""
     _thread.plain = True
     try:
         return os.fork()
@@ -125,8 +116,8 @@ def fork_plainly() -> int:
 
 
 def _find_pause() -> Callable[[int], int] | None:
-    """The function by which OpenMP (5.0) ends its threads; the next parallel region has new ones. None: there is none
-    (Windows, macOS, whose OpenMP does that by itself), or it is too old."""
+    """OpenMP 5.0's function that ends its threads; the next parallel region starts new ones. None if OpenMP is too old,
+    and on Windows and macOS, where OpenMP survives forks by itself."""
     if not sys.platform.startswith("linux"):
         return None
     with suppress(OSError, AttributeError):
@@ -136,11 +127,11 @@ def _find_pause() -> Callable[[int], int] | None:
 
 _pause = _find_pause()
 _SOFT = 1
-"""`omp_pause_soft`: threads end, settings stay."""
+"""`omp_pause_soft`: ends the threads and keeps the settings."""
 
 
 def _before() -> None:
-    _thread.held = held = []
+    _thread.locks = locks = []
     if getattr(_thread, "plain", False):
         return
     deadline = time.monotonic() + _PATIENCE_S
@@ -149,29 +140,29 @@ def _before() -> None:
             thread.join(max(deadline - time.monotonic(), 0))
     for lock in list(_awaited):
         if lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            held.append(lock)
+            locks.append(lock)
     if _pause is not None:
         _pause(_SOFT)
 
 
 def _release() -> None:
-    for lock in getattr(_thread, "held", ()):
+    for lock in getattr(_thread, "locks", ()):
         lock.release()
-    _thread.held = []
+    _thread.locks = []
 
 
 def _in_child() -> None:
     _release()
     for lock in list(_locks):
-        if lock.acquire(blocking=False):  # nobody holds it, or this thread does
+        if lock.acquire(blocking=False):  # free, or held by this thread
             lock.release()
         else:
-            lock._at_fork_reinit()  # as the standard library does with its own
+            lock._at_fork_reinit()  # as the standard library does with its own locks
     _threads.clear()
     if _pause is None and sys.platform.startswith("linux"):  # pragma: no cover - depends on the torch installed
-        torch.set_num_threads(1)  # so that OpenMP's threads, which are gone, are never waited for
-    for renew in _renewals:
-        renew()
+        torch.set_num_threads(1)  # else OpenMP would wait for threads that are gone
+    for hook in _fork_hooks:
+        hook()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,4 +1,4 @@
-"""The progress bar shown while pieces compile: on a terminal only."""
+"""The progress bar shown on a terminal while pieces compile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def piece_progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar of `total` pieces on stderr when it is a terminal; yields the function that advances it."""
+    """Show a bar for `total` pieces if stderr is a terminal; yields the function that advances it."""
     if total < 2 or not sys.stderr.isatty():
         yield lambda: None
         return

@@ -1,6 +1,6 @@
 """Writes the pieces to torch's structured trace, so that `TORCH_TRACE` and tlparse show them.
 
-Uses `trace_structured` (private; checked on torch 2.11 and 2.13). Tracing is a help: without it, nothing is written.
+Uses `trace_structured` (private; checked on torch 2.11 and 2.13). Without it, nothing is written.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ except ImportError:  # pragma: no cover - depends on the torch installed
 
 
 def log_artifact(name: str, text: str, encoding: str = "string") -> None:
-    """Add one artifact to the structured trace, if one is being written."""
+    """Add an artifact to the structured trace, if one is being written."""
     if trace_structured is not None:
         trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=lambda: text)
 
 
 def log_pieces(steps: Sequence[Step], prints: Sequence[Fingerprint | None], program: str) -> None:
-    """Add a program, the table of its pieces, and the graph of each distinct piece."""
+    """Log a program, the table of its pieces, and the graph of each distinct piece."""
     table: list[dict[str, Any]] = []
     seen: set[Fingerprint] = set()
-    for index, (step, found) in enumerate(zip(steps, prints, strict=True)):
-        if isinstance(step, Piece) and found is not None:
-            table.append({"step": index, "piece": found.digest[:12], "compiled": found not in seen})
-            if found not in seen:
-                log_artifact(f"glowplug_piece_{found.digest[:12]}", str(found))
-            seen.add(found)
+    for index, (step, piece) in enumerate(zip(steps, prints, strict=True)):
+        if isinstance(step, Piece) and piece is not None:
+            table.append({"step": index, "piece": piece.digest[:12], "compiled": piece not in seen})
+            if piece not in seen:
+                log_artifact(f"glowplug_piece_{piece.digest[:12]}", str(piece))
+            seen.add(piece)
         elif not isinstance(step, Piece):
             table.append({"step": index, "op": step.op.name})
     log_artifact("glowplug_pieces", json.dumps(table), "json")

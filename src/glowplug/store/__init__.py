@@ -1,4 +1,4 @@
-"""Artifacts in, artifacts out: a content-addressed store on disk, with any fsspec URL behind it."""
+"""A content-addressed store of artifacts: a local folder, optionally backed by any fsspec URL."""
 
 from glowplug.store.envelope import SigningKey
 from glowplug.store.local import Entry, LocalStore

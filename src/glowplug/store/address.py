@@ -1,8 +1,8 @@
-"""What a program depends on: by its address, as far as that is known before a trace, and else by what its record says.
+"""What a stored program depends on.
 
-An address names the model's structure, the code of its classes, versions, switches and options, so that programs of
-two versions of a model's code lie next to each other. What only a trace shows, other files and values of Python
-modules, is compared when a record is read.
+Everything known before the trace goes into the program's address: the model's structure, the code of its classes,
+versions, switches and options. So programs for two versions of a model's code can coexist. Dependencies that only the
+trace reveals (other source files, values of Python modules) are written to the record and compared when it is read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from glowplug.graph.sources import follow, parse
 from glowplug.layers.reads import is_own
 from glowplug.layers.structure import code_text
 
-_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _VERSIONED = (str(Path(torch.__file__).parent) + os.sep, "<frozen ", "<string>")
+"""Prefixes of files that the versions in the address already cover."""
 
 
 def address(facts: Mapping[str, Any]) -> str:
-    """The address of what depends on these facts, given by name; see `glowplug.compilers.environment.differences`."""
+    """The hash of the named facts; `glowplug.compilers.environment.differences` explains how two sets differ."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -39,30 +40,24 @@ def address(facts: Mapping[str, Any]) -> str:
 
 
 def class_modules(model: nn.Module) -> set[str]:
-    """Names of the Python modules that define the classes of a model's modules, and their bases."""
+    """Names of the Python modules that define the classes of a model's modules and their base classes."""
     return {base.__module__ for cls in set(map(type, model.modules())) for base in cls.__mro__}
 
 
 def modules_of(files: Iterable[str]) -> set[str]:
-    """Names of the Python modules whose files these are.
-
-    Raises:
-        NotStorableError: one is the file of none.
-    """
+    """Names of the Python modules that were loaded from these files; NotStorableError for a file of no module."""
     names = {file: name for name in list(sys.modules) if (file := _file_of(name))}
     wanted = [file for file in files if not _has_version(file)]
     for file in wanted:
         if file not in names:
-            raise NotStorableError(f"code was traced that is in no Python module's file: {file}")
+            raise NotStorableError(f"the trace ran code from a file of no Python module: {file}")
     return {names[file] for file in wanted}
 
 
 def sources_of(modules: Iterable[str]) -> dict[str, str]:
-    """Name of each Python module that has a file -> SHA-256 of it. Not of torch and Python's own, whose versions a
-    program's address names.
+    """Module name -> SHA-256 of its file; NotStorableError for a file that can't be read.
 
-    Raises:
-        NotStorableError: a file can't be read.
+    Skips torch and the standard library, whose versions are part of the address.
     """
     sources = {}
     for name in sorted(modules):
@@ -80,7 +75,7 @@ def _file_of(module: str) -> str | None:
 
 
 def _has_version(file: str) -> bool:
-    return file.startswith(_VERSIONED) or (file.startswith(_LIBRARY) and "site-packages" not in file)
+    return file.startswith(_VERSIONED) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
 
 def _digest(file: str) -> str | None:
@@ -97,12 +92,12 @@ def _digest_of(file: str, _changed: int, _size: int) -> str:
 
 
 def changed_source(sources: Mapping[str, str]) -> str | None:
-    """Which of the modules that `sources_of` wrote down is another one here, in words; None when none is."""
+    """The first module whose file differs from what `sources_of` recorded, in words; None if all are the same."""
     for name, digest in sources.items():
         if name not in sys.modules:
             try:
                 importlib.import_module(name)
-            except Exception:  # whatever importing it raises
+            except Exception:  # an import can raise anything
                 return f"the Python module {name} is gone"
         file = _file_of(name)
         if file is None or _digest(file) != digest:
@@ -114,10 +109,9 @@ def changed_source(sources: Mapping[str, str]) -> str | None:
 
 
 def globals_of(reads: Iterable[str]) -> dict[str, str]:
-    """Source of each plain value and function of Python modules, or of objects in them, that a trace read -> the value,
-    as text that is the same in every process."""
-    values = ((source, _global(source)) for source in sorted(reads))
-    return {source: text for source, text in values if text is not None}
+    """Source -> text, the same in every process, for each plain value or function that a trace read from Python
+    modules or from objects in them."""
+    return {source: text for source in sorted(reads) if (text := _global(source)) is not None}
 
 
 def _global(text: str) -> str | None:
@@ -137,7 +131,7 @@ def _global(text: str) -> str | None:
 
 
 def changed_global(values: Mapping[str, str]) -> str | None:
-    """Which of the values that `globals_of` wrote down is another one here, in words; None when none is."""
+    """The first value that differs from what `globals_of` recorded, in words; None if all are the same."""
     for source, text in values.items():
         if _global(source) != text:
             return f"{source} was {text}, and has changed"

@@ -1,6 +1,6 @@
-"""Values as JSON, by their annotations: what is read is what these say, or refused; none of it is run.
+"""Encodes values as JSON by their type annotations. Reading checks every type and never runs code.
 
-A dataclass is a dictionary of its fields. Where an annotation leaves the type open, a tag tells it.
+A dataclass becomes a dictionary of its fields. Where the annotation is `Any`, a tag names the type.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from glowplug.ops.layer_op import LayerOp, find_op_by_name, known_layer_ops
 from glowplug.store.sizes import read_size, write_size
 
 Codec = tuple[Callable[[Any], Any], Callable[[Any], Any]]
-"""Writes a value, or raises NotStorableError; reads it, or raises ArtifactError or whatever comes of wrong content."""
+"""(write, read). `write` raises NotStorableError; `read` raises ArtifactError, or anything on malformed content."""
 
 
 @functools.cache
 def codec(hint: Any) -> Codec:
-    """How values of a type are written and read."""
+    """The functions that write and read values of a type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in _SPECIAL:
         return _SPECIAL[hint]
@@ -47,13 +47,13 @@ def codec(hint: Any) -> Codec:
         members = {cls.__name__: codec(cls) for cls in inner if cls is not types.NoneType}
         return _union(members) if len(members) > 1 else _optional(*codec(inner[0]))
     if is_dataclass(hint):
-        return _dataclass(hint, {name: codec(held) for name, held in typing.get_type_hints(hint).items()})
+        return _dataclass(hint, {name: codec(inner) for name, inner in typing.get_type_hints(hint).items()})
     return functools.partial(_only, hint, error=NotStorableError), functools.partial(_only, hint)
 
 
 def _only(cls: type, value: Any, error: type[Exception] = ArtifactError) -> Any:
     if type(value) is not cls:
-        raise error(f"it has a {type(value).__name__} in the place of a {cls.__name__}")
+        raise error(f"it has a {type(value).__name__} where a {cls.__name__} is expected")
     return value
 
 
@@ -73,10 +73,10 @@ def _optional(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> Codec:
     return (lambda value: None if value is None else write(value)), (lambda body: None if body is None else read(body))
 
 
-def _dataclass(cls: Any, held: Mapping[str, Codec]) -> Codec:
+def _dataclass(cls: Any, fields: Mapping[str, Codec]) -> Codec:
     return (
-        lambda value: {name: write(getattr(value, name)) for name, (write, _) in held.items()},
-        lambda body: cls(**{name: read(body[name]) for name, (_, read) in held.items()}),
+        lambda value: {name: write(getattr(value, name)) for name, (write, _) in fields.items()},
+        lambda body: cls(**{name: read(body[name]) for name, (_, read) in fields.items()}),
     )
 
 
@@ -96,9 +96,9 @@ def _read_any(body: Any) -> Any:
     return _TAGS[tag][1][1](content)
 
 
-def _write_print(piece: Fingerprint) -> str:
+def _write_fingerprint(piece: Fingerprint) -> str:
     if not piece.stable:
-        raise NotStorableError("a piece calls a function that was made inside another, which no other process can find")
+        raise NotStorableError("a piece calls a function defined inside another, which no other process can find")
     return piece.digest
 
 
@@ -111,7 +111,7 @@ def _read_op(name: str) -> LayerOp:
 
 _SPECIAL: dict[Any, Codec] = {
     Any: (_write_any, _read_any),
-    Fingerprint: (_write_print, lambda body: Fingerprint(_only(str, body))),
+    Fingerprint: (_write_fingerprint, lambda body: Fingerprint(_only(str, body))),
     LayerOp: (lambda op: op.name, _read_op),
 }
 _TAGS: dict[str, tuple[type, Codec]] = {
@@ -124,7 +124,7 @@ _TAGS: dict[str, tuple[type, Codec]] = {
     "size": (sympy.Basic, (write_size, read_size)),
     "overload": (
         torch._ops.OpOverload,
-        (str, lambda body: {str(one): one for op in known_layer_ops() for one in op.overloads.values()}[body]),
+        (str, lambda body: {str(item): item for op in known_layer_ops() for item in op.overloads.values()}[body]),
     ),
     "graph": (fx.GraphModule, (lambda _: None, lambda _: None)),  # graphs are stored with their pieces
 }

@@ -1,11 +1,11 @@
-"""The envelope of an artifact: what it is, its checksum, its signature; read and proved before a byte inside is used.
+"""The envelope around an artifact: header, checksum and signature, all verified before the payload is used.
 
     GLOWPLUG-ARTIFACT 2\\n
     {"kind": ..., "key": ..., "size": ..., "sha256": ..., "made": ..., "about": ..., "signature": ...}\\n
     payload
 
-The checksum is over kind, key and payload, so that a header and a payload of two artifacts don't pass; the signature,
-an HMAC-SHA256 (RFC 2104), is over everything else in the header.
+The checksum covers kind, key and payload, so the header of one artifact does not pass with the payload of another.
+The signature, an HMAC-SHA256 (RFC 2104), covers everything else in the header.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LONGEST_KEY = 2**16
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A secret of at least 16 bytes by which artifacts are signed."""
+    """A secret of at least 16 bytes that signs artifacts."""
 
     secret: bytes = field(repr=False)
 
@@ -40,10 +40,10 @@ class SigningKey:
 
     @classmethod
     def from_file(cls, path: str | Path) -> SigningKey:
-        """The key in a file: all of its bytes but white space around them.
+        """The key in a file, stripped of surrounding white space.
 
         Raises:
-            UsageError: it can't be read, others can read it, or it is too short.
+            UsageError: the file can't be read, other users can read it, or the key is too short.
         """
         place = Path(os.path.expanduser(path))
         try:
@@ -58,7 +58,7 @@ class SigningKey:
 
     @classmethod
     def from_environment(cls) -> SigningKey | None:
-        """The key in `GLOWPLUG_SIGNING_KEY`, or in the file that `GLOWPLUG_SIGNING_KEY_FILE` names; None without."""
+        """The key in `GLOWPLUG_SIGNING_KEY` or in the file `GLOWPLUG_SIGNING_KEY_FILE`; None if neither is set."""
         text, path = os.environ.get(KEY_VARIABLE), os.environ.get(KEY_FILE_VARIABLE)
         if text and path:
             raise UsageError(f"{KEY_VARIABLE} and {KEY_FILE_VARIABLE} are both set; set one of them")
@@ -67,23 +67,24 @@ class SigningKey:
         return cls.from_file(path) if path else None
 
     def sign(self, header: Header) -> str:
-        """The signature of everything else in a header, in hex."""
+        """The signature over a header's other fields, in hex."""
         text = json.dumps([header.kind, header.key, header.size, header.sha256, header.made, header.about])
         return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an envelope says of its artifact.
+    """The header of an envelope.
 
     Attributes:
-        kind: `"piece"`, `"graph"` (of a piece that is being compiled), `"inside"` or `"manifest"` (a record).
-        key: its address.
-        size: bytes of the payload.
+        kind: `"piece"`, `"graph"` (of a piece that is still being compiled), `"inside"` (an op body) or `"manifest"`
+            (a record).
+        key: the artifact's address.
+        size: size of the payload in bytes.
         sha256: the checksum, in hex.
-        made: when, in seconds since 1970.
-        about: what it is, for people.
-        signature: in hex; empty when unsigned.
+        made: creation time, in seconds since 1970.
+        about: a description for people.
+        signature: in hex; empty if unsigned.
     """
 
     kind: str
@@ -96,9 +97,9 @@ class Header:
 
 
 def _checksum(kind: str, key: str, payload: bytes) -> str:
-    found = hashlib.sha256(f"{kind}\n{key}\n".encode(errors="replace"))
-    found.update(payload)
-    return found.hexdigest()
+    digest = hashlib.sha256(f"{kind}\n{key}\n".encode(errors="replace"))
+    digest.update(payload)
+    return digest.hexdigest()
 
 
 def pack(kind: str, key: str, payload: bytes, signing_key: SigningKey | None, about: str = "") -> bytes:
@@ -110,13 +111,9 @@ def pack(kind: str, key: str, payload: bytes, signing_key: SigningKey | None, ab
 
 
 def read_header(start: bytes) -> tuple[Header, int]:
-    """The header at the start of an envelope, and where the payload begins.
-
-    Raises:
-        ArtifactError: it is none.
-    """
+    """The header at the start of an envelope, and the offset of the payload; ArtifactError for anything else."""
     if not start.startswith(MAGIC):
-        raise ArtifactError("it is no artifact of this version of glowplug")
+        raise ArtifactError("it is not an artifact of this version of glowplug")
     end = start.find(b"\n", len(MAGIC), len(MAGIC) + _LONGEST_HEADER)
     if end < 0:
         raise ArtifactError("its header has no end")
@@ -132,21 +129,21 @@ def read_header(start: bytes) -> tuple[Header, int]:
 
 
 def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) -> bytes:
-    """The payload of an envelope, proved to be what was asked for.
+    """The verified payload of an envelope.
 
     Args:
         content: the envelope.
-        kind, key: what was asked for.
-        signing_key: the signature must be by this key; None: it may be missing, and is not looked at.
+        kind, key: the artifact that it must hold.
+        signing_key: the key that must have signed it. With None, the signature is ignored.
 
     Raises:
         UnsignedArtifactError: the signature is missing or wrong.
-        ArtifactError: it is damaged, cut short, or something else.
+        ArtifactError: the envelope is damaged, truncated, or holds another artifact.
     """
     header, start = read_header(content)
     if (header.kind, header.key) != (kind, key):
         what = f"{header.kind[:12]} {header.key[:12]}"
-        raise ArtifactError(f"it is {what!a}, put in the place of {kind} {key[:12]}")
+        raise ArtifactError(f"it is {what!a} in the place of {kind} {key[:12]}")
     payload = content[start:]
     if len(payload) != header.size:
         raise ArtifactError(f"it has {len(payload)} of {header.size} bytes")
@@ -156,10 +153,10 @@ def unpack(content: bytes, kind: str, key: str, signing_key: SigningKey | None) 
         if not header.signature:
             raise UnsignedArtifactError("it is not signed")
         if not hmac.compare_digest(signing_key.sign(header).encode(), header.signature.encode(errors="replace")):
-            raise UnsignedArtifactError("its signature is not by this key")
+            raise UnsignedArtifactError("its signature is from another key")
     return payload
 
 
 def plain(text: str) -> str:
-    """A text that an artifact had a part in, without what would steer a terminal or can't be encoded."""
+    """Untrusted text with unprintable characters replaced: they could control a terminal or fail to encode."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""The store on this machine's disk: whole files or none, one writer at a time, nobody else's hands on it."""
+"""The local store: atomic writes, a lock per artifact, and no access for other users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glowplug.store.private import check_private, make_folder, read_private
 KINDS = ("manifest", "piece", "graph", "inside")
 _SUFFIX = ".glow"
 _STALE_S = 3600.0
-"""How old a half-written file or a lock is when whoever made it must have finished, or be dead."""
+"""Age at which a partial file or a lock must be a leftover of a process that has ended."""
 _HEADER_BYTES = 8192
 
 
@@ -30,9 +30,9 @@ class Entry:
 
     Attributes:
         path: its file.
-        size: of the file, in bytes.
-        used: when it was last read or written, in seconds since 1970.
-        header: what its envelope says; None when that can't be read.
+        size: size of the file in bytes.
+        used: time of the last read or write, in seconds since 1970.
+        header: the envelope's header; None if it can't be read.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What lies in its place: one of `KINDS`."""
+        """The kind that its folder stands for: one of `KINDS`."""
         return self.path.parent.parent.name.removesuffix("s")
 
     @property
@@ -52,13 +52,16 @@ class Entry:
 
 
 class LocalStore:
-    """Artifacts in a folder. Nothing that goes wrong here stops a start: it is noted.
+    """Artifacts in a folder. A failure never stops a start: it is passed to `note`.
 
     Args:
-        root: the folder; made, for this user alone, where it is missing. StoreError where others can write to it.
-        note: is told what goes wrong.
-        signing_key: what is read must be signed by it: what lies here came from a place that others can write to.
-            None: signatures are not looked at.
+        root: the folder. If missing, it is created for this user alone.
+        note: receives each problem, in words.
+        signing_key: the key that must have signed each artifact, for a cache of a place that others can write to.
+            With None, signatures are ignored.
+
+    Raises:
+        StoreError: others can write to the folder, or it is not a folder.
     """
 
     def __init__(self, root: Path, note: Callable[[str], None], signing_key: SigningKey | None = None) -> None:
@@ -82,7 +85,7 @@ class LocalStore:
         return self.root / f"{kind}s" / key[:2] / f"{key}{_SUFFIX}"
 
     def read(self, kind: str, key: str) -> bytes | None:
-        """An artifact's payload; None when there is none that is whole. A damaged one is removed."""
+        """The verified payload of an artifact; None if it is missing or damaged. A damaged file is deleted."""
         if not self.usable:
             return None
         path = self.path(kind, key)
@@ -94,7 +97,7 @@ class LocalStore:
             self.note(f"the stored {kind} {key[:12]} can't be read: {_words(exc)}")
             return None
         except ArtifactError as exc:
-            self.note(f"the stored {kind} {key[:12]} is not used: {exc}; it is made anew")
+            self.note(f"the stored {kind} {key[:12]} is not used: {exc}; it is built again")
             unlink(path)
             return None
         with contextlib.suppress(OSError):
@@ -102,7 +105,7 @@ class LocalStore:
         return payload
 
     def write(self, kind: str, key: str, content: bytes) -> bool:
-        """Keep an envelope, whole or not at all; returns whether it was kept."""
+        """Store an envelope atomically; returns whether that worked."""
         if not self.usable:
             return False
         path = self.path(kind, key)
@@ -124,60 +127,56 @@ class LocalStore:
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, timeout_s: float) -> Iterator[bool]:
-        """Hold the lock of an artifact, which its maker holds; yields False when another process holds it still.
+        """Hold the lock of an artifact while building it; yields False if another process still holds it.
 
-        It is the operating system's: it ends with the process that holds it. Where no lock can be had, as the folder
-        can't be written to, nobody else has one either, and it yields True.
-
-        Args:
-            kind, key: the artifact.
-            timeout_s: seconds to wait for it; 0: don't.
+        The operating system releases the lock when its process ends. In a folder that can't be written to nobody can
+        take a lock, so it yields True. A timeout of 0 means no wait.
         """
         folder = self.root / "locks"
         with contextlib.ExitStack() as stack:
-            held = True
+            acquired = True
             try:
                 if self.usable:
                     make_folder(folder)
                     lock = FileLock(folder / f"{kind}-{key}.lock", mode=0o600)
                     stack.enter_context(lock.acquire(timeout=timeout_s))
             except Timeout:
-                held = False
+                acquired = False
             except (OSError, NotImplementedError) as exc:
                 self.note(f"no lock can be had in {self.root}: {_words(exc)}")
-            yield held
+            yield acquired
 
     # -- for people ------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Every artifact, the last used first."""
-        found = []
+        """Every artifact, most recently used first."""
+        entries = []
         for path in (path for kind in KINDS for path in sorted(self.root.glob(f"{kind}s/*/*{_SUFFIX}"))):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 header = _header(path) if stat.S_ISREG(status.st_mode) else None
-                found.append(Entry(path, status.st_size, status.st_mtime, header))
-        return sorted(found, key=lambda entry: -entry.used)
+                entries.append(Entry(path, status.st_size, status.st_mtime, header))
+        return sorted(entries, key=lambda entry: -entry.used)
 
     def check(self, signing_key: SigningKey | None = None) -> list[tuple[Entry, str]]:
-        """Every artifact that is damaged, in a wrong place, or not signed by a key, with what is wrong."""
+        """Every artifact that is damaged, misplaced or not signed by the key, with the reason."""
         bad = []
         for entry in self.entries():
             try:
                 unpack(read_private(entry.path), entry.kind, entry.key, signing_key or self.signing_key)
                 if entry.path != self.path(entry.kind, entry.key):
                     raise ArtifactError(f"it lies in {entry.path.parent.name}/, where nobody looks for it")
-            except FileNotFoundError:  # somebody has pruned it meanwhile
+            except FileNotFoundError:  # pruned in the meantime
                 continue
             except (ArtifactError, OSError) as exc:
                 bad.append((entry, str(exc)))
         return bad
 
     def prune(self, max_size: int) -> list[Entry]:
-        """Remove what was used longest ago, until all is no larger than `max_size` bytes; returns what was removed.
+        """Delete the least recently used artifacts until at most `max_size` bytes remain; returns the deleted ones.
 
-        Also what nobody needs: half-written files of processes that were killed, and locks of what is not there. A
-        process that is reading an artifact has it in memory, and goes on.
+        Also deletes stale partial files of killed processes and locks of missing artifacts. This does not disturb
+        processes that loaded an artifact, as they have it in memory.
         """
         entries = self.entries()
         size = sum(entry.size for entry in entries)
@@ -197,7 +196,7 @@ class LocalStore:
 
 
 def unlink(path: Path) -> bool:
-    """Delete a file; returns whether it was."""
+    """Delete a file; returns whether that worked."""
     try:
         path.unlink()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which store a model uses: what was asked for, or the environment's, or this user's own."""
+"""Chooses the store of a model: an explicit location, the environment's, or this user's own."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ OFF = ("off", "0", "none")
 
 
 def default_root() -> Path:
-    """The folder of this user's artifacts, as the platform has it."""
+    """The platform's cache folder for this user's artifacts."""
     return platformdirs.user_cache_path("glowplug") / "artifacts"
 
 
 def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore | None:
-    """The store at a location; None when it is off.
+    """The store at a location; None if the store is off.
 
     Args:
-        location: a folder, an fsspec URL (`s3://bucket/folder`), or `"off"`. None: the environment variable
-            `GLOWPLUG_CACHE`, or else this user's own folder. StoreError for a folder that others can write to, and for
-            a URL without a signing key, or of an unknown protocol.
+        location: a folder, an fsspec URL (`s3://bucket/folder`), or `"off"`. None stands for the environment variable
+            `GLOWPLUG_CACHE` or, if that is unset, this user's own folder.
+
+    Raises:
+        StoreError: others can write to the folder, or the URL has no signing key or an unknown protocol.
     """
     text = os.fspath(location) if location is not None else ""
     text = text or os.environ.get(CACHE_VARIABLE, "")
@@ -51,11 +53,11 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
 
 
 def _own(root: Path, key: SigningKey | None) -> ArtifactStore | None:
-    """This user's own store; None, with a warning, when it must not be used: nobody asked for it."""
+    """This user's own store. If it is unsafe, a warning and None: nobody requested it, so nothing may fail."""
     try:
         if not root.is_absolute():
             raise StoreError("this user has no home folder; give a cache_dir")
         return ArtifactStore(root, signing_key=key)
     except StoreError as exc:
-        logger.warning("glowplug goes without its store: %s", exc)
+        logger.warning("glowplug runs without its store: %s", exc)
         return None

@@ -1,4 +1,4 @@
-"""Whose hands can reach a folder or a file: a stored artifact is code that this process runs."""
+"""Checks that only this user can write to a folder or file: a stored artifact is code that this process runs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from glowplug.errors import ArtifactError, StoreError
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone, whatever the umask."""
-    missing, asked = [], folder
-    while not os.path.lexists(folder):
-        missing.append(folder)
-        folder = folder.parent
-    for place in reversed(missing):
-        place.mkdir(mode=0o700, exist_ok=True)
-    if not asked.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(asked))
+    """Create a folder and its missing parents for this user alone, whatever the umask."""
+    missing, existing = [], folder
+    while not os.path.lexists(existing):
+        missing.append(existing)
+        existing = existing.parent
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def check_private(root: Path) -> Path:
-    """A folder without symbolic links, which might be changed later; StoreError where others can write to it, itself or
-    through a folder that it lies in."""
+    """The resolved path of a folder, as a symbolic link might be changed later. StoreError if others can write to the
+    folder or to one of its parents."""
     place = root.resolve()
     if os.name != "posix":
         return place
@@ -33,7 +33,7 @@ def check_private(root: Path) -> Path:
         how = remedy = ""
         if not _mine(status):
             how = "belongs to another user"
-        # In a folder like /tmp, nobody can rename what is ours.
+        # The sticky bit of a parent like /tmp keeps others from renaming our folder.
         elif _shared(status) and (folder == place or not status.st_mode & stat.S_ISVTX):
             how, remedy = "can be written to by others", f"chmod go-w {folder}, or "
         if how:
@@ -45,16 +45,16 @@ def check_private(root: Path) -> Path:
 
 
 def read_private(path: Path) -> bytes:
-    """The content of a file; ArtifactError where others can have written it, or it is no file."""
-    # Not blocking: where somebody has put a pipe, opening it would wait for ever.
+    """The content of a regular file; ArtifactError if it is none, or others can write to it."""
+    # Non-blocking, because opening a planted pipe would hang.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(number, "rb") as file:
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError("it is no file")
         if os.name == "posix":
-            for held in (status, path.parent.stat(), path.parent.parent.stat()):
-                if _shared(held) or not _mine(held):
+            for checked in (status, path.parent.stat(), path.parent.parent.stat()):
+                if _shared(checked) or not _mine(checked):
                     raise ArtifactError("others can write to it, or to the folder that it is in")
         return file.read()
 

@@ -1,4 +1,4 @@
-"""What the store keeps of a program: its plan, where the objects that it is bound to lie, what its trace relied on."""
+"""The stored form of a program: its plan, the places of the objects it is bound to, and what its trace relied on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Place:
-    """Where an object that a program is bound to lies: the name of a tensor of the model, or of a layer's handle."""
+    """Where a program finds a bound object in the model: the name of a tensor, or of a layer's handle."""
 
     path: str
     is_handle: bool = False
@@ -26,19 +26,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Record:
-    """A trace without graphs, by which a later process starts with neither a trace nor a compiler.
+    """A trace without graphs. With it, a later process starts with neither a trace nor a compiler.
 
     Attributes:
         plan: how the program runs.
-        places: graph value -> where its object lies, for what lies outside the stack; None for one that nobody reads.
-        stack: qualified name of the stack of a stamped model; None for a full trace.
+        places: graph value -> place of its object, for objects outside the layer stack; None for a value never read.
+        stack: qualified name of the layer stack of a stamped model; None for a full trace.
         handles: paths in a layer that are handles.
-        assumptions: what the trace assumed of sizes.
+        assumptions: what the trace assumed about sizes.
         reads: sources of everything in Python that the trace depended on.
-        globals, sources: values and files of Python modules among them, see `glowplug.store.address`.
-        addresses: digest of a piece -> what the store knows it by, where that is not the digest.
-        facts: what the report says of it, and whatever else a front end needs.
-        verified: whether it was compared with eager.
+        globals, sources: values and files of Python modules that the trace read, see `glowplug.store.address`.
+        addresses: digest of a piece -> its address in the store, if that differs from the digest.
+        facts: contents of the report, and whatever else the front end needs.
+        verified: whether the program has been compared with eager.
     """
 
     plan: Plan
@@ -54,31 +54,27 @@ class Record:
     verified: bool
 
     def pieces(self) -> dict[Fingerprint, str]:
-        """Each distinct piece, in the order of first use -> what the store knows it by."""
+        """Each distinct piece, in order of first use -> its address in the store."""
         return {piece: self.addresses.get(piece.digest, piece.digest) for piece in self.plan.pieces()}
 
     def to_bytes(self) -> bytes:
-        """Its form on disk.
-
-        Raises:
-            NotStorableError: something in it has none.
-        """
+        """The stored form; NotStorableError if something in the record has none."""
         return json.dumps({"schema": SCHEMA, **codec(Record)[0](self)}, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Record:
-        """Read its form on disk. Runs no code of it.
+        """Read the stored form without running code from it.
 
         Raises:
-            ArtifactError: it is none, or names an op that this process does not know.
+            ArtifactError: the content is malformed, or names an op that this process does not know.
         """
         try:
             body = json.loads(content)
             if body["schema"] != SCHEMA:
                 raise ArtifactError(f"it is of schema {body['schema']}, and this glowplug reads {SCHEMA}")
-            found: Record = codec(Record)[1](body)
-            return found
+            record: Record = codec(Record)[1](body)
+            return record
         except ArtifactError:
             raise
-        except Exception as exc:  # whatever somebody has written there
+        except Exception as exc:  # malformed content can raise anything
             raise ArtifactError(f"it can't be read: {type(exc).__name__}: {exc}"[:200]) from exc

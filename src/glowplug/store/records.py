@@ -1,4 +1,4 @@
-"""The stored programs of one model: found, proved to fit, bound to the model, and kept."""
+"""The stored programs of one model: reads, validates, binds and writes them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from glowplug.program.template import tensor_names
 from glowplug.reasons import said
 from glowplug.store.address import changed_global, changed_source
 from glowplug.store.record import Place, Record
-from glowplug.store.store import ArtifactStore
-
-_WAIT_S = 600.0
+from glowplug.store.store import LOCK_TIMEOUT_S, ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class Stored:
     """A program from the store, bound to a model.
 
     Attributes:
-        record: what it was written from.
+        record: its record.
         program: the program.
-        pieces: what runs each piece: its code, or its slot while another process compiles it.
-        graphs: gives the program with uncompiled pieces; None when not all of them are stored.
+        pieces: the callable of each piece, or its slot while another process compiles it.
+        graphs: returns the program with uncompiled pieces, or None if not all of their graphs are stored.
     """
 
     record: Record
@@ -47,14 +45,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Records:
-    """The stored programs of one model.
-
-    Attributes:
-        model: the model.
-        about: what it is, for people.
-        store: where its programs are kept.
-        pieces: its compiled pieces.
-    """
+    """The stored programs of one model, and its compiled pieces. `about` describes the model to people."""
 
     model: nn.Module
     about: str
@@ -65,30 +56,27 @@ class Records:
     def of(
         cls, model: nn.Module, about: str, store: ArtifactStore, compiler: StoringCompiler, device: torch.device
     ) -> Records:
-        """Those in a store, of a model on a device."""
+        """The programs in a store of a model on a device."""
         return cls(model, about, store, PieceStore(store, compiler, compiler.environment(device)))
 
     def find(self, key: str, registry: LayerRegistry, *, wait: bool) -> Stored | None:
-        """The program of an address, bound to the model; None when there is none that can be used.
-
-        Args:
-            key: the address.
-            registry: the model's layers.
-            wait: see `load_pieces`.
-        """
+        """The program at an address, bound to the model; None if there is none that can be used. For `wait` see
+        `load_pieces`."""
         record = self.read(key)
         pieces = load_pieces(self.pieces, record, wait=wait) if record is not None else None
         if record is None or pieces is None:
             return None
         try:
-            program = self._write(record, registry, pieces)
-        except Exception as exc:  # whatever comes of a stored program, it is made anew
+            values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
+            binder = Binder.of(self.model, record.stack, registry, record.handles) if record.stack is not None else None
+            program = record.plan.write(pieces, values, binder)
+        except Exception as exc:  # any failure means: build the program again
             self.drop(key, said(exc))
             return None
         return Stored(record, program, pieces, functools.partial(self._graphs, record, program))
 
     def read(self, key: str) -> Record | None:
-        """The record of an address, if everything that it relies on is as it was."""
+        """The record at an address; None if there is none, or if something that it relies on has changed."""
         content = self.store.get("manifest", key)
         if content is None:
             return None
@@ -99,32 +87,29 @@ class Records:
             return None
         changed = changed_source(record.sources) or changed_global(record.globals)
         if changed is not None:
-            self.store.note(f"the stored program is not used: {changed} since; it is made anew")
+            self.store.note(f"the stored program is not used: {changed} since; it is built again")
             return None
         return record
 
     def keep(self, key: str, record: Record) -> None:
-        """Store a program; not in the place of the same that was compared already.
-
-        Raises:
-            NotStorableError: it can't be stored.
-        """
+        """Store a record, unless an equal one is there that has been compared with eager already; NotStorableError if
+        it can't be stored."""
         before = self.read(key)
-        # Without its graphs. What a trace read of Python has other names in each process.
-        made = Record.from_bytes(record.to_bytes())
-        if before is None or replace(made, reads=before.reads, verified=True) != before:
-            self._put(key, made)
+        # The round trip removes the graphs. `reads` is not compared, as sources have different names in each process.
+        stored = Record.from_bytes(record.to_bytes())
+        if before is None or replace(stored, reads=before.reads, verified=True) != before:
+            self._put(key, stored)
 
     def lock(self, key: str) -> AbstractContextManager[bool]:
         """Hold the lock of a program."""
-        return self.store.lock("manifest", key, _WAIT_S)
+        return self.store.lock("manifest", key)
 
     def drop(self, key: str, why: str) -> None:
-        """Forget a program that turned out to be of no use."""
+        """Delete a program that can't be used."""
         self.store.drop("manifest", key, why)
 
     def judge(self, key: str, problem: str | None) -> None:
-        """Write down what came of comparing a program that is in the store."""
+        """Mark a stored program as equal to eager or, given a problem, delete it."""
         if problem is not None:
             self.drop(key, f"it is not equal to eager: {problem}")
         elif (record := self.read(key)) is not None and not record.verified:
@@ -133,24 +118,16 @@ class Records:
     def _put(self, key: str, record: Record) -> None:
         self.store.put("manifest", key, record.to_bytes(), f"{self.about}, {record.facts['strategy']}")
 
-    def _write(self, record: Record, registry: LayerRegistry, slots: Mapping[Fingerprint, Run]) -> Program:
-        values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
-        binder = Binder.of(self.model, record.stack, registry, record.handles) if record.stack is not None else None
-        return record.plan.write(slots, values, binder)
-
     def _graphs(self, record: Record, program: Program) -> Program | None:
         graphs = {piece: self.pieces.load_graph(address) for piece, address in record.pieces().items()}
-        found = {piece: graph for piece, graph in graphs.items() if graph is not None}
-        return program.with_slots(found) if len(found) == len(graphs) else None
+        stored = {piece: graph for piece, graph in graphs.items() if graph is not None}
+        return program.with_slots(stored) if len(stored) == len(graphs) else None
 
 
 def load_pieces(pieces: PieceStore, record: Record, *, wait: bool) -> dict[Fingerprint, Run] | None:
-    """Every piece of a record, ready to run; None when one is missing that nobody is compiling.
+    """Every piece of a record, ready to run; None if one is missing and no process is compiling it.
 
-    Args:
-        pieces: the store's.
-        record: of the program.
-        wait: for pieces that another process is compiling. Otherwise their slots run them uncompiled for now.
+    If `wait`, wait for pieces that another process is compiling. Otherwise their slots run uncompiled until then.
     """
     runners: dict[Fingerprint, Run] = {}
     for piece, address in record.pieces().items():
@@ -159,7 +136,7 @@ def load_pieces(pieces: PieceStore, record: Record, *, wait: bool) -> dict[Finge
         if graph is not None:
             run = PieceSlot(piece, graph, pieces, address=address)
         if run is None:
-            with pieces.lock(address, _WAIT_S):
+            with pieces.lock(address, LOCK_TIMEOUT_S):
                 run = pieces.load(address)
         if run is None:
             return None
@@ -167,31 +144,25 @@ def load_pieces(pieces: PieceStore, record: Record, *, wait: bool) -> dict[Finge
     return runners
 
 
-# -- where objects lie -------------------------------------------------------------------------------------------
+# -- places ------------------------------------------------------------------------------------------------------
 
 
 def places_of(model: nn.Module, bound: Mapping[str, Any], unread: Collection[str]) -> dict[str, Place | None]:
-    """Where the objects that a program is bound to lie.
+    """Graph value -> place of its object in the model; NotStorableError for an object that is not part of the model.
 
-    Args:
-        model: the model.
-        bound: graph value -> object.
-        unread: graph values that stood for sizes in the trace, and that no run reads.
-
-    Raises:
-        NotStorableError: one is not found in the model.
+    The values in `unread` stood for sizes in the trace and are never read at run time, so they need no place.
     """
     names = tensor_names(model)
     places: dict[str, Place | None] = {}
-    for value, held in bound.items():
-        if isinstance(held, LayerHandle):
-            places[value] = Place(held.name, is_handle=True)
-        elif value in unread:
-            places[value] = None
-        elif id(held) in names:
-            places[value] = Place(names[id(held)][0])
+    for name, value in bound.items():
+        if isinstance(value, LayerHandle):
+            places[name] = Place(value.name, is_handle=True)
+        elif name in unread:
+            places[name] = None
+        elif id(value) in names:
+            places[name] = Place(names[id(value)][0])
         else:
-            raise NotStorableError(f"the program is bound to a {type(held).__name__} ({value}) that is not the model's")
+            raise NotStorableError(f"the program is bound to a {type(value).__name__} ({name}) that is not the model's")
     return places
 
 

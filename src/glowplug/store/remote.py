@@ -1,5 +1,5 @@
-"""A store at any fsspec URL, such as `s3://bucket/folder`. What comes from it is code of whoever can write there, so
-nothing of it is used that is not signed."""
+"""A store at any fsspec URL, such as `s3://bucket/folder`. Anyone who can write there could plant code, so unsigned
+artifacts are refused."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from glowplug.store.envelope import SigningKey, unpack
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2}}}
 }
-"""A store that does not answer must not hold up a start for minutes."""
+"""Short timeouts: an unreachable store must not delay a start for minutes."""
 
 
 def hide_password(url: str) -> str:
-    """A URL for people to see, without a name and password."""
+    """A URL without its user name and password."""
     return re.sub("://[^/@]*@", "://", url)
 
 
 class RemoteStore:
-    """Artifacts at a URL. Nothing that goes wrong with it stops a start: it is noted.
+    """Artifacts at a URL. A failure never stops a start: it is passed to `note`.
 
     Args:
-        url: any that fsspec knows; the bucket or folder exists, or is made by the first write. StoreError where the
-            protocol is unknown, or needs a package that is not installed.
-        signing_key: signs what is written, and proves what is read.
-        note: is told what goes wrong.
+        url: any URL that fsspec supports. The bucket or folder exists, or the first write creates it.
+        signing_key: signs artifacts on write and verifies them on read.
+        note: receives each problem, in words.
+
+    Raises:
+        StoreError: the protocol is unknown, or needs a package that is not installed.
     """
 
     def __init__(self, url: str, signing_key: SigningKey, note: Callable[[str], None]) -> None:
@@ -45,12 +47,12 @@ class RemoteStore:
             self._path("", "")
         except (ImportError, ValueError) as exc:
             raise StoreError(f"the artifact store {self.shown} can't be used: {exc}") from exc
-        except Exception as exc:  # some file systems connect at once, and have errors of their own
+        except Exception as exc:  # some file systems connect at once, and raise errors of their own
             self._give_up("read", exc)
             self._give_up("written to", exc)
 
     def _path(self, kind: str, key: str) -> str:
-        """The place of an artifact. Makes the file system, once a process: connections do not survive a fork."""
+        """The path of an artifact. Opens the file system once per process, as connections do not survive a fork."""
         if self._process != os.getpid():
             protocol = self.url.partition("://")[0]
             self._files, self._root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
@@ -58,7 +60,7 @@ class RemoteStore:
         return f"{self._root.rstrip('/')}/{kind}s/{key[:2]}/{key}.glow"
 
     def read(self, kind: str, key: str) -> bytes | None:
-        """An artifact's whole envelope, proved; None when there is none that can be trusted."""
+        """The verified envelope of an artifact; None if it is missing or can't be trusted."""
         if "read" in self._given_up:
             return None
         try:
@@ -66,22 +68,22 @@ class RemoteStore:
             content: bytes = self._files.cat_file(path)
         except FileNotFoundError:
             return None
-        except Exception as exc:  # every file system has errors of its own
+        except Exception as exc:  # each file system raises errors of its own
             self._give_up("read", exc)
             return None
         what = f"the {kind} {key[:12]} of {self.shown}"
         try:
             unpack(content, kind, key, self.signing_key)
         except UnsignedArtifactError as exc:
-            self.note(f"REFUSED {what}: {exc}. Nothing of it was loaded; it is made anew")
+            self.note(f"REFUSED {what}: {exc}. Nothing of it was loaded; it is built again")
             return None
         except ArtifactError as exc:
-            self.note(f"{what} is not used: {exc}; it is made anew")
+            self.note(f"{what} is not used: {exc}; it is built again")
             return None
         return content
 
     def write(self, kind: str, key: str, content: bytes) -> bool:
-        """Keep a signed envelope; returns whether it was kept."""
+        """Store a signed envelope; returns whether that worked."""
         if "written to" in self._given_up:
             return False
         try:
@@ -94,7 +96,7 @@ class RemoteStore:
         return True
 
     def _give_up(self, what: str, exc: Exception) -> None:
-        """This process tries no more: each time might take as long as this one did. Who can't write may still read."""
+        """Stop reads or writes in this process, as each attempt might take as long. One may fail and the other work."""
         self._given_up.add(what)
         why = f"{type(exc).__name__}: {exc}"[:300]
-        self.note(f"the artifact store {self.shown} can't be {what} ({why}); this process goes on without")
+        self.note(f"the artifact store {self.shown} can't be {what} ({why}); this process continues without it")

@@ -1,4 +1,4 @@
-"""Expressions over sizes, as trees of functions by name, symbols by name, and numbers. Reading one parses nothing."""
+"""Writes expressions over sizes as trees of function names, symbol names and numbers. Reading never evaluates text."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _EXPONENTS = range(-16, 17)
 
 
 def write_size(size: Any) -> Any:
-    """An expression as a tree; NotStorableError where reading it would give another one."""
+    """The tree of an expression; NotStorableError if reading it back would not give an equal one."""
     tree = _tree(size)
     try:
         survives = read_size(tree) == size
-    except Exception:  # an unknown function, or one that can't be made of its arguments
+    except Exception:  # an unknown function, or one that rejects its arguments
         survives = False
     if not survives:
-        raise NotStorableError(f"the relation of sizes {size} does not survive being written down")
+        raise NotStorableError(f"the expression of sizes {size} can't be stored")
     return tree
 
 
@@ -43,13 +43,13 @@ def _tree(size: Any) -> Any:
 
 
 def read_size(tree: Any) -> Any:
-    """The expression of a tree; ArtifactError for what is none, or has a power that may be a number without bounds."""
+    """The expression of a tree; ArtifactError if it is malformed or has a power that could be a huge number."""
     if isinstance(tree, (bool, int, float)):
         return sympy.sympify(tree)
     if isinstance(tree, str) and tree.isalnum() and tree[0] in "su" and tree[-1].isdigit():
         return sympy.Symbol(tree, integer=True, positive=True)
     if not (isinstance(tree, list) and tree and tree[0] in _FUNCTIONS):
-        raise ArtifactError(f"it has an expression of sizes that is none: {tree!a}"[:120])
+        raise ArtifactError(f"it has a malformed expression of sizes: {tree!a}"[:120])
     if tree[0] in _POWERS and (tree[-1] not in _EXPONENTS or _has_power(tree[1])):
         raise ArtifactError(f"it has an expression of sizes with too large a power: {tree!a}"[:120])
     return _FUNCTIONS[tree[0]](*map(read_size, tree[1:]))

@@ -1,4 +1,4 @@
-"""The store as a model's build sees it: the local one, and a remote one behind it."""
+"""The store that a model uses: a local one, optionally backed by a remote one."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from glowplug.store.remote import RemoteStore
 logger = logging.getLogger("glowplug")
 
 LOCK_TIMEOUT_S = 600.0
-"""How long to wait for another process that makes the same artifact, before making it here too."""
+"""How long to wait for another process that builds the same artifact before building it here too."""
 
 
 class ArtifactStore:
-    """Artifacts by content: `key` says all that their content depends on, so that equal keys mean equal content.
+    """Artifacts by content: a key covers everything that the content depends on, so equal keys mean equal content.
 
-    Nothing that goes wrong in a store stops a start: it is noted, logged once, and the artifact is made.
+    A failure never stops a start: it is recorded, logged once, and the artifact is built again.
 
     Args:
-        root: folder of the local store. StoreError where others can write to it.
-        url: a remote store, see `RemoteStore`; the local one is then its cache.
-        signing_key: required with `url`; without, what is written is not signed.
+        root: folder of the local store.
+        url: a remote store, see `RemoteStore`; the local store is then its cache.
+        signing_key: required with `url`. Without a key, artifacts are written unsigned.
 
     Attributes:
         problems: what went wrong, in words.
-        counts: `"piece hits"`, `"piece misses"`, `"piece stored"`, and so on for each kind.
+        counts: `"piece hits"`, `"piece misses"`, `"piece stored"`, and so on for each artifact kind.
+
+    Raises:
+        StoreError: others can write to the folder, or the URL can't be used.
     """
 
     def __init__(self, root: Path, url: str | None = None, signing_key: SigningKey | None = None) -> None:
@@ -41,18 +44,18 @@ class ArtifactStore:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """The location, for people."""
         return self.remote.shown if self.remote is not None else str(self.local.root)
 
     def note(self, problem: str) -> None:
-        """Remember, and log once, what went wrong."""
+        """Record a problem, and log it once."""
         problem = plain(problem)
         if problem not in self.problems:
             self.problems.append(problem)
             logger.warning("glowplug store: %s", problem)
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The payload of an artifact, whole and proved; None when there is none."""
+        """The verified payload of an artifact; None if there is none."""
         payload = self.local.read(kind, key)
         if payload is None and self.remote is not None:
             content = self.remote.read(kind, key)
@@ -63,16 +66,16 @@ class ArtifactStore:
         return payload
 
     def put(self, kind: str, key: str, payload: bytes, about: str = "") -> None:
-        """Keep an artifact."""
+        """Store an artifact."""
         content = pack(kind, key, payload, self.signing_key, about)
-        kept = self.local.write(kind, key, content)
+        stored = self.local.write(kind, key, content)
         if self.remote is not None:
-            kept = self.remote.write(kind, key, content) or kept
-        self.counts[f"{kind} stored"] += kept
+            stored = self.remote.write(kind, key, content) or stored
+        self.counts[f"{kind} stored"] += stored
 
     def drop(self, kind: str, key: str, why: str) -> None:
-        """Forget an artifact that turned out to be of no use."""
-        self.note(f"the stored {kind} {key[:12]} is not used: {why}; it is made anew")
+        """Delete an artifact that can't be used from the local store."""
+        self.note(f"the stored {kind} {key[:12]} is not used: {why}; it is built again")
         unlink(self.local.path(kind, key))
 
     def lock(self, kind: str, key: str, timeout_s: float = LOCK_TIMEOUT_S) -> AbstractContextManager[bool]:

@@ -1,4 +1,4 @@
-"""How far values may be apart: every tolerance of glowplug, and the one comparison of values."""
+"""How far values may differ: all tolerances of glowplug, and the comparison of values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest `distance` allowed, by dtype.
-
-    Attributes:
-        double: of float64.
-        single: of float32.
-        half: of float16.
-        less: of all other dtypes, such as bfloat16.
-    """
+    """The largest allowed `distance` for float64 (`double`), float32 (`single`), float16 (`half`), and other dtypes
+    such as bfloat16 (`less`)."""
 
     double: float
     single: float
@@ -27,65 +21,66 @@ class Tolerance:
     less: float
 
     def of(self, dtype: torch.dtype) -> float:
-        """What is allowed for tensors of a dtype."""
+        """The largest allowed distance of tensors of a dtype."""
         known = {torch.float64: self.double, torch.float32: self.single, torch.float16: self.half}
         return known.get(dtype, self.less)
 
 
 EXACT = Tolerance(1e-12, 1e-5, 0.01, 0.01)
-"""Between two runs of the same arithmetic: uncompiled pieces, and the model's own forward."""
+"""Between two runs of the same arithmetic: uncompiled pieces and the model's own forward."""
 COMPILED = Tolerance(1e-12, 1e-5, 0.005, 0.03)
-"""Between compiled code and its own graph on the same inputs, the ops inside giving the same outputs.
+"""Between compiled code and its own graph on the same inputs, with the same outputs of layer ops.
 
-The largest distance that `benchmarks/slot_tolerances.py` found (Inductor on a CPU; gpt-oss, Qwen3-MoE, GLM-4 MoE,
-Mixtral and Llama of random weights; hidden sizes 64, 12 layers, and 1024, 8 layers; experts inline and opaque, and the
-trials of their bodies), for one piece where no near tie of a router turned, and for the logits of the whole program:
+The largest distances that `benchmarks/slot_tolerances.py` measured (Inductor on a CPU; gpt-oss, Qwen3-MoE, GLM-4 MoE,
+Mixtral and Llama with random weights; 12 layers of hidden size 64 and 8 of 1024; inline and opaque experts, and trials
+of their bodies), for single pieces without and with a flipped near tie of a router, and for the program's logits:
 
-| dtype    | one piece | a near tie turned in it | whole program |
+| dtype    | one piece | with a flipped near tie | whole program |
 |----------|-----------|-------------------------|---------------|
 | float32  | 4.2e-7    | none                    | 1.3e-6        |
 | float16  | 1.3e-3    | none                    | 0.05          |
 | bfloat16 | 9.1e-3    | 0.030                   | 0.16          |
 
-In bfloat16 a router's near tie turned in 1% to 10% of the comparisons (the indices handed to opaque experts, or the
-output of a piece with its experts inside). Mixtral's routing weights are float32 numbers made of bfloat16 ones, and so
-further apart than float32 is. Both are told from faults by `roundings`, see `difference`; none was refused."""
+In bfloat16 a router's near tie flipped in 1% to 10% of the comparisons (in the indices passed to opaque experts, or in
+the output of a piece with inline experts). Mixtral computes its float32 routing weights from bfloat16 values, so they
+differ by more than float32 rounding. `roundings` tells both from faults, see `difference`; none was refused."""
 END_TO_END = Tolerance(1e-9, 1e-4, 0.05, 0.05)
-"""Between a whole compiled program and the model's own forward, where there are no graphs to compare pieces with. One
-wrong layer of many is about as far off as rounding makes a deep model of half precision, which is refused, too."""
+"""Between a whole compiled program and the model's own forward, if there are no graphs to compare pieces with. One
+wrong layer of many changes the output about as much as rounding does in a deep model of half precision, so both are
+refused."""
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, of floating point tensors of one shape; NaN when a value is."""
+    """||actual - expected|| / ||expected|| of floating point tensors of one shape; NaN if a value is NaN."""
     wide = torch.float64 if expected.dtype is torch.float64 else torch.float32
     apart = torch.where(actual == expected, 0, actual.to(wide) - expected.to(wide))  # infinities may be equal
     finite = expected.to(wide).nan_to_num(0.0, 0.0, 0.0)
-    scale = finite.abs().max().clamp(min=1e-30)  # squares of the largest numbers, as masks have, would be infinite
+    scale = finite.abs().max().clamp(min=1e-30)  # avoids overflow: masks hold the largest numbers
     return float((apart / scale).norm() / (finite / scale).norm().clamp(min=1e-30))
 
 
 def difference(
     actual: Any, expected: Any, tolerance: Tolerance, what: str, roundings: Sequence[Any] = ()
 ) -> str | None:
-    """How two values differ by more than rounding, in words; None when they don't.
+    """How two values differ by more than rounding, in words; None if they don't.
 
     Args:
-        actual: a tensor, a plain value, a container or an object of them.
-        expected: what it should be.
-        tolerance: how far floating point tensors may be apart.
-        what: what the value is, in words.
-        roundings: further values that are right, too, as rounding may give any of them. Floating point tensors may
-            differ from `expected` by twice as much as these do, and others where these do.
+        actual: a tensor, a plain value, or a container or object of them.
+        expected: the right value.
+        tolerance: the allowed distance of floating point tensors.
+        what: the value's name in the result.
+        roundings: further right values, computed with other rounding. Floating point tensors may differ from
+            `expected` by twice as much as these do, and other tensors wherever one of these does.
     """
     return _Comparison(tolerance).values(actual, expected, what, list(roundings))
 
 
 class _Comparison:
-    """Compares values, deeply. Modules and callables are not looked into."""
+    """Compares values recursively, but not the contents of modules and callables."""
 
     def __init__(self, tolerance: Tolerance) -> None:
         self.tolerance = tolerance
-        self.seen: dict[tuple[int, int], Any] = {}  # with the values: while they live, no other has their id
+        self.seen: dict[tuple[int, int], Any] = {}  # keeps the values alive, so that their ids stay unique
 
     def values(self, actual: Any, expected: Any, what: str, roundings: list[Any]) -> str | None:
         if actual is expected or isinstance(actual, nn.Module) or (id(actual), id(expected)) in self.seen:
@@ -112,9 +107,9 @@ class _Comparison:
     def entries(self, actual: Any, expected: Any, keys: list[tuple[Any, str]], roundings: list[Any]) -> str | None:
         """The first difference between the entries of two containers."""
         for key, what in keys:
-            found = self.values(actual[key], expected[key], what, [value[key] for value in roundings])
-            if found is not None:
-                return found
+            problem = self.values(actual[key], expected[key], what, [value[key] for value in roundings])
+            if problem is not None:
+                return problem
         return None
 
     def tensors(self, actual: Tensor, expected: Tensor, what: str, roundings: list[Tensor]) -> str | None:

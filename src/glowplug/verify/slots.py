@@ -1,5 +1,5 @@
-"""Compares compiled code with its own graph on the same inputs, the ops inside giving the same outputs: what compiling
-does to one piece is rounding, whatever becomes of it in the layers behind it.
+"""Compares compiled code with its own graph on the same inputs, with the same outputs of layer ops. In a single piece
+compiling changes only the rounding, however much later layers amplify it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from glowplug.verify.closeness import COMPILED, difference
 
 Run = Callable[..., Any]
 
-
 _ROUNDINGS = 32
-"""Ways of rounding its inputs that a graph is tried with, at most."""
+"""How many times at most a graph is rerun with other rounding of its inputs."""
 
 
 def run_both(own: Run, compiled: Run, args: Sequence[Any]) -> tuple[Any, str | None]:
-    """Run a graph, or a layer's own code, and the compiled form of it on the same inputs.
+    """Run a graph, or a layer's own code, and its compiled form on the same inputs.
 
-    What rounding does is told by the graph itself: a router that finds two experts nearly tied takes another one once
-    its inputs are rounded otherwise, and compiled code may do so, too.
+    If they differ by more than the tolerance, the graph is rerun with other rounding of its inputs: if two experts are
+    nearly tied, the router may then choose the other one, and so may compiled code.
 
     Returns:
-        What the graph gave; and how the compiled form differs from it by more than rounding, in words, or None.
+        The graph's outputs; and how the compiled form differs by more than rounding, in words, or None.
     """
     tape = Tape()
-    copies = list(map(_copy, args))  # code that writes to what it is given would do so twice
+    copies = list(map(_copy, args))  # code may write to its inputs
     again = list(map(_copy, args))
     with tape.recording():
         outputs = own(*args)
@@ -49,27 +48,27 @@ def run_both(own: Run, compiled: Run, args: Sequence[Any]) -> tuple[Any, str | N
 
 
 def _replay(run: Run, args: Sequence[Any], tape: Tape) -> dict[str, Any]:
-    with tape.replaying() as given:
+    with tape.replaying() as op_inputs:
         outputs = run(*args)
-    return _effects(outputs, args, given)
+    return _effects(outputs, args, op_inputs)
 
 
-def _effects(outputs: Any, args: Sequence[Any], given: Any) -> dict[str, Any]:
-    """Everything that a run does."""
+def _effects(outputs: Any, args: Sequence[Any], op_inputs: Any) -> dict[str, Any]:
+    """Everything that a run changes or passes on."""
     several = isinstance(outputs, (list, tuple))
-    return {"output": tuple(outputs) if several else (outputs,), "inputs afterwards": tuple(args), "ops get": given}
+    return {"output": tuple(outputs) if several else (outputs,), "inputs afterwards": tuple(args), "ops get": op_inputs}
 
 
 def _copy(value: Any) -> Any:
-    """Of anything that a piece may write to: it does not write to parameters."""
+    """A copy of a value that a piece may write to; pieces don't write to parameters."""
     return value if isinstance(value, torch.nn.Parameter) else copy_of(value)
 
 
 def _rounded_otherwise(value: Any, generator: torch.Generator) -> Any:
-    """A copy of an activation in which the last bit of each number is another one."""
-    made = _copy(value)
-    if not isinstance(made, torch.Tensor) or made is value or not made.is_floating_point() or 0 in made.stride():
-        return made
-    noise = torch.rand(made.shape, generator=generator).to(made.device) * 2 - 1
-    wide = made.to(torch.promote_types(made.dtype, torch.float32))
-    return made.copy_(wide * (1 + torch.finfo(made.dtype).eps * noise))
+    """A copy of an activation with random changes in the last bit of its numbers."""
+    copy = _copy(value)
+    if not isinstance(copy, torch.Tensor) or copy is value or not copy.is_floating_point() or 0 in copy.stride():
+        return copy
+    noise = torch.rand(copy.shape, generator=generator).to(copy.device) * 2 - 1
+    wide = copy.to(torch.promote_types(copy.dtype, torch.float32))
+    return copy.copy_(wide * (1 + torch.finfo(copy.dtype).eps * noise))

@@ -1,5 +1,5 @@
-"""Builds in other processes: a model's program is made there while this process serves the model eagerly or loads its
-weights, or from its configuration alone. It goes into the store; whoever serves the model finds it, and compares it.
+"""Background builds: another process makes a model's program while this one runs the model eagerly or loads its
+weights. A program can also be made from a configuration alone. The serving process finds it in the store and checks it.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,43 +45,44 @@ from glowplug.store import open_store
 def build_for_others(
     front: FrontEnd, options: Options, compiler: PieceCompiler, call: HfCall | str, *, bodies: bool
 ) -> Compilation:
-    """Put the program for a call, and all that it needs, into the store.
+    """Put the program for a call, and everything it needs, into the store.
 
     Args:
         front: the model's front end.
-        options: as those of the process that will serve it.
+        options: the options of the serving process.
         compiler: compiles pieces.
-        call: the call, or why there is none.
-        bodies: also the op bodies that the serving process would compile beside serving. Without, it is ready sooner.
+        call: the call, or the reason why there is none.
+        bodies: also compile the op bodies that the serving process would otherwise compile in the background. The
+            program is ready sooner without them.
 
     Returns:
-        What did it. Its report says what was done, or in `fallbacks` why nothing could be. With `ends="auto"`, deferred
-        pieces are still being compiled; see `PieceCache.finish`.
+        The compilation. Its report says what was done, or in `fallbacks` why nothing could be. With `ends="auto"`, it
+        may still be compiling deferred pieces; see `PieceCache.finish`.
     """
     store = open_store(options.cache_dir) if isinstance(compiler, StoringCompiler) else None
     report = Report(compiler=compiler.name)
     compilation = Compilation(front, options, compiler, report, store, for_others=True, bakes_bodies=bodies)
     try:
-        found = call if isinstance(call, str) else start(compilation, call)
+        result = call if isinstance(call, str) else start(compilation, call)
     except NotServableError:
         raise
-    except Exception as exc:  # whatever it is, whoever serves the model can run it eagerly
-        found = why(exc)
-    if isinstance(found, str):
+    except Exception as exc:  # the serving process can still run the model eagerly
+        result = why(exc)
+    if isinstance(result, str):
         report.strategy = "eager"
-        report.fall_back(found)
+        report.fall_back(result)
     return compilation
 
 
 def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Compilation:
-    """The same for the first call of `generate` of a model that `weightless_model` made."""
+    """`build_for_others` for the first call that `generate` makes; for a model of `weightless_model`."""
     from glowplug.frontends.hf.front import HfFrontEnd
 
     front = HfFrontEnd(model, options)
     return build_for_others(front, options, get_compiler(options.compiler), front.first_call(), bodies=bodies)
 
 
-def bake_configuration(
+def _bake_configuration(
     say: Say,
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -89,49 +90,42 @@ def bake_configuration(
     settings: Mapping[str, Any],
     options: Options,
 ) -> None:
-    """A job: the same for a configuration; `settings` as for `weightless_model`."""
+    """The work of a job: `bake` for a configuration."""
     logging.set_verbosity_error()
-    _tell(say, bake(weightless_model(config, dtype=dtype, device=device, **settings), options, bodies=False))
+    _finish(say, bake(weightless_model(config, dtype=dtype, device=device, **settings), options, bodies=False))
 
 
-def _tell(say: Say, compilation: Compilation) -> None:
-    """Say what came of a build, and finish what is compiled beside."""
+def _finish(say: Say, compilation: Compilation) -> None:
+    """Report the outcome of a build, then finish the deferred pieces."""
     report = compilation.report
     reason = report.fallbacks[-1].reason if report.fallbacks else "no program was made"
     say(None if report.programs else reason, **compilation.facts)
     compilation.pieces.finish()
 
 
-def can_fork(device: torch.device) -> bool:
-    """Whether a build may run in a fork of this process: on Linux without a GPU. Dynamo asks a GPU for the state of its
-    random numbers, wherever the model is, and a fork of a process that so much as counted GPUs can't."""
+def _can_fork(device: torch.device) -> bool:
+    """Whether a fork of this process can build: on Linux without a GPU. Dynamo reads the state of a GPU's random
+    generator even if the model is on the CPU, and that fails in a fork of a process that has merely counted its GPUs.
+    """
     return sys.platform == "linux" and device.type == "cpu" and not torch.accelerator.is_available()
 
 
 def begin_baking(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, settings: Mapping[str, Any], options: Options
 ) -> Job:
-    """Begin to build a program from a configuration.
-
-    Args:
-        config: the configuration.
-        dtype: of the weights.
-        device: where they are.
-        settings: as for `weightless_model`.
-        options: how the model is compiled; with a store.
-    """
+    """Begin to build a program from a configuration, see `weightless_model`; `options` name a store."""
     options = dataclasses.replace(options, background=False)
-    if can_fork(device):
-        options = dataclasses.replace(options, compiler=get_compiler(options.compiler))  # a fork has one thread
-        return Job.fork(lambda say: bake_configuration(say, config, dtype, device, settings, options))
+    if _can_fork(device):
+        options = dataclasses.replace(options, compiler=get_compiler(options.compiler))  # a fork has only one thread
+        return Job.fork(lambda say: _bake_configuration(say, config, dtype, device, settings, options))
     if not isinstance(options.compiler, str):
         return Job("a compiler of one's own can't be used in a process of its own")
     options = dataclasses.replace(options, ends="compiled")
-    return Job.spawn(bake_configuration, config, dtype, device, settings, options)
+    return Job.spawn(_bake_configuration, config, dtype, device, settings, options)
 
 
-def with_store(options: Options) -> tuple[Options, Any]:
-    """Options with a store, and what keeps it there: one of this process alone, if there is none."""
+def with_store(options: Options) -> tuple[Options, Scratch | None]:
+    """Options that name a store. If there is none, it is a private folder, which lives as long as the second value."""
     if open_store(options.cache_dir) is not None:
         return options, None
     folder = Scratch("store")
@@ -152,47 +146,44 @@ class Builds:
 
     def __init__(self, front: FrontEnd, options: Options, report: Report) -> None:
         self.front = front
-        options, self._kept = with_store(options)
+        options, self._scratch = with_store(options)
         self.options = dataclasses.replace(options, background=False)
         self.report = report
-        self._met: set[Signature] = set()
-        self._begun: dict[Signature, Job] = {}
+        self._seen: set[Signature] = set()
+        self._jobs: dict[Signature, Job] = {}
 
     def is_first(self, call: HfCall) -> bool:
-        """Whether no call like this one was met before: nothing at all is done before the first answer."""
-        first = call.signature not in self._met
-        self._met.add(call.signature)
+        """Whether this is the first call of its signature. No work is done before the first answer."""
+        first = call.signature not in self._seen
+        self._seen.add(call.signature)
         return first
 
     def began(self, call: HfCall) -> bool:
-        """Whether a build was begun for calls like this one."""
-        return call.signature in self._known
-
-    @property
-    def _known(self) -> Collection[Signature]:
-        """Signatures for which a build was begun. A fork of the process that began one finds what it makes in the
-        store, or begins another."""
-        return {signature for signature, job in self._begun.items() if job.ours}
+        """Whether this process began a build for such calls. A fork of it finds that program in the store, or begins a
+        build of its own."""
+        job = self._jobs.get(call.signature)
+        return job is not None and job.ours
 
     def begin(self, call: HfCall) -> None:
-        """Begin to build a program for calls like this one, unless that was begun. Called after the call was served,
-        which so is not slowed down."""
-        if call.signature not in self._known:
+        """Begin to build a program for such calls, unless that was done. Comes after the call was answered, so that the
+        call is not delayed."""
+        if not self.began(call):
             self.report.elsewhere = ElsewhereReport(eager_calls=1)
-            self._begun[call.signature] = self._begin(call)
+            self._jobs[call.signature] = self._begin(call)
 
     def _begin(self, call: HfCall) -> Job:
         model: Any = self.front.model
         device = call.inputs.device
-        if can_fork(device):
+        if _can_fork(device):
             call = dataclasses.replace(call, cache=None)
-            compiler = get_compiler(self.options.compiler)  # made here, as a fork has one thread
+            compiler = get_compiler(self.options.compiler)  # before the fork, which has only one thread
             front, options = self.front, self.options
 
             def build(say: Say) -> None:
-                _tell(say, build_for_others(front, options, compiler, call, bodies=False))
+                _finish(say, build_for_others(front, options, compiler, call, bodies=False))
 
-            return Job.fork(build, nice=0)  # eager keeps every core busy, and would leave a nice one nothing
+            # Eager calls keep every core busy: at a lower priority the build would get no time.
+            return Job.fork(build, nice=0)
         config = model.config
         if auto_class(config)._model_mapping.get(type(config), None) is not type(model):
             return Job(f"no other process can build a {type(model).__name__} from its configuration")
@@ -200,25 +191,24 @@ class Builds:
         return begin_baking(config, model.dtype, device, settings, self.options)
 
     def outcome(self, call: HfCall) -> Outcome | None:
-        """What became of the build for calls like this one; None while it is under way, or was not begun."""
-        if call.signature not in self._known:
+        """The outcome of the build for such calls; None if it still runs or was not begun."""
+        if not self.began(call):
             return None
-        outcome = self._begun[call.signature].outcome()
-        told = self.report.elsewhere
-        if told is not None and outcome is None:
-            told.eager_calls += 1
-        elif told is not None and outcome is not None:
-            told.seconds, told.reason = outcome.seconds, outcome.reason
+        outcome, elsewhere = self._jobs[call.signature].outcome(), self.report.elsewhere
+        if elsewhere is not None and outcome is None:
+            elsewhere.eager_calls += 1
+        elif elsewhere is not None and outcome is not None:
+            elsewhere.seconds, elsewhere.reason = outcome.seconds, outcome.reason
         return outcome
 
     def wait(self, deadline: float) -> None:
-        """Until the builds that were begun have ended, or the deadline (`time.monotonic()`) is over."""
-        for job in self._begun.values():
+        """Wait until all builds have ended, or until the deadline (`time.monotonic()`)."""
+        for job in self._jobs.values():
             job.outcome(deadline)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class that loads a model that writes text."""
+    """The auto class that loads a configuration's text-generating model."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     image_text = config.model_type not in known and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return AutoModelForImageTextToText if image_text else AutoModelForCausalLM
@@ -227,13 +217,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def weightless_model(
     config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, **settings: Any
 ) -> PreTrainedModel:
-    """The model of a configuration, in eval mode, its weights without memory: it can be traced and not run.
+    """The model of a configuration in eval mode, whose weights take no memory: it can be traced but not run.
 
     Args:
         config: its configuration.
-        dtype: of its weights.
+        dtype: the dtype of its weights.
         device: where its weights would be.
-        settings: as for `from_config`, such as `attn_implementation`.
+        settings: further arguments of `from_config`, such as `attn_implementation`.
     """
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, **settings)
@@ -241,37 +231,37 @@ def weightless_model(
     return model.eval()
 
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
 def read_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that `from_pretrained` gives a folder's model: the configuration's, or else its first weights'.
+    """The dtype in which `from_pretrained` loads a folder's model: the configuration's, or else its first weight's.
 
     Raises:
-        UsageError: neither says.
+        UsageError: neither names a dtype.
     """
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
-    if isinstance(found, torch.dtype):
-        return found
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(Exception), safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (no mapping)
-                dtype = weights.get_slice(name).get_dtype()
-                if dtype in _DTYPES:
-                    return _DTYPES[dtype]
+                stored = weights.get_slice(name).get_dtype()
+                if stored in _DTYPES:
+                    return _DTYPES[stored]
     raise UsageError(f"neither {folder}/config.json nor weights say which dtype the model has; give a dtype")
-
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a local folder.
 
     Raises:
-        UsageError: there is none that transformers knows.
+        UsageError: transformers can't read one there.
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as exc:  # errors of many classes
+    except Exception as exc:  # transformers raises many classes
         text = " ".join(str(exc).split())[:300]
         raise UsageError(f"{folder}/config.json is not a configuration that transformers knows: {text}") from exc

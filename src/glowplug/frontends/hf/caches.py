@@ -1,5 +1,5 @@
-"""Caches and attention masks of a call. A cache is one of transformers' own, or of a class that the model's file defines
-for it (MiniMax); it can refuse any question. Transformers' own functions make the masks, outside the program.
+"""Caches and attention masks of a call. A cache is of a class of transformers, or of a class that the model's file
+defines (MiniMax); any of its methods may raise. Transformers' functions make the masks, outside the program.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 
 
 def new_cache(model: Any) -> Cache:
-    """An empty cache, of the class that the model's forward makes when it is given none."""
+    """An empty cache, as the model's forward makes one if it gets none."""
     own = own_cache_class(model)
     return own() if own is not None else DynamicCache(config=model.config.get_text_config())
 
 
 def own_cache_class(model: nn.Module) -> type[Cache] | None:
-    """The class of cache that a model takes no other than: defined in its own file, and named by its forward."""
+    """The cache class that a model defines in its own file and requires, as the annotation of its forward says."""
     classes = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
-    found = [_named_by(cls) for cls in sorted(classes, key=lambda cls: cls.__qualname__)]  # type: ignore[arg-type]
-    return next((own for own in found if own is not None), None)
+    annotated = [_annotated_cache(cls) for cls in sorted(classes, key=lambda cls: cls.__qualname__)]  # type: ignore[arg-type]
+    return next((own for own in annotated if own is not None), None)
 
 
 @functools.lru_cache(maxsize=256)
-def _named_by(cls: Any) -> type[Cache] | None:
+def _annotated_cache(cls: Any) -> type[Cache] | None:
     try:
         hints = typing.get_type_hints(cls.forward, vars(sys.modules[cls.__module__]))
     except (NameError, TypeError):
@@ -44,8 +44,8 @@ def _named_by(cls: Any) -> type[Cache] | None:
 
 
 def seen_tokens(cache: Cache | None) -> int | Tensor | None:
-    """How many tokens a cache holds; a tensor where that is one. None when the cache can't say: one that keeps states
-    in the place of keys and values refuses the question, and so may any class of cache."""
+    """How many tokens a cache holds, for some classes as a tensor. None if the cache can't say: one that keeps states
+    instead of keys and values raises."""
     if cache is None:
         return 0
     try:
@@ -55,7 +55,7 @@ def seen_tokens(cache: Cache | None) -> int | Tensor | None:
 
 
 def has_begun(cache: Cache | None) -> bool:
-    """Whether a cache holds tokens already; of a cache that can't say, no."""
+    """Whether a cache holds tokens already; False if it can't say."""
     if cache is None:
         return False
     seen = seen_tokens(cache)
@@ -66,8 +66,8 @@ def has_begun(cache: Cache | None) -> bool:
 
 
 def mask_extent(cache: Cache | None, tokens: int) -> int | None:
-    """How many tokens each layer attends to in a step of `tokens`, where that is all that a cache holds and the step's
-    own; None where layers differ, see a window, or the cache can't say."""
+    """How many tokens each layer attends to in a step of `tokens`: all cached tokens and the step's own. None if layers
+    differ, attend to a window, or the cache can't say."""
     if cache is None:
         return tokens
     try:
@@ -91,24 +91,19 @@ def make_masks(
     attention_mask: Any,
     cache: Cache | None,
 ) -> Masks:
-    """The masks of one call.
+    """The masks of one call: a single mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type.
 
     Args:
         model: the model, with its own attention implementation in force.
-        batch: sequences.
-        tokens: query length of this step.
-        dtype: dtype of the hidden states.
+        batch: the number of sequences.
+        tokens: the query length of this step.
+        dtype: the dtype of the hidden states.
         device: where they are.
-        attention_mask: what the caller gave: None, `[batch, kv_tokens]`, `[batch, 1, tokens, kv_tokens]`, or a dict.
+        attention_mask: the caller's: None, `[batch, kv_tokens]`, `[batch, 1, tokens, kv_tokens]`, or a dict. A dict is
+            returned as it is, and so is any mask if the model's cache holds states instead of keys.
         cache: the cache before this step.
-
-    Returns:
-        One mask, `[batch, 1, tokens, kv_tokens]` or None, or one for each layer type. Of a model whose cache holds
-        states and no keys: what the caller gave.
     """
-    if isinstance(attention_mask, dict):
-        return attention_mask
-    if takes_padding(model):
+    if isinstance(attention_mask, dict) or takes_padding(model):
         return attention_mask
     arguments: dict[str, Any] = {
         "config": model.config,
@@ -121,29 +116,28 @@ def make_masks(
     try:
         masks: Masks = make(**arguments)
         if isinstance(masks, dict) and make is create_masks_for_generate:
-            masks |= _renamed(arguments)
+            masks |= _corrected(arguments)
         return masks
     except AttributeError:
         if cache is not None or make is create_masks_for_generate:
             raise
-        return create_masks_for_generate(**arguments)  # its own needs generate's cache
+        return create_masks_for_generate(**arguments)  # the model's own maker needs a cache
     except TypeError:
-        # transformers 5.17 hands the maker of chunked masks an argument that it does not take.
+        # transformers 5.17 passes the maker of chunked masks an argument that it does not take.
         config = model.config.get_text_config()
         if "chunked_attention" not in getattr(config, "layer_types", ()):
             raise
         arguments["config"] = config
-        return {kind: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](**arguments) for kind in set(config.layer_types)}
+        return {type_: LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[type_](**arguments) for type_ in set(config.layer_types)}
 
 
-def _renamed(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Masks of layers that need several, made as their names say: transformers 5.23 makes the sliding one of those
-    layers without a window, unlike the models."""
+def _corrected(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Corrected masks of layers that take several: transformers 5.23 makes their sliding mask without a window, unlike
+    the models, so each is made by the function of its name."""
     config = arguments["config"].get_text_config()
     functions = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
-    several = [
-        functions[kind] for kind in set(getattr(config, "layer_types", ())) if isinstance(functions.get(kind), dict)
-    ]
+    by_type = [functions.get(layer_type) for layer_type in set(getattr(config, "layer_types", ()))]
+    several = [masks for masks in by_type if isinstance(masks, dict)]
     wrong = {
         name for masks in several for name, function in masks.items() if functions.get(name, function) is not function
     }
@@ -151,25 +145,24 @@ def _renamed(arguments: dict[str, Any]) -> dict[str, Tensor | None]:
 
 
 def mask_sources(masks: Masks) -> dict[str, str | None]:
-    """Source in the captured graph -> key of the mask; a single mask has key None."""
+    """Source in the captured graph -> key of the mask; the key of a single mask is None."""
     if isinstance(masks, dict):
         return {f"L['masks']['{key}']": key for key in masks}
     return {"L['masks']": None}
 
 
 def mask_at(masks: Masks, key: str | None) -> Tensor | None:
-    """The mask of a key; a single mask has none."""
+    """The mask of a key; the single mask if the key is None."""
     return masks[key] if isinstance(masks, dict) and key is not None else masks  # type: ignore[return-value]
 
 
 def stand_ins(
     model: nn.Module, masks: Masks, batch: int, tokens: int, device: torch.device
 ) -> Tensor | dict[str, Tensor]:
-    """Masks for a capture: of the right structure, distinct objects, never computed with."""
-    raw = takes_padding(model)
+    """Masks for a capture: distinct tensors in the right structure, which nothing computes with."""
+    sizes = (batch, tokens) if takes_padding(model) else (batch, 1, tokens, tokens)
 
     def one() -> Tensor:
-        sizes = (batch, tokens) if raw else (batch, 1, tokens, tokens)
         return torch.ones(sizes, dtype=torch.bool, device=device)
 
     return {key: one() for key in masks} if isinstance(masks, dict) else one()
@@ -179,7 +172,7 @@ _TAKE_PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDicti
 
 
 def takes_padding(model: nn.Module) -> bool:
-    """Whether a model's cache holds states and no keys, so that its layers take the mask that says what is padding."""
+    """Whether the layers take the padding mask itself, because the model's cache holds states instead of keys."""
     if model not in _TAKE_PADDING:
         _TAKE_PADDING[model] = seen_tokens(new_cache(model)) is None
     return _TAKE_PADDING[model]

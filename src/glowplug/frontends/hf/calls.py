@@ -1,4 +1,4 @@
-"""One call of a causal language model's forward: what of it the program can serve, and what it needs computed."""
+"""Reads a call of a causal language model's forward: refuses what no program computes, and fills in defaults."""
 
 from __future__ import annotations
 
@@ -16,30 +16,20 @@ from transformers.utils import ModelOutput
 
 from glowplug.frontends.hf.caches import Masks, has_begun, make_masks, new_cache
 
-_SERVED = {
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache_params",
-    "use_cache",
-    "logits_to_keep",
-    "return_dict",
-    "cache_position",
-}
+_TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache_params"}
+_TAKEN |= {"cache_position", "logits_to_keep", "return_dict", "use_cache"}
 _MUST_BE_OFF = {"output_hidden_states", "output_attentions", "output_router_logits"}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What one program is made for; calls that differ in it need another capture.
+    """Calls that differ in their signature need different programs.
 
     Attributes:
         embeds: whether the input is `inputs_embeds`.
-        dtype: dtype of the input.
-        position_lead: sizes of `position_ids` in front of `[batch, tokens]`: `()`, or `(3,)` for multi-axis rope.
-        masks: keys of the masks; None for a single one.
+        dtype: the dtype of the input.
+        position_lead: the sizes of `position_ids` before `[batch, tokens]`: `()`, or `(3,)` for multi-axis rope.
+        masks: the keys of the masks; None for a single one.
         keeps: whether the forward takes `logits_to_keep`.
         device: where the inputs are.
     """
@@ -54,16 +44,16 @@ class Signature:
 
 @dataclass(slots=True)
 class HfCall:
-    """A call made ready for the program.
+    """A call, read.
 
     Attributes:
-        signature: selects the program.
+        signature: identifies the program.
         inputs: `[batch, tokens]` token ids or `[batch, tokens, hidden]` embeddings.
-        position_ids: `[..., batch, tokens]`; None where the call leaves them to the model.
-        padding: the attention mask as it was given.
-        masks: one mask, or one a layer type.
-        keep: positions whose logits are wanted, `[kept]`; None when the forward can't choose.
-        cache: the cache to write to; None for a call without one.
+        position_ids: `[..., batch, tokens]`; None if the call leaves them to the model.
+        padding: the caller's attention mask.
+        masks: one mask, or one for each layer type.
+        keep: the positions whose logits are wanted, `[kept]`; None if the forward does not take `logits_to_keep`.
+        cache: the cache to write to; None if there is none.
         return_tuple: whether the caller wants a tuple.
     """
 
@@ -83,12 +73,12 @@ class HfCall:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the call goes on with a sequence."""
+        """Whether the call continues a sequence."""
         return has_begun(self.cache)
 
 
 def first_call(model: PreTrainedModel) -> HfCall | str:
-    """The call for token ids with which `generate` begins; or why the model has none that can be served."""
+    """The first call that `generate` makes with token ids, or the reason why no program can serve it."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
     positions = prepare(ids, {}) if prepare is not None else torch.arange(2, device=ids.device).unsqueeze(0)
@@ -96,11 +86,11 @@ def first_call(model: PreTrainedModel) -> HfCall | str:
 
 
 def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HfCall | str:
-    """Make a call ready, or say why the program can't serve it."""
+    """Read a call. Returns the reason as a string if no program can serve it."""
     names = forward_parameters(type(model))  # type: ignore[arg-type]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name, value in given.items():
-        if name in _SERVED or value is None or (isinstance(value, dict) and not value):
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name, value in arguments.items():
+        if name in _TAKEN or value is None or (isinstance(value, dict) and not value):
             continue
         if name in _MUST_BE_OFF:
             if value:
@@ -110,22 +100,22 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         else:
             return f"the argument {name!r} is not one that the compiled program takes"
     for name in _MUST_BE_OFF:
-        if given.get(name) is None and getattr(model.config.get_text_config(), name, False):
+        if arguments.get(name) is None and getattr(model.config.get_text_config(), name, False):
             return f"the config sets {name}=True, which asks for values that the compiled program does not keep"
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return "exactly one of input_ids and inputs_embeds must be given"
     inputs = ids if embeds is None else embeds
     if not isinstance(inputs, Tensor) or inputs.dim() != (2 if embeds is None else 3) or inputs.shape[1] == 0:
         return "the input is not a batch of one or more tokens"
     batch, tokens = inputs.shape[:2]
-    cache = _cache(model, given)
+    cache = _cache(model, arguments)
     if isinstance(cache, str):
         return cache
-    position_ids = _positions(model, given, inputs, cache)
+    position_ids = _positions(model, arguments, inputs, cache)
     if isinstance(position_ids, str):
         return position_ids
-    keep = _keep(names, given, tokens, inputs.device)
+    keep = _keep(names, arguments, tokens, inputs.device)
     if isinstance(keep, str):
         return keep
     try:
@@ -135,14 +125,14 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
             tokens=tokens,
             dtype=model.dtype if embeds is None else embeds.dtype,
             device=inputs.device,
-            attention_mask=given.get("attention_mask"),
+            attention_mask=arguments.get("attention_mask"),
             cache=cache,
         )
-    except Exception as exc:  # a cache, or a mask, that the model's own forward may know how to use
+    except Exception as exc:  # the model's own forward may still know how to use this cache or mask
         return f"transformers makes no masks for this call ({type(exc).__name__}: {str(exc)[:200]})"
     if not _masks_usable(masks):
         return f"masks of type {type(masks).__name__} can't be handed to the compiled program"
-    if isinstance(masks, dict):  # transformers makes them in the order of a set, which each process has its own of
+    if isinstance(masks, dict):  # transformers makes them in the order of a set, which differs between processes
         masks = dict(sorted(masks.items()))
     signature = Signature(
         embeds=embeds is not None,
@@ -156,7 +146,7 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     inputs = inputs.contiguous()
     position_ids = position_ids.contiguous() if position_ids is not None else None
     keep = keep.contiguous() if keep is not None else None
-    padding, return_tuple = given.get("attention_mask"), given.get("return_dict") is False
+    padding, return_tuple = arguments.get("attention_mask"), arguments.get("return_dict") is False
     return HfCall(signature, inputs, position_ids, padding, masks, keep, cache, return_tuple)
 
 
@@ -166,13 +156,13 @@ def _masks_usable(masks: Any) -> bool:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which a model's forward takes its cache and gives it back: another one in state-space models."""
+    """The name by which a model's forward takes and returns its cache; state-space models have a name of their own."""
     names = forward_parameters(type(model))  # type: ignore[arg-type]
     return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
 
 
 def output_type(model: PreTrainedModel) -> type:
-    """The class of the model's output, from the annotation of its forward."""
+    """The class of the model's output, by the annotation of its forward."""
     forward = inspect.unwrap(type(model).forward)
     try:
         annotation = get_type_hints(forward).get("return")
@@ -184,12 +174,12 @@ def output_type(model: PreTrainedModel) -> type:
     return CausalLMOutputWithPast
 
 
-def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:
+def _cache(model: PreTrainedModel, arguments: dict[str, Any]) -> Cache | str | None:
     name = cache_argument(model)
     other = ({"cache_params", "past_key_values"} - {name}).pop()
-    if given.get(other) is not None:
+    if arguments.get(other) is not None:
         return f"the argument {other!r} is not one that the compiled program takes"
-    cache, use_cache = given.get(name), given.get("use_cache")
+    cache, use_cache = arguments.get(name), arguments.get("use_cache")
     if use_cache is None:
         use_cache = getattr(model.config.get_text_config(), "use_cache", False)
     if cache is None:
@@ -200,9 +190,9 @@ def _cache(model: PreTrainedModel, given: dict[str, Any]) -> Cache | str | None:
 
 
 def _positions(
-    model: PreTrainedModel, given: dict[str, Any], inputs: Tensor, cache: Cache | None
+    model: PreTrainedModel, arguments: dict[str, Any], inputs: Tensor, cache: Cache | None
 ) -> Tensor | str | None:
-    position_ids = given.get("position_ids")
+    position_ids = arguments.get("position_ids")
     batch, tokens = inputs.shape[:2]
     if position_ids is None:
         prepare = "_prepare_position_ids_for_generation"
@@ -211,7 +201,8 @@ def _positions(
         return None
     if not _are_indices(position_ids) or position_ids.dim() < 2 or position_ids.shape[-1] != tokens:
         return "position_ids must be integers, and one for each token of each sequence"
-    if cache is None and given.get("attention_mask") is None and not _consecutive(position_ids):
+    unmasked = cache is None and arguments.get("attention_mask") is None
+    if unmasked and not (position_ids.diff(dim=-1) == 1).all():
         return "packed position_ids without a cache or an attention mask"
     position_ids = position_ids.to(inputs.device, torch.long)
     if position_ids.shape[-2] != batch:
@@ -227,14 +218,10 @@ def _are_indices(value: Any) -> bool:
     )
 
 
-def _consecutive(position_ids: Tensor) -> bool:
-    return bool((position_ids.diff(dim=-1) == 1).all())
-
-
-def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: torch.device) -> Tensor | str | None:
+def _keep(names: tuple[str, ...], arguments: dict[str, Any], tokens: int, device: torch.device) -> Tensor | str | None:
     if "logits_to_keep" not in names:
         return None
-    keep = given.get("logits_to_keep")
+    keep = arguments.get("logits_to_keep")
     if isinstance(keep, Tensor):
         if keep.dim() != 1 or not _are_indices(keep):
             return "logits_to_keep must be an integer or a tensor of integers of one dimension"
@@ -248,6 +235,6 @@ def _keep(names: tuple[str, ...], given: dict[str, Any], tokens: int, device: to
 
 @functools.lru_cache(maxsize=256)
 def forward_parameters(cls: type) -> tuple[str, ...]:
-    """Names of the parameters of a model class's forward, in order, without self."""
+    """The parameters of a model class's forward by name, in order, without `self`, `args` and `kwargs`."""
     names = list(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
     return tuple(name for name in names[1:] if name not in ("kwargs", "args"))

@@ -1,6 +1,6 @@
-"""The calls by which a program is compared with a transformers model: short seeded sequences, in steps, with caches of
-their own. They cover padding on each side, masks and positions given and left out, windows that are shorter than the
-text, all logits and only the last.
+"""The calls on which a program is compared with a transformers model: short seeded sequences, run step by step with
+caches of their own. They cover left and right padding, calls with and without mask and positions, attention windows
+shorter than the text, and the logits of all tokens or of the last one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from glowplug.frontends.hf.discover import Shadow
 from glowplug.reasons import said
 
 Classes = Sequence[tuple[int, tuple[int, ...]]]
-"""(sequences, tokens of each step) of each comparison."""
+"""(number of sequences, tokens of each step) of each comparison."""
 CLASSES: Classes = ((3, (3, 1)), (1, (1, 3)))
-"""Several sequences and one, several tokens and one, an empty cache and a filled. Several are padded on the left and on
-the right, and have positions as `generate` makes them; one has neither mask nor positions."""
+"""Several sequences and one, several tokens and one, an empty cache and a filled one. Several sequences are padded on
+the left and on the right and have positions as `generate` makes them; a single one has neither mask nor positions."""
 GLANCE: Classes = ((1, (3,)),)
-"""For a program that an earlier process compared in every class: is it this model's?"""
+"""For a program that an earlier process has compared in every class: shows only that it belongs to this model."""
 WINDOW = 4
-"""Tokens of a short window. Masks are made outside of the program: within a window that is longer than the text nothing
-would show that the model's own differ from them only beyond it."""
+"""Tokens of a short window. Masks are made outside the program; they could differ from the model's own only beyond the
+window, which a text that fits into the window would not show."""
 _BEYOND_A_WINDOW = (2 * WINDOW - 1, 1)
-"""Tokens of each step of the first comparison of a model with windows: some lie within, some beyond."""
+"""Tokens of each step in the first comparison of a model with windows: some within the window, some beyond."""
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
@@ -41,8 +41,8 @@ class Step:
 
     Attributes:
         what: the step, in words.
-        call: the call, ready for a program, but for a cache of the program's own.
-        output: what the model's own forward gives.
+        call: the call; a program runs it with a cache of its own.
+        output: the output of the model's own forward.
     """
 
     what: str
@@ -51,36 +51,39 @@ class Step:
 
 
 def sequences(
-    model: PreTrainedModel, call: HfCall, classes: Classes = CLASSES, *, unsaid: bool = False
+    model: PreTrainedModel, call: HfCall, classes: Classes = CLASSES, *, bare: bool = False
 ) -> Iterator[tuple[PreTrainedModel, list[Step]]]:
-    """The steps of some sequences, for each class of sizes, and the model whose caches they take.
+    """Run the model's own forward on sequences of each class of sizes.
 
     Args:
-        model: the model; its own forward is run.
-        call: a call that a program is to serve; its signature is kept to.
+        model: the model.
+        call: a call for which the program is made; the steps get its signature.
         classes: the sizes.
-        unsaid: whether one sequence may be given neither mask nor positions.
+        bare: whether a single sequence goes without mask and positions.
+
+    Yields:
+        For each class, the model whose caches the steps need, and the steps.
 
     Raises:
-        NotServableError: the model's own forward can't be run, or gives more than a program would.
+        NotServableError: the model's own forward can't run, or returns more than a program would.
     """
     for number, (batch, steps) in enumerate(classes):
-        short = with_short_windows(model) if number == 0 and len(steps) > 1 else None  # a glance looks at none
+        short = _with_short_windows(model) if number == 0 and len(steps) > 1 else None  # GLANCE skips windows
         try:
-            made = _steps(short, call, batch, _BEYOND_A_WINDOW, unsaid) if short is not None else None
+            windowed = _steps(short, call, batch, _BEYOND_A_WINDOW, bare) if short is not None else None
         except NotServableError:
             raise
-        except Exception:  # no other window than its own fits the model
-            made = None
-        if short is not None and made is not None:
-            yield short, [replace(step, what=f"{step.what}, with a window of {WINDOW} tokens") for step in made]
+        except Exception:  # the model works with no other window than its own
+            windowed = None
+        if short is not None and windowed is not None:
+            yield short, [replace(step, what=f"{step.what}, with a window of {WINDOW} tokens") for step in windowed]
         else:
-            yield model, _steps(model, call, batch, steps, unsaid)
+            yield model, _steps(model, call, batch, steps, bare)
 
 
-def with_short_windows(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A model that shares every layer and weight with `model`, which stays as it is, but makes its masks and caches for
-    a window of `WINDOW` tokens, as its config says. None when it has no longer one."""
+def _with_short_windows(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A copy that shares all layers and weights but makes masks and caches for a window of `WINDOW` tokens. None if the
+    model has no longer window."""
     shadow = Shadow(model, into=lambda module: isinstance(module, PreTrainedModel))
     long = [
         (config, name)
@@ -95,17 +98,17 @@ def with_short_windows(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 @torch.no_grad()
-def _steps(model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, ...], unsaid: bool) -> list[Step]:
+def _steps(model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, ...], bare: bool) -> list[Step]:
     signature = call.signature
     whole, mask, positions = _text(model, call, batch, steps)
-    if batch == 1 and unsaid:
+    if batch == 1 and bare:
         mask = positions = None
     cache, name = new_cache(model), cache_argument(model)
     keeps_keys = seen_tokens(cache) is not None
-    made: list[Step] = []
+    results: list[Step] = []
     start = 0
-    for step in steps:
-        stop = start + step
+    for length in steps:
+        stop = start + length
         kwargs: dict[str, Any] = {
             "inputs_embeds" if signature.embeds else "input_ids": whole[:, start:stop].contiguous(),
             "use_cache": True,
@@ -117,28 +120,28 @@ def _steps(model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, .
             kwargs["position_ids"] = positions[..., start:stop].contiguous()
         if signature.keeps and start > 0:
             kwargs["logits_to_keep"] = 1
-        ready = read_call(model, (), kwargs)
-        if isinstance(ready, str):
-            raise NotServableError(ready)
+        step_call = read_call(model, (), kwargs)
+        if isinstance(step_call, str):
+            raise NotServableError(step_call)
         try:
             output = type(model).forward(model, **kwargs)
         except Exception as exc:
             raise NotServableError(f"the model's own forward raised {said(exc)}") from exc
-        extra = [found for found in output if found not in ("logits", name)]
+        extra = [key for key in output if key not in ("logits", name)]
         if extra:
             raise NotServableError(
                 f"the model's output carries {', '.join(extra)}, which the compiled program does not compute"
             )
-        made.append(Step(f"{batch} x {step} tokens after {start}", ready, output))
+        results.append(Step(f"{batch} x {length} tokens after {start}", step_call, output))
         start = stop
-    return made
+    return results
 
 
 def _text(
     model: PreTrainedModel, call: HfCall, batch: int, steps: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Seeded text, its mask and its positions. Of several sequences the first is padded on the left, the second on the
-    right of its first step, and the third behind it."""
+    """Seeded text, its mask and its positions. Of several sequences, the first is padded on the left, the second at the
+    end of its first step, and the third in all further steps."""
     signature = call.signature
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(batch)

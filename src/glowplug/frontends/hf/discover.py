@@ -1,5 +1,5 @@
-"""Which modules of a transformers model are what: attention, other mixers, experts, the layer stack; and what happens
-to its experts in a trace: left in the graph, or hidden behind a layer op. Checked on transformers 5.17 and 5.23.
+"""Finds a transformers model's attention layers, other token mixers, experts and layer stack, and decides whether a
+trace leaves the experts in the graph or hides them behind a layer op. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from glowplug.ops.moe import shared_experts_name
 NAME = "glowplug"
 """glowplug's entry in transformers' interfaces."""
 _CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value", "layer_past"}
-_COUNTING = {"tolist", "item", "nonzero"}
+_READS_VALUES = {"tolist", "item", "nonzero"}
+"""Methods that take a tensor's values into Python."""
+_TRACEABLE = ("grouped_mm", "batched_mm")
 
 
 class Shadow(TreeCopy):
-    """The copy of a tree of modules, see `TreeCopy`."""
+    """A `TreeCopy` that copies transformers' configurations, too."""
 
     def __init__(self, root: nn.Module, into: Callable[[nn.Module], bool] | None = None) -> None:
         super().__init__(root, into, (PreTrainedConfig,))
 
     def put_in_force(self, *, attention: str | None = None, experts: str | None = None) -> None:
-        """Let the copy compute with other implementations of attention or experts."""
+        """Switch the copy to other implementations of attention or experts."""
         for config in self.configs:
             if attention is not None and hasattr(config, "_attn_implementation_internal"):
                 config._attn_implementation_internal = attention
@@ -46,23 +48,20 @@ class Shadow(TreeCopy):
                 config._experts_implementation_internal = experts
 
 
-_TRACEABLE = ("grouped_mm", "batched_mm")
-
-
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """How one model's experts are captured.
+    """How a trace treats a model's experts.
 
     Attributes:
-        kind: `"inline"`, `"opaque"`, or `"none"` when the model has none that glowplug recognises.
-        implementation: the experts implementation for the capture; None leaves the model's own.
-        routed: experts that take routed tokens, which run behind `glowplug::moe_forward`.
+        mode: `"inline"`, `"opaque"`, or `"none"` if glowplug recognises no experts.
+        implementation: the experts implementation for the trace; None for the model's own.
         blocks: blocks that run whole, behind `glowplug::moe_forward_shared`.
-        layers: every layer that an op of this capture may ask for, by name.
+        routed: experts that take routed tokens and run behind `glowplug::moe_forward`.
+        layers: every layer that an op of the trace may ask for, by name.
         orders: op -> names of its layers in the order of creation.
     """
 
-    kind: str
+    mode: str
     implementation: str | None
     blocks: dict[str, nn.Module]
     routed: dict[str, nn.Module]
@@ -71,20 +70,22 @@ class ExpertsPlan:
 
 
 def plan(model: PreTrainedModel, choice: str, *, bodies: bool = False) -> ExpertsPlan:
-    """Decide, from the option and from what the model is.
+    """Decide how a trace treats the experts.
 
     Args:
         model: the model.
         choice: `Options.experts`.
-        bodies: whether the bodies of opaque experts get compiled, too. `"auto"` then means opaque on a CPU: a
-            compiled body takes the implementation that suits the number of tokens (gpt-oss, tiny, 36 layers, two
-            cores: a decode step of 5.2 ms against 8.2 inline, a prefill of 128 tokens 22.8 against 24.3).
+        bodies: whether the bodies of opaque experts get compiled. On a CPU, `"auto"` then means opaque: a compiled body
+            uses the implementation that suits the number of tokens (tiny gpt-oss, 36 layers, two cores: a decode step
+            took 5.2 ms, inline 8.2; a prefill of 128 tokens took 22.8 ms, inline 24.3).
     """
     modules = dict(model.named_modules())
     attention, mixers = attention_layers(model), token_mixers(model)
     sharded = sharded_modules(model)
-    all_experts, all_routed = experts_layers(model), routed_experts_layers(model)
-    experts, routed_only = _without(sharded, all_experts), _without(sharded, all_routed)
+    all_experts, all_routed = experts_layers(model), _routed_experts_layers(model)
+    # Distributed experts run behind `glowplug::sharded`.
+    experts = {name: module for name, module in all_experts.items() if name not in sharded}
+    routed_only = {name: module for name, module in all_routed.items() if name not in sharded}
     orders = {"glowplug::attention": list(attention), "glowplug::kv_cache_update": list(attention)}
     orders["glowplug::mixer"] = [name for name in mixers if name not in attention]
     orders["glowplug::sharded"] = list(sharded)
@@ -92,130 +93,102 @@ def plan(model: PreTrainedModel, choice: str, *, bodies: bool = False) -> Expert
     orders["glowplug::rotary"] = [name for name, module in rotary.items() for _ in rope_types(module)]
     hidden_size = model.config.get_text_config().hidden_size
     probe = choice != "inline" and not sharded
-    untraceable = untraceable_blocks(model, hidden_size, all_experts | all_routed | mixers) if probe else {}
-    seen = mixers.keys() | sharded.keys() | rotary.keys() | untraceable.keys()
-    always = {name: m for name, m in modules.items() if name in seen}
-    hidden = any(name in sharded for name in all_experts)
+    untraceable = _untraceable_blocks(model, hidden_size, all_experts | all_routed | mixers) if probe else {}
+    always = mixers.keys() | sharded.keys() | rotary.keys() | untraceable.keys()
+    layers = {name: m for name, m in modules.items() if name in always}
     if not experts and not routed_only:
         orders["glowplug::moe_forward_shared"] = list(untraceable)
-        return ExpertsPlan("opaque" if hidden or untraceable else "none", None, untraceable, {}, always, orders)
+        opaque = untraceable or any(name in sharded for name in all_experts)
+        return ExpertsPlan("opaque" if opaque else "none", None, untraceable, {}, layers, orders)
     own = getattr(model.config.get_text_config(), "_experts_implementation", None)
     on_cpu = next(model.parameters()).device.type == "cpu"
     inline = (own in _TRACEABLE or not experts) and not (bodies and on_cpu)
     if choice == "inline" or (choice == "auto" and inline):
         implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
-        return ExpertsPlan("inline", implementation, {}, {}, always, orders)
-    blocks = shared_blocks(model, hidden_size, all_experts)
-    covered = {id(module) for block in blocks.values() for module in block.modules()}
-    behind = {**experts, **routed_only}
-    routed = {name: m for name, m in modules.items() if name in behind and id(m) not in covered}
+        return ExpertsPlan("inline", implementation, {}, {}, layers, orders)
+    blocks = _shared_blocks(model, hidden_size, all_experts)
+    in_blocks = {id(module) for block in blocks.values() for module in block.modules()}
+    opaque_experts = experts.keys() | routed_only.keys()
+    routed = {name: m for name, m in modules.items() if name in opaque_experts and id(m) not in in_blocks}
     orders["glowplug::moe_forward"] = list(routed)
     orders["glowplug::moe_forward_shared"] = list(blocks)
-    layers = {name: m for name, m in modules.items() if name in always or name in routed or name in blocks}
+    layers = {name: m for name, m in modules.items() if name in layers or name in routed or name in blocks}
     return ExpertsPlan("opaque", NAME if experts else None, blocks, routed_only, layers, orders)
-
-
-def _without(sharded: dict[str, nn.Module], found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Modules that are not distributed over processes: those run behind `glowplug::sharded`."""
-    return {name: module for name, module in found.items() if name not in sharded}
-
-
-def attention_function(layer: nn.Module, implementation: str | None) -> Callable[..., Any] | None:
-    """The function that `layer` runs under an attention implementation; None when it can't be told."""
-    if implementation in ALL_ATTENTION_FUNCTIONS:
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    forward = inspect.unwrap(type(layer).forward)
-    return getattr(forward, "__globals__", {}).get("eager_attention_forward")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The model's attention modules that own a layer of the cache, by name."""
-    return _attention_of(_indexed(model))
-
-
-def _indexed(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules that know which layer they are, by name."""
-    return {name: module for name, module in model.named_modules() if layer_index(module) is not None}
-
-
-def _attention_of(indexed: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in indexed.items() if hasattr(module, "is_causal")}
+    return {name: module for name, module in _indexed(model).items() if hasattr(module, "is_causal")}
 
 
 def mixer_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that mix tokens by states of their own in the cache, other than by keys and values, by name."""
-    return _mixers_of(_indexed(model))
-
-
-def _mixers_of(with_index: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    outer = {parent for name in with_index for parent in _parents(name)}
+    """Modules that mix tokens by cached states of their own instead of keys and values, by name."""
+    indexed = _indexed(model)
+    outer = {parent for name in indexed for parent in _parents(name)}
     return {
         name: module
-        for name, module in with_index.items()
+        for name, module in indexed.items()
         if name not in outer
         and not hasattr(module, "is_causal")
         and _CACHE_ARGUMENTS & set(inspect.signature(type(module).forward).parameters)
     }
 
 
+def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention layers and other mixers, by name, in the model's order."""
+    names = attention_layers(model).keys() | mixer_layers(model).keys()
+    return {name: module for name, module in model.named_modules() if name in names}
+
+
+def _indexed(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules that know their layer index, by name."""
+    return {name: module for name, module in model.named_modules() if layer_index(module) is not None}
+
+
 def _parents(name: str) -> Iterator[str]:
-    """Names of the modules that a module lies in."""
+    """Names of the modules around a module."""
     while name:
         name = name.rpartition(".")[0]
         yield name
 
 
-def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention layers and other mixers, by name, in the model's order."""
-    indexed = _indexed(model)
-    found = _attention_of(indexed).keys() | _mixers_of(indexed).keys()
-    return {name: module for name, module in indexed.items() if name in found}
-
-
 def experts_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose forward goes through transformers' experts interface, by name."""
-    return {name: module for name, module in model.named_modules() if _asks_the_interface(type(module))}
+    return {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
 
 
-def _asks_the_interface(cls: type[nn.Module]) -> bool:
-    """Whether the class's forward is the one that transformers' experts decorator puts around it."""
+def _uses_interface(cls: type[nn.Module]) -> bool:
+    """Whether transformers' experts decorator wraps the class's forward."""
     module = getattr(cls.forward, "__globals__", {}).get("__name__")
     return bool(module == ALL_EXPERTS_FUNCTIONS.__class__.__module__)
 
 
-def routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts that take tokens routed already, past transformers' experts interface (Llama 4's), by name."""
+def _routed_experts_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts that bypass transformers' experts interface and take routed tokens (Llama 4), by name."""
     return {
         name: module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "experts"
-        and not _asks_the_interface(type(module))
+        and not _uses_interface(type(module))
         and _has_stacked_weights(module)
         and len(inspect.signature(type(module).forward).parameters) == 2
     }
 
 
-def shared_blocks(model: nn.Module, hidden_size: int, experts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Blocks of routed and shared experts that map one tensor to one tensor of its shape, by name.
-
-    Args:
-        model: the model.
-        hidden_size: width of its hidden states.
-        experts: its experts that go through transformers' interface.
-    """
+def _shared_blocks(model: nn.Module, hidden_size: int, experts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Blocks of shared experts and some of these routed `experts` that keep the shape of their input, by name."""
     routed = {id(module) for module in experts.values()}
     candidates = {
         name: module
         for name, module in model.named_modules()
         if id(module._modules.get("experts")) in routed and shared_experts_name(module) is not None
     }
-    return mapping_to_themselves(model, candidates, hidden_size)
+    return _shape_preserving(candidates, hidden_size)
 
 
-def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module]:
-    """Those of a model's modules that map hidden states to a tensor of their shape, by name. Each class is asked once,
-    with two zero tokens; with experts that need no memory if the model has none. Modules with a forward of their own
-    are not asked."""
+def _shape_preserving(modules: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module]:
+    """The modules that map hidden states to a tensor of the same shape, except those with a forward of their own. Each
+    class is probed once with two zero tokens; if the weights are fake, with `batched_mm` experts, which that needs."""
     verdicts: dict[type, bool] = {}
     modules = {name: module for name, module in modules.items() if "forward" not in module.__dict__}
     for module in modules.values():
@@ -223,56 +196,49 @@ def mapping_to_themselves(model: nn.Module, modules: dict[str, nn.Module], hidde
         if cls not in verdicts:
             parameter = next(module.parameters())
             try:
-                asked = module
+                probed = module
                 if is_fake(parameter):
                     shadow = Shadow(module)
                     shadow.put_in_force(experts="batched_mm")
-                    asked = shadow.root
+                    probed = shadow.root
                 with torch.no_grad(), in_mode_of(parameter):
-                    probe = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
-                    output = cls.forward(asked, probe)
-                verdicts[cls] = isinstance(output, Tensor) and output.shape == probe.shape
+                    tokens = torch.zeros(1, 2, hidden_size, dtype=parameter.dtype, device=parameter.device)
+                    output = cls.forward(probed, tokens)
+                verdicts[cls] = isinstance(output, Tensor) and output.shape == tokens.shape
             except (TypeError, RuntimeError, ValueError, NotImplementedError):
                 verdicts[cls] = False
     return {name: module for name, module in modules.items() if verdicts[type(module)]}
 
 
-def untraceable_blocks(model: nn.Module, hidden_size: int, served: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Blocks whose experts go past transformers' interfaces and ask, in Python, how many tokens each expert gets, which
-    no trace can answer; by name. Of blocks inside each other, the inner ones.
-
-    Args:
-        model: the model.
-        hidden_size: width of its hidden states.
-        served: its experts that keep to an interface, and its token mixers: no such block is in or around them.
-    """
-    within = {id(part) for module in served.values() for part in module.modules()}
-    if not any(_has_stacked_weights(module) for module in model.modules() if id(module) not in within):
+def _untraceable_blocks(model: nn.Module, hidden_size: int, known: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Blocks that bypass transformers' interfaces and read the number of tokens per expert in Python, which no trace
+    can do; by name. Only innermost blocks, and none in or around a module of `known` (experts, token mixers)."""
+    in_known = {id(part) for module in known.values() for part in module.modules()}
+    if not any(_has_stacked_weights(module) for module in model.modules() if id(module) not in in_known):
         return {}
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if id(module) not in within
+        if id(module) not in in_known
         and len(inspect.signature(type(module).forward).parameters) == 2
-        and not any(id(part) in within for part in module.modules())
+        and not any(id(part) in in_known for part in module.modules())
         and any(parameter.dim() == 3 for parameter in module.parameters())
-        and any(_asks_for_counts(type(part)) for part in module.modules())  # type: ignore[arg-type]
+        and any(_reads_values(type(part)) for part in module.modules())  # type: ignore[arg-type]
     }
     outer = {parent for name in candidates for parent in _parents(name)}
-    inner = {name: module for name, module in candidates.items() if name not in outer}
-    return mapping_to_themselves(model, inner, hidden_size)
+    return _shape_preserving({name: m for name, m in candidates.items() if name not in outer}, hidden_size)
 
 
 def _has_stacked_weights(module: nn.Module) -> bool:
-    """Whether a module itself has a weight of several matrices, as experts have."""
+    """Whether the module itself has a weight of three dimensions, as experts do."""
     return any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None)
 
 
 @functools.lru_cache(maxsize=1024)
-def _asks_for_counts(cls: type[nn.Module]) -> bool:
-    """Whether a method of a model's class takes a tensor's values into Python."""
+def _reads_values(cls: type[nn.Module]) -> bool:
+    """Whether a method of the class takes a tensor's values into Python."""
     return any(
-        _COUNTING & set(code.co_names)
+        _READS_VALUES & set(code.co_names)
         for base in cls.__mro__
         if not base.__module__.startswith("torch.")
         for function in vars(base).values()
@@ -281,25 +247,24 @@ def _asks_for_counts(cls: type[nn.Module]) -> bool:
 
 
 def give_attention_functions(model: PreTrainedModel) -> None:
-    """Let each attention layer keep the function that `glowplug::attention` runs for it.
+    """Store in each attention layer the function that `glowplug::attention` runs for it.
 
     Raises:
-        CaptureError: one's function can't be told.
+        CaptureError: a layer's function can't be found.
     """
     for name, layer in attention_layers(model).items():
-        config = getattr(layer, "config", model.config)
-        function = attention_function(layer, config._attn_implementation_internal)
+        implementation = getattr(layer, "config", model.config)._attn_implementation_internal
+        if implementation in ALL_ATTENTION_FUNCTIONS:
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
+        else:
+            forward = inspect.unwrap(type(layer).forward)
+            function = getattr(forward, "__globals__", {}).get("eager_attention_forward")
         if function is None:
             raise CaptureError(f"{name} runs an attention function that glowplug can't find")
         object.__setattr__(layer, ATTENTION_FN_ATTR, function)
 
 
 def stack_of(model: nn.Module, read: Collection[str] | None = None) -> LayerStack | None:
-    """The stack of a transformers model: each of its layers mixes tokens.
-
-    Args:
-        model: the model.
-        read: see `glowplug.layers.kinds.tell_apart`.
-    """
+    """The stack of the layers that hold the token mixers; for `read` see `glowplug.layers.kinds.tell_apart`."""
     config: Any = model.config
     return find_stack(model, list(token_mixers(model).values()), config.get_text_config(), read)

@@ -1,9 +1,9 @@
-"""What traces see in the place of the forward of modules that they can't follow, and which modules those are: a token
-mixer becomes a call of `glowplug::mixer`, a rotary embedding whose tables change with the length of the sequence
-(`dynamic`, `longrope`) one of `glowplug::rotary`. Checked on transformers 5.17 and 5.23.
+"""Replaces the forward of modules that a trace can't follow: a token mixer becomes a call of `glowplug::mixer`, and a
+rotary embedding whose tables change with the length of the sequence (`dynamic`, `longrope`) a call of
+`glowplug::rotary`. Checked on transformers 5.17 and 5.23.
 
-Such a rotary module asks in Python for the largest position, and keeps what it worked out: no trace can hold that. It
-runs whole, as in eager; so whatever it holds is always followed.
+Such a rotary embedding reads the largest position in Python and keeps the tables that it computes, which no trace can
+represent. It runs eagerly as a whole, and its state is always up to date.
 """
 
 from __future__ import annotations
@@ -31,56 +31,53 @@ from glowplug.ops.rotary import Form, rotary, tables_of
 
 @functools.lru_cache(maxsize=256)
 def mixer_entry(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward that stands in for that of a class of mixers.
+    """The forward that a trace sees in mixers of a class.
 
-    Of a tuple of outputs the second is given as None, as attention weights are when nobody asked for them. A tensor
-    behind it (what sparse attention chose, for the next layer) is handed on from op to op, and never computed with.
+    If the mixer returns a tuple, the second output is None, like attention weights that nobody asked for. A tensor
+    after it (the choice of sparse attention, for the next layer) is passed from op to op, and nothing computes with it.
     """
     names = tuple(name for name in inspect.signature(cls.forward).parameters if name not in ("self", "kwargs", "args"))
     try:
         further = _further_outputs(cls)
     except CaptureError as exc:
-        return _refusal(str(exc))
+        reason = str(exc)
+
+        def refuse(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            raise CaptureError(reason)  # only if it is traced: a nested mixer runs inside the outer one
+
+        return refuse
 
     def entry(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False))
-        given.update(kwargs)
-        if "hidden_states" not in given:
+        arguments = dict(zip(names, args, strict=False))
+        arguments.update(kwargs)
+        if "hidden_states" not in arguments:
             raise CaptureError(f"the forward of {cls.__name__} takes no hidden_states")
-        hidden_states, mask = given.pop("hidden_states"), given.get("attention_mask")
+        hidden_states, mask = arguments.pop("hidden_states"), arguments.get("attention_mask")
         if isinstance(mask, Tensor):
-            del given["attention_mask"]
+            del arguments["attention_mask"]
         else:
-            mask = None  # several masks are tensors among others
-        tensors, options = encode(given, Cache)
+            mask = None  # several masks stay among the other arguments
+        tensors, options = encode(arguments, Cache)
         if further is None:
             return mixer(layer, hidden_states, mask, tensors, options)
         if not any(further):
             return (mixer(layer, hidden_states, mask, tensors, options), *(None for _ in further))
-        output, handed = mixer_handing_on(layer, hidden_states, mask, tensors, options, further.index(True) + 1)
-        return (output, *(handed if is_tensor else None for is_tensor in further))
+        output, passed_on = mixer_handing_on(layer, hidden_states, mask, tensors, options, further.index(True) + 1)
+        return (output, *(passed_on if is_tensor else None for is_tensor in further))
 
     return entry
 
 
-def _refusal(reason: str) -> Callable[..., Any]:
-    """A forward that can't be traced. It may never be: a mixer inside of another runs with that one."""
-
-    def refuse(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(reason)
-
-    return refuse
-
-
 def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:
-    """Of each output behind the first, whether it is a tensor to hand on; None when the forward gives only one."""
+    """For each output after the first, whether it is a tensor to pass on; None if there is only one output."""
     try:
         annotation = typing.get_type_hints(cls.forward).get("return")
     except (NameError, TypeError):
         annotation = None
-    choices = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    found = next((choice for choice in choices if typing.get_origin(choice) is tuple), None)
-    if found is None:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    choices = typing.get_args(annotation) if is_union else (annotation,)
+    tuple_type = next((choice for choice in choices if typing.get_origin(choice) is tuple), None)
+    if tuple_type is None:
         if inspect.signature(cls.forward).return_annotation is inspect.Signature.empty:
             returned = _returned(cls, 0)
             if returned > 1:
@@ -88,7 +85,7 @@ def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:
             return (False,) * returned or None
         text = str(inspect.signature(cls.forward).return_annotation).lower()
         return (False,) if "tuple" in text else None
-    outputs = typing.get_args(found)[1:]
+    outputs = typing.get_args(tuple_type)[1:]
     if not outputs or Ellipsis in outputs:
         return (False,)
     further = (False, *("Tensor" in str(output) for output in outputs[1:]))
@@ -99,7 +96,7 @@ def _further_outputs(cls: type[nn.Module]) -> tuple[bool, ...] | None:
 
 
 def _returned(cls: type[nn.Module], annotated: int) -> int:
-    """How many outputs behind the first a forward's source returns, where its annotation has more."""
+    """How many outputs after the first the source of the forward returns; `annotated` if that is unclear."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     except (OSError, TypeError, SyntaxError):
@@ -109,14 +106,12 @@ def _returned(cls: type[nn.Module], annotated: int) -> int:
     return counts.pop() if len(counts) == 1 else annotated
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
 _UPDATES = "transformers.modeling_rope_utils"
-"""Where the decorator lives that rebuilds a module's tables: `dynamic_rope_update`."""
+"""The module of `dynamic_rope_update`, the decorator that rebuilds a rotary embedding's tables."""
 _HIDDEN = 4
 _DTYPES = (torch.float32, torch.bfloat16)
+_SHAPES = ((2, 5), (3, 2, 5))
+"""Shapes of positions: `[batch, tokens]`, and the same for each of time, height and width."""
 
 
 def rotary_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,20 +119,14 @@ def rotary_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if any(map(_changes, rope_types(module))) and _is_decorated(type(module))  # type: ignore[arg-type]
+        if any("dynamic" in rope or rope == "longrope" for rope in rope_types(module)) and _is_decorated(type(module))  # type: ignore[arg-type]
     }
 
 
 def rope_types(module: nn.Module) -> tuple[str, ...]:
-    """A rotary module's kinds of rope: one, or one for each type of layers."""
-    found = module.__dict__.get("rope_type")
-    types = tuple(found.values()) if isinstance(found, Mapping) else (found,)
-    return tuple(kind for kind in types if isinstance(kind, str))
-
-
-def _changes(kind: str) -> bool:
-    """Whether transformers rebuilds tables of this kind, as `dynamic_rope_update` tells it."""
-    return "dynamic" in kind or kind == "longrope"
+    """The types of a module's rotary tables: one, or one for each layer type."""
+    types = module.__dict__.get("rope_type")
+    return tuple(rope for rope in (types.values() if isinstance(types, Mapping) else (types,)) if isinstance(rope, str))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,7 +140,7 @@ def _is_decorated(cls: type[nn.Module]) -> bool:
 
 
 def rotary_entry(module: nn.Module) -> Callable[..., Any]:
-    """What a trace sees in the place of the module's forward."""
+    """The forward that a trace sees in a rotary embedding."""
     forms = _forms(module)
     texts = {key: form.to_text() for key, form in forms.items()}
     several = {key: form.several for key, form in forms.items()}
@@ -168,15 +157,11 @@ def rotary_entry(module: nn.Module) -> Callable[..., Any]:
 
 
 def _forms(module: nn.Module) -> dict[tuple[str | None, int], Form]:
-    """What the module gives, by type of layers and number of the positions' dims, as a few short runs of it tell."""
-    given = module.__dict__.get("rope_type")
-    types: tuple[str | None, ...] = tuple(given) if isinstance(given, Mapping) else (None,)
-    asked = {(layer_type, len(shape)): _form(module, layer_type, shape) for layer_type in types for shape in _SHAPES}
-    return {key: form for key, form in asked.items() if form is not None}
-
-
-_SHAPES = ((2, 5), (3, 2, 5))
-"""Of positions: `[batch, tokens]`, and those for time, height and width, one below the other."""
+    """Runs the module to find the form of its output by layer type and number of dims of the positions."""
+    rope_type = module.__dict__.get("rope_type")
+    layer_types: tuple[str | None, ...] = tuple(rope_type) if isinstance(rope_type, Mapping) else (None,)
+    forms = {(name, len(shape)): _form(module, name, shape) for name in layer_types for shape in _SHAPES}
+    return {key: form for key, form in forms.items() if form is not None}
 
 
 def _form(module: nn.Module, layer_type: str | None, shape: tuple[int, ...]) -> Form | None:
@@ -188,29 +173,29 @@ def _form(module: nn.Module, layer_type: str | None, shape: tuple[int, ...]) -> 
             with torch.no_grad():
                 x = torch.zeros(*shape[-2:], _HIDDEN, dtype=dtype)
                 outputs.append(_stand_in(module).forward(x, positions, **kwargs))
-        except Exception:  # whatever a module says to positions of a form that it does not know
+        except Exception:  # the module does not take positions of this shape
             return None
-    found = [tables_of(output) for output in outputs]
-    if found[0] is None or found[1] is None or len({table.shape[:-1] for table in found[0]}) != 1:
+    first, second = map(tables_of, outputs)
+    if first is None or second is None or len({table.shape[:-1] for table in first}) != 1:
         return None
-    lead = tuple(found[0][0].shape[:-1])
+    lead = tuple(first[0].shape[:-1])
     if lead != shape[len(shape) - len(lead) :]:
         return None
     tables = tuple(
         (int(one.shape[-1]), None if one.dtype != other.dtype else str(one.dtype).removeprefix("torch."))
-        for one, other in zip(*found, strict=True)
+        for one, other in zip(first, second, strict=True)
     )
     return Form(layer_type, len(shape) - len(lead), tables, isinstance(outputs[0], tuple))
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A copy with tables of zeros, on the CPU, whose state is its own: the module may be without memory."""
-    made = shallow_copy(module)
-    made.__dict__.update({name: _zeros(value) for name, value in module.__dict__.items() if name != "_modules"})
-    made.__dict__.pop("forward", None)
-    made.__dict__["_buffers"] = {name: _zeros(value) for name, value in module._buffers.items()}
-    made.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    return made
+    """A copy on the CPU with a state of its own and zeros for tables, as the module's tensors may be fake."""
+    copied = shallow_copy(module)
+    copied.__dict__.update({name: _zeros(value) for name, value in module.__dict__.items() if name != "_modules"})
+    copied.__dict__.pop("forward", None)
+    copied.__dict__["_buffers"] = {name: _zeros(value) for name, value in module._buffers.items()}
+    copied.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    return copied
 
 
 def _zeros(value: Any) -> Any:
@@ -219,13 +204,13 @@ def _zeros(value: Any) -> Any:
 
 @contextlib.contextmanager
 def rotary_state_kept(model: nn.Module) -> Iterator[None]:
-    """At the end, give the model's rotary embeddings back what they had worked out: a comparison leaves no mark."""
-    kept = [(module, _state(module)) for module in rotary_layers(model).values()]
+    """Restore the state of the model's rotary embeddings afterwards, so that a comparison leaves no trace in them."""
+    states = [(module, _state(module)) for module in rotary_layers(model).values()]
     try:
         yield
     finally:
-        for module, (attributes, buffers, values) in kept:
-            with torch.inference_mode():  # it lets tensors of either mode be written to
+        for module, (attributes, buffers, values) in states:
+            with torch.inference_mode():  # here, inference tensors and normal ones can both be written to
                 for tensor, value in values:
                     tensor.copy_(value)
             module._buffers.clear()

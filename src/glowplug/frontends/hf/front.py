@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from glowplug.bodies import CallForm, Forms, Group, read_forms
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import ArtifactError, NotStampableError
+from glowplug.errors import ArtifactError, NotServableError, NotStampableError
 from glowplug.front import Rung, Target
 from glowplug.frontends.hf import cases, discover, trace
 from glowplug.frontends.hf.bodies import body_groups
@@ -39,8 +39,10 @@ from glowplug.options import Options
 from glowplug.program import Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.ready import Ready
+from glowplug.ready import run_program
 from glowplug.report import Report
+from glowplug.runtime.fitness import unfit
+from glowplug.start import Candidate
 from glowplug.store.address import class_modules, sources_of
 from glowplug.verify.check import Agree, Case, why_wrong
 
@@ -81,7 +83,7 @@ class HfFrontEnd:
         """See `FrontEnd.unfit`."""
         model = self.model
         if self.own is not None:
-            return (
+            return unfit(model) or (
                 f"before it was compiled the model was given a forward of its own ({_name(self.own)}), which runs as "
                 "it is; compile the model first, then wrap model.forward"
             )
@@ -136,7 +138,7 @@ class HfFrontEnd:
     @property
     def experts(self) -> str:
         """See `FrontEnd.experts`."""
-        return self.plan.kind
+        return self.plan.mode
 
     @functools.cached_property
     def plan(self) -> discover.ExpertsPlan:
@@ -244,39 +246,36 @@ class HfFrontEnd:
     # -- checking ---------------------------------------------------------------------------------------------
 
     def compare(
-        self,
-        ready: Ready,
-        graphs: Program | None,
-        call: HfCall,
-        registry: LayerRegistry,
-        agree: Agree | None,
-        *,
-        glance: bool,
-        check_order: bool,
-    ) -> str | None:
+        self, candidate: Candidate, call: HfCall, registry: LayerRegistry, agree: Agree | None, *, check_order: bool
+    ) -> tuple[str | None, type[ModelOutput]]:
         """See `FrontEnd.compare`."""
+        outputs: list[type[ModelOutput]] = [candidate.returns]
         if self.options.verify == "off":
-            return None
-        with rotary_state_kept(self.model):
-            made = self._cases(ready, call, registry, cases.GLANCE if glance else cases.CLASSES, check_order)
-            return why_wrong(ready.program, graphs, made, agree)
-
-    def _cases(
-        self, ready: Ready, call: HfCall, registry: LayerRegistry, classes: cases.Classes, check_order: bool
-    ) -> Iterator[Case]:
+            return None, outputs[-1]
+        graphs = candidate.graphs()
+        classes = cases.GLANCE if candidate.proved else cases.CLASSES
         # Positions of several axes are given; what a model makes of a call without them, it is asked beforehand.
-        asked = classes is cases.CLASSES and not call.signature.position_lead
-        unsaid = asked and self.positions.found.unmasked is not None
-        for model, steps in cases.sequences(self.model, call, classes, unsaid=unsaid):
-            cache = new_cache(model)
-            for step in steps:
-                ready.returns = type(step.output)
+        asks = not candidate.proved and not call.signature.position_lead
 
-                def run(program: Program, step: cases.Step = step, cache: Any = cache) -> Any:
-                    one = replace(step.call, cache=cache, return_tuple=False)
-                    return ready.run_alone(one, program, ForwardContext(registry, cache, check_order)).logits
+        def compared() -> Iterator[Case]:
+            bare = asks and self.positions.rules.unmasked is not None
+            for model, steps in cases.sequences(self.model, call, classes, bare=bare):
+                cache = new_cache(model)
+                for step in steps:
+                    outputs.append(type(step.output))
+                    one = replace(step.call, cache=cache)
+                    run = functools.partial(self._logits, one, registry, check_order)
+                    yield Case(step.what, step.output.logits, run)
 
-                yield Case(step.what, step.output.logits, run)
+        with rotary_state_kept(self.model):
+            reason = why_wrong(candidate.program, graphs, compared(), agree)
+        return reason, outputs[-1]
+
+    def _logits(self, call: HfCall, registry: LayerRegistry, check_order: bool, program: Program) -> Any:
+        missing = self.missing(program.arguments, call)
+        if missing is not None:
+            raise NotServableError(missing)
+        return run_program(self, program, call, ForwardContext(registry, call.cache, check_order))[0]
 
     # -- the store --------------------------------------------------------------------------------------------
 
@@ -290,14 +289,13 @@ class HfFrontEnd:
             "call": repr(replace(signature, device=torch.device(signature.device.type))),
             "number of the device": signature.device.index or 0,  # pieces hold the device that they run on
             "processes": world_text(self.processes),
-            "experts": [plan.kind, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
+            "experts": [plan.mode, plan.implementation, sorted(plan.blocks), sorted(plan.routed)],
         }
 
-    def to_record(self, ready: Ready, forms: Forms) -> dict[str, Any]:
+    def to_record(self, returns: type[ModelOutput], forms: Forms) -> dict[str, Any]:
         """See `FrontEnd.to_record`."""
-        output: type = ready.returns
         return {
-            "output": f"{output.__module__}:{output.__qualname__}",
+            "output": f"{returns.__module__}:{returns.__qualname__}",
             "forms": {name: form.to_facts() if form is not None else None for name, form in forms.items()},
         }
 

@@ -1,5 +1,5 @@
-"""glowplug's entries in transformers' attention and experts interfaces, and the switch that puts them in force in what
-is to be captured. Checked on transformers 5.17 and 5.23.
+"""Registers glowplug with transformers' attention and experts interfaces, and routes the copy of a model that is traced
+through glowplug's ops. Checked on transformers 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from glowplug.ops.moe import moe_forward, moe_forward_shared
 def _attention_entry(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention function that traces see: hands everything to `glowplug::attention`."""
+    """The attention function that traces see."""
     tensors, options = encode(kwargs)
     return attention(module, query, key, value, attention_mask, tensors, options), None
 
 
 def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts function that traces see when experts are opaque."""
+    """The experts function that traces see if experts are opaque."""
     return moe_forward(module, hidden_states, top_k_index, top_k_weights)
 
 
@@ -53,20 +53,18 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
 
 
 class CaptureCache(Cache):
-    """The cache that a trace sees: updates become `glowplug::kv_cache_update`, lengths become symbolic sizes. Any
-    other question can't be answered without running the model, and makes the model fall back.
+    """The cache that a trace sees: updates become `glowplug::kv_cache_update`, lengths become symbolic sizes. Nothing
+    else is known without running the model, so any other access makes the capture fail.
 
     Args:
         layers: layer index -> attention module.
-        extent: `[kv_tokens]`, its dim dynamic: stands for the length of what an update returns.
-        past: `[past_tokens]`, its dim dynamic: stands for the length of the cache before the step.
-        padding: the mask that the model makes all others of inside the trace, `[batch, kv_tokens]`; None where they are
+        extent: `[kv_tokens]`, dynamic; its size is the length of what an update returns.
+        past: `[past_tokens]`, dynamic; its size is the length of the cache before the step.
+        padding: the mask of which the model makes all others inside the trace, `[batch, kv_tokens]`; None if they are
             made outside.
     """
 
-    def __init__(
-        self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
-    ) -> None:
+    def __init__(self, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None) -> None:
         self.layers: Any = _NoLayers()
         self.attention_layers = layers
         self.extent = extent
@@ -74,7 +72,7 @@ class CaptureCache(Cache):
         self.padding = padding
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Trace the update of one layer."""
+        """Trace the update of a layer."""
         if layer_idx not in self.attention_layers:
             raise CaptureError("a layer that glowplug does not know for attention writes to the cache")
         return kv_cache_update(self.attention_layers[layer_idx], key_states, value_states, self.extent)
@@ -84,28 +82,25 @@ class CaptureCache(Cache):
         return self.past.shape[0]
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> Any:
-        """The symbolic length of what each layer attends to, where masks are not made outside the program."""
+        """The symbolic length of what each layer attends to, if the model makes its masks inside the trace."""
         if self.padding is None:
             raise CaptureError("the model asks the cache for mask sizes inside its forward")
         return self.padding.shape[1], 0
 
 
-def capture_cache(
-    model: nn.Module, layers: dict[int, nn.Module], extent: Tensor, past: Tensor, padding: Tensor | None = None
-) -> CaptureCache:
-    """A `CaptureCache` for a model; of the model's own class of caches as well, if it has one and asks for it."""
+def capture_cache_class(model: nn.Module) -> type[CaptureCache]:
+    """The `CaptureCache` for a model; also a subclass of the cache class that the model defines, if any."""
     own = own_cache_class(model)
-    made = CaptureCache if own is None else _capturing(own)  # type: ignore[arg-type]
-    return made(layers, extent, past, padding)
+    return CaptureCache if own is None else _capture_subclass(own)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
-def _capturing(own: type[Cache]) -> type[CaptureCache]:
+def _capture_subclass(own: type[Cache]) -> type[CaptureCache]:
     return type(f"Capture{own.__name__}", (CaptureCache, own), {})
 
 
 class _NoLayers:
-    """The layers of the cache that a trace sees: none to go over, and none to read or write."""
+    """The layers of a `CaptureCache`: there is none to iterate over, and none to read or write."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -118,13 +113,13 @@ class _NoLayers:
 
 
 def put_in_force(shadow: Shadow, plan: ExpertsPlan, *, whole: bool = False) -> None:
-    """Route attention, and experts, of what is to be captured through glowplug's ops.
+    """Route attention, mixers, experts and distributed modules of the model to be traced through glowplug's ops.
 
     Args:
-        shadow: of the model that is to be captured.
-        plan: what happens to its experts.
-        whole: run attention modules whole, behind `glowplug::mixer`: for a model that computes with its masks or its
-            cache inside them.
+        shadow: a copy of the model.
+        plan: how the trace treats its experts.
+        whole: run attention modules as a whole, behind `glowplug::mixer`: for a model that computes with its masks or
+            its cache inside them.
 
     Raises:
         CaptureError: a module that is distributed over processes can't be traced.
@@ -139,12 +134,8 @@ def put_in_force(shadow: Shadow, plan: ExpertsPlan, *, whole: bool = False) -> N
         _set_forward(block, _block_entry)
     for layer in routed.values():
         _set_forward(layer, _routed_entry)
-    opaque = [
-        *blocks.values(),
-        *routed.values(),
-        *(experts_layers(model).values() if plan.implementation == NAME else ()),
-    ]
-    for layer in opaque:  # the op calls the layer, and so its hooks
+    opaque_experts = experts_layers(model).values() if plan.implementation == NAME else ()
+    for layer in (*blocks.values(), *routed.values(), *opaque_experts):  # the op calls the layer and so its hooks
         layer.__dict__.update({table: {} for table in FORWARD_HOOKS})
     for layer in mixers.values():
         _set_forward(layer, mixer_entry(type(layer)))  # type: ignore[arg-type]
@@ -153,7 +144,7 @@ def put_in_force(shadow: Shadow, plan: ExpertsPlan, *, whole: bool = False) -> N
 
 
 def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None:
-    """Give a module a forward of its own; None: that of its class."""
+    """Replace a module's forward; None restores that of its class."""
     module.__dict__.pop("forward", None)
     if function is not None:
         object.__setattr__(module, "forward", types.MethodType(function, module))
@@ -162,11 +153,7 @@ def _set_forward(module: nn.Module, function: Callable[..., Any] | None) -> None
 def _sharded_entries(
     model: nn.Module, mixers: dict[str, nn.Module], replaced: dict[str, nn.Module]
 ) -> list[tuple[nn.Module, Callable[..., Any] | None]]:
-    """The modules that are distributed over processes, with what traces see in the place of their forward.
-
-    Raises:
-        CaptureError: one can't be traced.
-    """
+    """The distributed modules, except those in `replaced`, and the forward that traces see in each; see `entry_of`."""
     distributed = sharded_modules(model)
     for name in attention_layers(model):
         if name in distributed and name not in mixers:

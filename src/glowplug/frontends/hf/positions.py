@@ -1,5 +1,6 @@
-"""The `position_ids` that a call leaves out: each model fills them in by a rule of its own, by counting tokens or from
-its attention mask. A program takes them from outside, so the model's own forward is asked which rule it has."""
+"""The `position_ids` that a call leaves out. A program takes them as an argument. Models fill them in by different
+rules, by counting tokens or from the attention mask; running the model's own forward shows which rule it has.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from glowplug.program.template import Template
 from glowplug.verify.closeness import EXACT, distance
 
 Rule = Callable[[Tensor, Any, int], Tensor]
-"""`rule(mask, seen, tokens)`: positions, `[batch or 1, tokens]`, of a step's tokens after those seen."""
+"""`rule(mask, seen, tokens)`: positions `[batch or 1, tokens]` of a step after `seen` tokens."""
 
 
 def _counted(mask: Tensor, seen: Any, tokens: int) -> Tensor:
@@ -30,7 +31,7 @@ def _counted(mask: Tensor, seen: Any, tokens: int) -> Tensor:
 
 def _from_mask(mask: Tensor, seen: Any, tokens: int, at_padding: int | None) -> Tensor:
     positions: Tensor = mask.cumsum(dim=1)
-    if at_padding is None:  # padding is then before the first token
+    if at_padding is None:  # padding gets -1
         return (positions * mask - 1).long()[:, seen:]
     return (positions.long() - 1).masked_fill(mask == 0, at_padding)[:, seen:]
 
@@ -42,21 +43,21 @@ RULES: dict[str, Rule] = {
     "from the mask, 0 at padding": lambda mask, seen, tokens: _from_mask(mask, seen, tokens, 0),
     "from the mask, 1 at padding": lambda mask, seen, tokens: _from_mask(mask, seen, tokens, 1),
 }
-"""The rules that models have, the most common first."""
+"""The rules of transformers' models, the most common first."""
 _UNMASKED = ("counted", "counted anew")
-"""Those for calls without a mask."""
+"""The rules that need no mask."""
 
 _STEPS = (5, 2)
-"""Tokens of each step of the calls that a model is asked with."""
+"""Tokens of each step of the calls by which a model's rules are found."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a model does with a call without positions.
+class PositionRules:
+    """Names of the rules by which a model fills in missing positions; None for a rule that glowplug does not know.
 
     Attributes:
-        unmasked: how it fills positions in when there is no mask; None for a way that glowplug does not know.
-        masked: the same when there is one.
+        unmasked: the rule for calls without a mask.
+        masked: the rule for calls with one.
     """
 
     unmasked: str | None
@@ -67,29 +68,22 @@ class Positions:
     """Fills in the positions that calls of a model leave out.
 
     Args:
-        model: the model; its forward is run when it is first asked for its rule.
-        agree: of a model that several processes run together: makes what one finds the finding of all.
+        model: the model; its forward runs when its rules are first needed.
+        agree: if several processes run the model together, makes one process's result that of all.
     """
 
     def __init__(self, model: PreTrainedModel, agree: Callable[[str | None], str | None] | None = None) -> None:
         self.model = model
         self._agree = agree
-        self._found: _Found | None = None
-
-    @property
-    def found(self) -> _Found:
-        """The model's rule."""
-        if self._found is None:
-            self._found = self._ask()
-        return self._found
+        self._rules: PositionRules | None = None
 
     def fill(self, call: HfCall) -> Tensor | str:
-        """The positions that the model would give a call, `[batch, tokens]`; or why they can't be told."""
+        """The positions that the model would give a call, `[batch, tokens]`, or the reason why they are not known."""
         batch, tokens = call.inputs.shape[:2]
         seen = seen_tokens(call.cache)
         if seen is None:
             return "the cache can't say how many tokens it holds; pass position_ids"
-        rule = self.found.unmasked if call.padding is None else self.found.masked
+        rule = self.rules.unmasked if call.padding is None else self.rules.masked
         if rule is None:
             return "this model works out missing position_ids in a way of its own; pass position_ids"
         mask = call.inputs if rule in _UNMASKED else call.padding
@@ -100,25 +94,32 @@ class Positions:
             return "the attention mask is not as long as the cache and the call's tokens together"
         return filled.contiguous()
 
-    def _ask(self) -> _Found:
-        """Ask a part of the model that has every kind of its layers, as what is worked out before the layers does not
-        depend on their number; the whole model where that part can't run."""
-        found = _Found(None, None)
+    @property
+    def rules(self) -> PositionRules:
+        """The model's rules."""
+        if self._rules is None:
+            self._rules = self._find_rules()
+        return self._rules
+
+    def _find_rules(self) -> PositionRules:
+        """The number of layers has no influence on positions, so it is enough to run as many as show every kind. If
+        that fails, the whole model runs."""
+        rules = PositionRules(None, None)
         for model in (_part(self.model), self.model):
             try:
-                found = _rule_of(model)
+                rules = _rules_of(model)
                 break
-            except Exception:  # nor does the model's own forward take such calls, if the whole model is refused, too
+            except Exception:  # if the whole model fails, too, its own forward takes no such calls
                 continue
-        if self._agree is not None:  # what the first process found is what all did
-            told = self._agree(f"{found.unmasked}|{found.masked}") or ""
-            unmasked, _, masked = told.partition(": ")[2].partition("|")
-            found = _Found(*(name if name in RULES else None for name in (unmasked, masked)))
-        return found
+        if self._agree is not None:  # the text, with the number of the first process in front of it
+            text = self._agree(f"{rules.unmasked}|{rules.masked}") or ""
+            unmasked, _, masked = text.partition(": ")[2].partition("|")
+            rules = PositionRules(*(name if name in RULES else None for name in (unmasked, masked)))
+        return rules
 
 
 def _part(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the first layers of `model`, as many as show every kind; it shares every module and weight."""
+    """The model with only its first layers, as many as show every kind; it shares modules and weights."""
     stack = stack_of(model)
     if stack is None:
         return model
@@ -128,52 +129,47 @@ def _part(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _rule_of(model: PreTrainedModel) -> _Found:
+def _rules_of(model: PreTrainedModel) -> PositionRules:
     ids = torch.randint(
         model.config.get_text_config().vocab_size, (3, sum(_STEPS)), generator=torch.Generator().manual_seed(0)
     ).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # on the left
     mask[1, _STEPS[0] - 2 : _STEPS[0]] = 0  # on the right
-    return _Found(_rule(model, ids, None, _UNMASKED), _rule(model, ids, mask, tuple(RULES)))
+    return PositionRules(_rule(model, ids, None, _UNMASKED), _rule(model, ids, mask, tuple(RULES)))
 
 
 def _rule(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, names: tuple[str, ...]) -> str | None:
-    """The rule that gives a model the logits which it gives without positions."""
+    """The rule whose positions give the same logits as none at all."""
     own = _logits(model, ids, mask, None)
-    apart: dict[str, float] = {}
+    distances: dict[str, float] = {}
     for name in names:
-        apart[name] = _apart(own, _logits(model, ids, mask, name))
-        if apart[name] == 0:
+        distances[name] = _distance(own, _logits(model, ids, mask, name))
+        if distances[name] == 0:
             break
-    best = min(apart, key=lambda name: apart[name])
-    return best if apart[best] <= EXACT.of(model.dtype) else None
+    best = min(distances, key=lambda name: distances[name])
+    return best if distances[best] <= EXACT.of(model.dtype) else None
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:
-    """The logits of each step of some sequences, their positions filled in by a rule; by the model itself, if None."""
-    with rotary_state_kept(model):  # of a rope whose tables change with the length each run is the first
-        return _steps(model, ids, mask, rule)
-
-
-def _steps(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, rule: str | None) -> list[Tensor]:
+    """The logits of each step, with positions by a rule; by the model itself if the rule is None."""
     cache = new_cache(model)
-    found, seen = [], 0
-    for tokens in _STEPS:
-        stop = seen + tokens
-        kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask[:, :stop]}
-        if rule is not None:
-            kwargs["position_ids"] = RULES[rule](mask[:, :stop] if mask is not None else ids, seen, tokens).expand(
-                len(ids), -1
-            )
-        kwargs[cache_argument(model)] = cache
-        found.append(type(model).forward(model, input_ids=ids[:, seen:stop], use_cache=True, **kwargs).logits)
-        seen = stop
-    return found
+    logits, seen = [], 0
+    with rotary_state_kept(model):  # each run starts with the same tables
+        for tokens in _STEPS:
+            stop = seen + tokens
+            kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask[:, :stop]}
+            if rule is not None:
+                positions = RULES[rule](mask[:, :stop] if mask is not None else ids, seen, tokens)
+                kwargs["position_ids"] = positions.expand(len(ids), -1)
+            kwargs[cache_argument(model)] = cache
+            logits.append(type(model).forward(model, input_ids=ids[:, seen:stop], use_cache=True, **kwargs).logits)
+            seen = stop
+    return logits
 
 
-def _apart(own: list[Tensor], filled: list[Tensor]) -> float:
-    """How far logits are apart; infinitely where one is no number and the other is."""
+def _distance(own: list[Tensor], filled: list[Tensor]) -> float:
+    """The largest distance between logits; infinite if NaNs are in different places."""
     if any(not torch.equal(a.isnan(), b.isnan()) for a, b in zip(own, filled, strict=True)):
         return math.inf
     return max(distance(b.nan_to_num(), a.nan_to_num()) for a, b in zip(own, filled, strict=True))

@@ -1,4 +1,4 @@
-"""What is traced of a transformers model: its forward as a function of tensors; and what a program reads of a call."""
+"""Turns a transformers model's forward into a function of tensors, and reads a program's arguments from a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glowplug.errors import CaptureError
 from glowplug.front import Rung, Target
 from glowplug.frontends.hf import patch
 from glowplug.frontends.hf.caches import mask_at, mask_extent, mask_sources, seen_tokens, stand_ins, takes_padding
-from glowplug.frontends.hf.calls import HfCall, Signature, cache_argument
+from glowplug.frontends.hf.calls import HfCall, cache_argument
 from glowplug.frontends.hf.discover import ExpertsPlan, attention_layers, give_attention_functions
 from glowplug.frontends.hf.positions import Positions
 from glowplug.graph.capture import Captured
@@ -22,23 +22,23 @@ from glowplug.graph.stamp import reads
 from glowplug.ops.attention import layer_index
 
 CUT, WHOLE, OWN_MASKS = WAYS = ("cut", "whole", "own masks")
-"""How a trace sees attention: cut out of its layers; as whole modules; or as whole modules that get masks which the
-model makes inside the trace, of one that says what is padding."""
+"""How a trace sees attention: cut out of its modules, as whole modules, or as whole modules with masks that the model
+makes inside the trace from the padding mask."""
 
 _BATCH, _TOKENS, _KEPT, _EXTENT, _PAST_TOKENS = 2, 8, 5, 11, 3
-"""Sizes of the capture: at least 2 and all different, so that none is taken for another."""
+"""Sizes of the capture: all at least 2, and all different, so that Dynamo does not equate them."""
 
 _MASK_AT = {"glowplug::attention": 4, "glowplug::mixer": 2, "glowplug::mixer_handing_on": 2}
-"""Which argument of an op is the mask."""
+"""The position of an op's mask among its arguments."""
 _HANDING_ON = "glowplug::mixer_handing_on"
 _MIXERS = frozenset({"glowplug::mixer", _HANDING_ON})
 
 INPUTS, POSITIONS, KEEP = "L['inputs']", "L['position_ids']", "L['keep']"
 PADDING = "L['cache'].padding"
-"""Source of the mask that a model makes all others of inside its trace."""
+"""The source of the padding mask from which a model makes its masks inside the trace."""
 _PAST = "L['cache'].past"
 _VARYING = frozenset({INPUTS, POSITIONS, KEEP, PADDING})
-"""Sources of the tensors that change from call to call, besides masks."""
+"""The sources of the tensors whose sizes vary from call to call, except masks."""
 
 
 def target(model: nn.Module, call: HfCall, rung: Rung, plan: ExpertsPlan) -> Target:
@@ -46,12 +46,12 @@ def target(model: nn.Module, call: HfCall, rung: Rung, plan: ExpertsPlan) -> Tar
 
     Args:
         model: the model, or a short model of its template.
-        call: a call that the program is to serve.
+        call: a call for which the program is made.
         rung: how the trace sees attention.
-        plan: what happens to the experts.
+        plan: how the trace treats the experts.
 
     Raises:
-        CaptureError: no function fits the call.
+        CaptureError: the model can't be traced for this call.
     """
     own_masks = rung.way == OWN_MASKS
     if rung.way == CUT:
@@ -72,13 +72,13 @@ def target(model: nn.Module, call: HfCall, rung: Rung, plan: ExpertsPlan) -> Tar
 
 
 def masks_of(call: HfCall) -> dict[str, Tensor]:
-    """Source in a trace -> mask, of a call's masks that there are."""
+    """Source in a trace -> mask, for those masks of a call that are not None."""
     pairs = ((source, mask_at(call.masks, key)) for source, key in mask_sources(call.masks).items())
     return {source: mask for source, mask in pairs if mask is not None}
 
 
 def _is_size(source: str) -> bool:
-    """Whether a source is of a size that a call gives."""
+    """Whether a source is a size that a call determines."""
     size = size_of(source)
     return size is not None and size[0] in {*_VARYING, _PAST}
 
@@ -88,56 +88,48 @@ def _example(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The function to trace, and its example arguments."""
     signature, device = call.signature, call.inputs.device
-    inputs = _inputs(signature, call, device)
+    tail = (call.inputs.shape[-1],) if signature.embeds else ()
+    inputs = torch.zeros(_BATCH, _TOKENS, *tail, dtype=signature.dtype, device=device)
+    torch._dynamo.mark_dynamic(inputs, (0, 1))
     lead = signature.position_lead
     positions = torch.arange(_TOKENS, device=device).expand(*lead, _BATCH, _TOKENS).contiguous()
-    torch._dynamo.mark_dynamic(positions, len(lead))
-    torch._dynamo.mark_dynamic(positions, len(lead) + 1)
+    torch._dynamo.mark_dynamic(positions, (len(lead), len(lead) + 1))
     keep = torch.arange(_KEPT, device=device) if signature.keeps else None
     extent, past = torch.empty(_EXTENT, device=device), torch.empty(_PAST_TOKENS, device=device)
-    for tensor in (extent, past, *((keep,) if keep is not None else ())):
-        torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in (extent, past, keep):
+        if tensor is not None:
+            torch._dynamo.mark_dynamic(tensor, 0)
     states, padding = takes_padding(model), None
     if own_masks:
         padding = torch.ones(_BATCH, _TOKENS if states else _EXTENT, dtype=torch.long, device=device)
-        torch._dynamo.mark_dynamic(padding, 0)
-        torch._dynamo.mark_dynamic(padding, 1)
-    cache = patch.capture_cache(model, layers, extent, past, padding)
+        torch._dynamo.mark_dynamic(padding, (0, 1))
+    cache = patch.capture_cache_class(model)(layers, extent, past, padding)
     masks = None if own_masks else stand_ins(model, call.masks, _BATCH, _TOKENS, device)
     names = ("inputs_embeds" if signature.embeds else "input_ids", cache_argument(model), states)
     return _forward, (model, inputs, positions, masks, cache, keep, names)
 
 
-def _inputs(signature: Signature, call: HfCall, device: torch.device) -> Tensor:
-    tail = (call.inputs.shape[-1],) if signature.embeds else ()
-    made = torch.zeros(_BATCH, _TOKENS, *tail, dtype=signature.dtype, device=device)
-    torch._dynamo.mark_dynamic(made, 0)
-    torch._dynamo.mark_dynamic(made, 1)
-    return made
-
-
 def _forward(
     model: Any, inputs: Tensor, position_ids: Tensor, masks: Any, cache: Any, keep: Any, names: tuple[str, str, bool]
 ) -> Tensor:
-    given = {names[0]: inputs, names[1]: cache, "position_ids": position_ids, "use_cache": True}
-    given["attention_mask"] = cache.padding if masks is None else masks
-    if masks is None and names[2]:  # of states, masks say nothing of earlier tokens
+    arguments = {names[0]: inputs, names[1]: cache, "position_ids": position_ids, "use_cache": True}
+    arguments["attention_mask"] = cache.padding if masks is None else masks
+    if masks is None and names[2]:  # a mask over states does not cover earlier tokens
         torch._check(cache.padding.shape[1] == inputs.shape[1])
     if keep is not None:
-        given["logits_to_keep"] = keep
-    return type(model).forward(model, **given).logits
+        arguments["logits_to_keep"] = keep
+    return type(model).forward(model, **arguments).logits
 
 
 def _check(steps: Sequence[Step], captured: Captured, masks: Collection[str] | None) -> None:
-    """Refuse a model that computes with its masks: a program takes masks of any form, and hands them to attention. And
-    one that computes with what a layer's attention hands on to that of the next. `masks`: their sources; None where the
-    model makes them inside the trace."""
+    """Refuse a model whose pieces compute with masks, because a program passes masks of any shape on to attention, or
+    with what attention passes from layer to layer. `masks` are the sources of masks; None if the trace makes them."""
     output = next(node for node in reversed(captured.gm.graph.nodes) if node.op == "output")
-    if len(output.args[0]) != 1:  # a program would not keep them
+    if len(output.args[0]) != 1:
         raise CaptureError("the model's forward keeps tensors outside of its output, which a program would not do")
-    handed = {step.outputs[1] for step in steps if isinstance(step, OpStep) and step.op.name == _HANDING_ON}
+    passed_on = {step.outputs[1] for step in steps if isinstance(step, OpStep) and step.op.name == _HANDING_ON}
     for step in steps:
-        if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and handed & set(reads(step)):
+        if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and passed_on & set(reads(step)):
             raise CaptureError("the model computes with what its attention hands on from layer to layer")
     mask_nodes = {entry.node for entry in captured.inputs if masks and entry.source in masks}
     sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not _is_size(e.source)}
@@ -153,11 +145,11 @@ def _check(steps: Sequence[Step], captured: Captured, masks: Collection[str] | N
             raise CaptureError("the model computes with its attention mask inside its layers")
 
 
-# -- what a program reads of a call ------------------------------------------------------------------------------
+# -- the arguments of a program ----------------------------------------------------------------------------------
 
 
 def fill_in(model: nn.Module, positions: Positions, arguments: Sequence[str], call: HfCall) -> str | None:
-    """Work out what a program reads and the call does not say; or why that can't be done."""
+    """Compute the arguments that the call leaves out. Returns the reason if that fails."""
     if call.position_ids is None and _any_of(arguments, POSITIONS):
         filled = positions.fill(call)
         if isinstance(filled, str):
@@ -172,12 +164,12 @@ def fill_in(model: nn.Module, positions: Positions, arguments: Sequence[str], ca
 
 def shapes(arguments: Sequence[str], call: HfCall) -> dict[str, tuple[int, ...]]:
     """Source -> shape of each tensor of a call."""
-    found = {INPUTS: tuple(call.inputs.shape), POSITIONS: (*call.signature.position_lead, *call.inputs.shape[:2])}
+    sizes = {INPUTS: tuple(call.inputs.shape), POSITIONS: (*call.signature.position_lead, *call.inputs.shape[:2])}
     if call.keep is not None:
-        found[KEEP] = tuple(call.keep.shape)
+        sizes[KEEP] = tuple(call.keep.shape)
     if _any_of(arguments, PADDING):
-        found[PADDING] = tuple(call.padding.shape)
-    return found
+        sizes[PADDING] = tuple(call.padding.shape)
+    return sizes
 
 
 def _any_of(arguments: Sequence[str], source: str) -> bool:
@@ -185,8 +177,8 @@ def _any_of(arguments: Sequence[str], source: str) -> bool:
 
 
 def _make_padding(call: HfCall, states: bool) -> str | None:
-    """Let a call have the mask that its model makes all others of, `[batch, kv_tokens]`; or say why it can't. For
-    `states` in the place of keys, a mask says nothing of earlier tokens, and the only token of a step always counts."""
+    """Complete the call's padding mask, `[batch, kv_tokens]`. Returns the reason if that fails. If the cache holds
+    `states` instead of keys, the mask covers only the step's tokens, and a single token is never padding."""
     batch, tokens = call.inputs.shape[:2]
     mask = call.padding
     extent = tokens if states else mask_extent(call.cache, tokens)
@@ -203,7 +195,7 @@ def _make_padding(call: HfCall, states: bool) -> str | None:
 
 
 def read_inputs(arguments: Sequence[str], call: HfCall) -> list[Any]:
-    """What the sources of a program's arguments stand for in a call."""
+    """The value of each source in a call."""
     return [_READERS[source](call) if source in _READERS else _read_other(source, call) for source in arguments]
 
 
@@ -221,5 +213,5 @@ def _read_other(source: str, call: HfCall) -> Any:
         return int(seen_tokens(call.cache) or 0) if size[0] == _PAST else _READERS[size[0]](call).shape[size[1]]
     for name, key in mask_sources(call.masks).items():
         if name == source:
-            return call.masks if key is None else call.masks[key]  # type: ignore[index]
+            return mask_at(call.masks, key)
     raise KeyError(source)

@@ -1,4 +1,4 @@
-"""Reads a call of a plain module: its tensors, and everything else about it, which the program takes for fixed."""
+"""Reads a call of a plain module. A program takes the tensors as arguments; everything else about the call is fixed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class PlainCall:
-    """One call.
+    """A call, read.
 
     Attributes:
-        tensors: its tensors, in order.
-        places: for each leaf of the arguments, which of the tensors it is; None for a constant.
+        tensors: its distinct tensors, in order.
+        places: for each leaf of the arguments, the index of its tensor; None for a constant.
         constants: for each leaf, the constant; None for a tensor.
-        form: the structure of `(args, kwargs)`.
-        signature: what a program is built for: all of the above but the tensors' sizes and values.
+        structure: the tree structure of `(args, kwargs)`.
+        signature: identifies the program: all of the above except the tensors' sizes and values.
     """
 
     tensors: tuple[Tensor, ...]
     places: tuple[int | None, ...]
     constants: tuple[Any, ...]
-    form: Any
+    structure: Any
     signature: Hashable
 
     cache = None
@@ -38,12 +38,12 @@ class PlainCall:
 
     @property
     def device(self) -> torch.device:
-        """Where its first tensor is."""
+        """The device of the first tensor."""
         return self.tensors[0].device
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with other tensors in the place of this call's."""
-        args, kwargs = _unflatten(tensors, self.places, self.constants, self.form)
+        """The arguments of the call with other tensors."""
+        args, kwargs = _unflatten(tensors, self.places, self.constants, self.structure)
         return args, kwargs
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,24 +51,24 @@ class PlainCall:
         return {f"L['tensors'][{index}]": tuple(tensor.shape) for index, tensor in enumerate(self.tensors)}
 
     def value(self, source: str) -> Any:
-        """What a source stands for."""
-        found = argument(source)
-        assert found is not None
-        tensor = self.tensors[found[0]]
-        return tensor if found[1] is None else tensor.shape[found[1]]
+        """The value of a source in this call."""
+        place = argument(source)
+        assert place is not None
+        tensor, dim = self.tensors[place[0]], place[1]
+        return tensor if dim is None else tensor.shape[dim]
 
 
 def argument(source: str) -> tuple[int, int | None] | None:
-    """Which tensor of a call a source stands for, and which of its sizes; None for what no call gives."""
-    found = parse(source)
-    if found is None or found.root != "tensors" or len(found.path) != 1:
+    """(index of a call's tensor, dim if the source is a size of it); None if the source is no argument."""
+    parsed = parse(source)
+    if parsed is None or parsed.root != "tensors" or len(parsed.path) != 1:
         return None
-    return found.path[0].name, found.size
+    return parsed.path[0].name, parsed.size
 
 
 def read_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | str:
-    """Read a call; a string says why it can't be stamped."""
-    leaves, form = pytree.tree_flatten((args, dict(kwargs)))
+    """Read a call. Returns the reason as a string if it can't be stamped."""
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
     tensors: list[Tensor] = []
     places: list[int | None] = []
     constants: list[Any] = []
@@ -78,10 +78,10 @@ def read_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | 
                 return f"an argument is a {type(leaf).__name__}"
             if not leaf.is_contiguous():
                 return "an argument is not contiguous"
-            known = next((index for index, tensor in enumerate(tensors) if tensor is leaf), len(tensors))
-            if known == len(tensors):
+            place = next((index for index, tensor in enumerate(tensors) if tensor is leaf), len(tensors))
+            if place == len(tensors):
                 tensors.append(leaf)
-            places.append(known)
+            places.append(place)
             constants.append(None)
         elif isinstance(leaf, _PLAIN):
             places.append(None)
@@ -91,39 +91,39 @@ def read_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlainCall | 
     if not tensors:
         return "no argument is a tensor"
     signature = (
-        form,
+        structure,
         tuple(places),
         tuple((type(value), repr(value)) for value in constants),
         tuple((tensor.dtype, tensor.device, tensor.dim(), tensor.is_inference()) for tensor in tensors),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
     )
-    return PlainCall(tuple(tensors), tuple(places), tuple(constants), form, signature)
+    return PlainCall(tuple(tensors), tuple(places), tuple(constants), structure, signature)
 
 
 def traced_function(call: PlainCall) -> Callable[[nn.Module, list[Tensor]], tuple[Any, ...]]:
-    """The module's forward as a function of a flat list of tensors, which returns a flat tuple."""
-    places, constants, form = call.places, call.constants, call.form
+    """The module's forward as a function that takes a list of tensors and returns a flat tuple."""
+    places, constants, structure = call.places, call.constants, call.structure
 
     def run(model: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...]:
-        args, kwargs = _unflatten(tensors, places, constants, form)
+        args, kwargs = _unflatten(tensors, places, constants, structure)
         return tuple(pytree.tree_leaves(type(model).forward(model, *args, **kwargs)))
 
     return run
 
 
-def _unflatten(tensors: Sequence[Any], places: Sequence[int | None], constants: Sequence[Any], form: Any) -> Any:
-    leaves = [constants[at] if place is None else tensors[place] for at, place in enumerate(places)]
-    return pytree.tree_unflatten(leaves, form)
+def _unflatten(tensors: Sequence[Any], places: Sequence[int | None], constants: Sequence[Any], structure: Any) -> Any:
+    leaves = [constant if place is None else tensors[place] for place, constant in zip(places, constants, strict=True)]
+    return pytree.tree_unflatten(leaves, structure)
 
 
 def examples(call: PlainCall) -> list[Tensor]:
-    """The call's tensors as a capture is to see them: sizes of 2 and more may vary."""
-    made = []
+    """Copies of the call's tensors for the trace: sizes of at least 2 may vary."""
+    copies = []
     for tensor in call.tensors:
-        example = tensor.detach().clone()
-        for dim, size in enumerate(example.shape):
+        copied = tensor.detach().clone()
+        for dim, size in enumerate(copied.shape):
             if size > 1:
-                torch._dynamo.maybe_mark_dynamic(example, dim)
-        made.append(example)
-    return made
+                torch._dynamo.maybe_mark_dynamic(copied, dim)
+        copies.append(copied)
+    return copies

@@ -35,10 +35,11 @@ from glowplug.options import Options
 from glowplug.program import Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.ready import Ready
+from glowplug.ready import run_program
 from glowplug.reasons import describe_break, raised_by_tracer, why
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
+from glowplug.start import Candidate
 from glowplug.verify.check import Agree, Case, why_wrong
 
 try:
@@ -209,38 +210,30 @@ class PlainFrontEnd:
     # -- checking ---------------------------------------------------------------------------------------------
 
     def compare(
-        self,
-        ready: Ready,
-        graphs: Program | None,
-        call: PlainCall,
-        registry: LayerRegistry,
-        agree: Agree | None,
-        *,
-        glance: bool,
-        check_order: bool,
-    ) -> str | None:
+        self, candidate: Candidate, call: PlainCall, registry: LayerRegistry, agree: Agree | None, *, check_order: bool
+    ) -> tuple[str | None, Returns]:
         """See `FrontEnd.compare`: on twins of the module, as it may have a state of its own."""
+        assert candidate.traced is not None
+        built = candidate.traced.built
         expected, twin = make_twin(self.model), make_twin(self.model)
-        given, copies = ([tensor.clone() for tensor in call.tensors] for _ in range(2))
-        args, kwargs = call.rebuild(given)
+        arguments, copies = ([tensor.clone() for tensor in call.tensors] for _ in range(2))
+        args, kwargs = call.rebuild(arguments)
         with torch.no_grad(), forward_context(ForwardContext(expected.registry)):
             output = type(expected.model).forward(expected.model, *args, **kwargs)
-        ready.returns, leaves = Returns.read(output)
+        returns, leaves = Returns.read(output)
         if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise NotStampableError("the module returns something besides tensors")
-        if self.options.verify == "off" or ready.bind_to is None:
-            return None
+        if self.options.verify == "off":
+            return None, returns
 
         def run(program: Program) -> Any:
-            again = replace(call, tensors=tuple(copies))
-            with torch.no_grad(), forward_context(ForwardContext(twin.registry)):
-                outputs = list(program.run(*self.inputs(program.arguments, again)))
-            return {"output": outputs, "arguments afterwards": copies, "state": twin.state}
+            outputs = run_program(self, program, replace(call, tensors=tuple(copies)), ForwardContext(twin.registry))
+            return {"output": list(outputs), "arguments afterwards": copies, "state": twin.state}
 
-        wanted = {"output": leaves, "arguments afterwards": given, "state": expected.state}
-        program = ready.bind_to(twin.model, twin.registry, twin.of)
-        uncompiled = program.with_slots(graphs.slots) if graphs is not None else None
-        return why_wrong(program, uncompiled, [Case("this call", wanted, run)], agree)
+        wanted = {"output": leaves, "arguments afterwards": arguments, "state": expected.state}
+        program = built.for_copy(twin.model, twin.registry, twin.of)
+        graphs = program.with_slots(built.graphs)
+        return why_wrong(program, graphs, [Case("this call", wanted, run)], agree), returns
 
     # -- the store --------------------------------------------------------------------------------------------
 
@@ -248,7 +241,7 @@ class PlainFrontEnd:
         """See `FrontEnd.facts`: programs of plain modules are not stored."""
         return {}
 
-    def to_record(self, ready: Ready, forms: Forms) -> dict[str, Any]:
+    def to_record(self, returns: Returns, forms: Forms) -> dict[str, Any]:
         """See `FrontEnd.to_record`."""
         return {}
 
