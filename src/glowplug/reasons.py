@@ -88,7 +88,7 @@ _REPLACEMENTS = (
 def describe_break(text: str, stack: Iterable[FrameSummary] = ()) -> str:
     """What code does that Dynamo can't trace, and where, from Dynamo's message and the frames of the code."""
     headline, debug = _parts(text)
-    what = _cause_of_break(headline, debug, text) or "does something that a trace can not follow"
+    what = _cause_of_break(headline, debug, text) or "does something that a trace cannot follow"
     return f"{_place(_frames(stack)) or 'the code'} {what}"
 
 
@@ -162,7 +162,7 @@ def _untraceable(exc: BaseException) -> str:
     what = _cause_of_break(headline, debug, text)
     if what is None and place is None:
         return f"torch.compile can't trace the model, for a reason of its own ({type(exc).__name__})"
-    return f"{place or 'the model'} {what or 'does something that a trace can not follow'}"
+    return f"{place or 'the model'} {what or 'does something that a trace cannot follow'}"
 
 
 def _parts(text: str) -> tuple[str, str]:
@@ -181,7 +181,7 @@ def _cause_of_break(headline: str, debug: str, text: str) -> str | None:
     if failed is not None and ("ake tensor" in text or "FX node" in text):
         return f"fails when it is traced: {failed[1]}: {plain(failed[2].strip(chr(39) + chr(34)))}"
     function = _called(headline, debug)
-    return f"calls {function}, which a trace can not follow" if function else None
+    return f"calls {function}, which a trace cannot follow" if function else None
 
 
 _KNOWN = (
@@ -197,7 +197,7 @@ _KNOWN = (
     (r"torch\.jit|TorchScript|ScriptModules?\b", "runs a torch.jit script, which torch.compile does not trace"),
     (r"[Ss]parse", "uses a sparse tensor, which torch.compile does not trace"),
     (r"numpy|ndarray", "uses NumPy in a way that torch.compile does not trace"),
-    (r"context manager|GenericContextWrapping", "enters a context manager that a trace can not follow"),
+    (r"context manager|GenericContextWrapping", "enters a context manager that a trace cannot follow"),
     (r"logging\.Logger|debugging function", "writes to a log"),
     (r"Import failure|Bad import", "imports something that can't be imported"),
     (r"[Hh]igher.?order|^HOP", "uses an operator of torch.compile's own in a way that it does not trace"),
