@@ -11,17 +11,18 @@ import pytest
 import torch
 from transformers import BertConfig, T5Config, ViTConfig
 
-from glowplug.bench import plot, runner
-from glowplug.bench.environment import describe_environment
-from glowplug.bench.isolate import Isolated, IsolatedError, run_isolated
+from glowplug.bench import runner
 from glowplug.bench.measure import measure, relative_error
 from glowplug.bench.models import check_model, load_model, true_depth
 from glowplug.bench.presets import build_model
-from glowplug.bench.record import empty_record, error_record
+from glowplug.bench.results import plot
+from glowplug.bench.results.environment import describe_environment
+from glowplug.bench.results.record import empty_record, error_record
+from glowplug.bench.results.table import hoisted_cold_start, record_line, results_table
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import DEFAULT_STRATEGIES, STRATEGIES, hit_recompile_limit, layer_stack
-from glowplug.bench.table import hoisted_cold_start, record_line, results_table
-from glowplug.bench.turns import FOLDER, Turner, take_turns
+from glowplug.bench.workers.isolate import Isolated, IsolatedError, run_isolated
+from glowplug.bench.workers.turns import FOLDER, Turner, take_turns
 from glowplug.errors import UsageError
 
 
@@ -250,7 +251,7 @@ def test_results_are_written_after_each_record(tmp_path: Path, monkeypatch: pyte
     def answer(module: str, argument: str, *, timeout_s: float) -> dict[str, Any]:
         if path.exists():
             seen.append(len(json.loads(path.read_text())["results"]))
-        wanted = Spec.from_json(argument)
+        wanted = Spec(**json.loads(argument))
         if wanted.strategy == "torch-nested":
             raise IsolatedError("timeout: not finished after 5 s")
         return {**empty_record(wanted), "cold_start_s": 1.0}

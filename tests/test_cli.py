@@ -14,10 +14,10 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from glowplug.bench import demo as bench_demo
-from glowplug.bench.demo_worker import Generation
-from glowplug.bench.demo_worker import generate as run_generation
 from glowplug.bench.presets import build_model
 from glowplug.bench.starts import Started
+from glowplug.bench.workers.generation import Generation
+from glowplug.bench.workers.generation import generate as run_generation
 from glowplug.cli import app
 
 PROMPT = "A plug glows"

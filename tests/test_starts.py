@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from glowplug.bench.presets import build_model
-from glowplug.bench.start_worker import Start
-from glowplug.bench.start_worker import run as run_start
 from glowplug.bench.starts import Started, compilations, medians, model_folder
+from glowplug.bench.workers.start import Start
+from glowplug.bench.workers.start import run as run_start
 from glowplug.cli.starts import starts_table
 from glowplug.errors import UsageError
 from test_cli import run

@@ -1,4 +1,4 @@
-"""glowplug: cold-starts torch.compile in seconds. Each distinct piece of a model compiles once, whatever its depth."""
+"""glowplug cold-starts torch.compile in seconds: it compiles each distinct piece of a model once, at any depth."""
 
 from glowplug.errors import UnsupportedTorchError, check_torch, exit_if_command_line
 

@@ -1,4 +1,4 @@
-"""`glowplug.compile` and `glowplug.report`."""
+"""`glowplug.compile`, `from_pretrained`, `report` and `settle`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def compile(
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
     A transformers causal language model keeps its whole interface: `model(...)`, `model.generate(...)`, any cache.
-    A PEFT model is compiled with its adapters; compile it anew after attaching, switching or merging them.
-    Any other `nn.Module` whose forward takes and returns tensors works as well. What the compiled program can't serve
-    runs eager, with the reason in `glowplug.report(model)`.
+    A PEFT model is compiled with its adapters; compile it again after attaching, switching or merging them.
+    Any other `nn.Module` whose forward takes and returns tensors works as well. A call that the compiled program can't
+    serve runs eager, with the reason in `glowplug.report(model)`.
 
     Args:
-        model: the model, in eval mode. The same object is returned. Compiling it again starts afresh.
+        model: the model, in eval mode. Compiling it again starts afresh.
         identity: `"auto"`, `"hoisted"`, `"ordered"` or `"baked"`; see `Options`.
         experts: `"auto"`, `"inline"` or `"opaque"`; see `Options`.
         compiler: `"inductor"`, `"eager"` or a `PieceCompiler`.
@@ -51,13 +51,13 @@ def compile(
         inside: `"auto"`, `"compiled"` or `"eager"`; see `Options`.
         ends: `"auto"` or `"compiled"`; see `Options`.
         cache_dir: the artifact store, a folder, a URL or `"off"`; see `Options`.
-        background: answer at once, in eager, while another process builds the program; see `Options`.
+        background: run eager at first while another process builds the program; see `Options`.
 
     Returns:
         `model` itself.
 
     Raises:
-        UsageError: a wrong option, or `model` is not an `nn.Module`.
+        UsageError: an option is wrong, or `model` is not an `nn.Module`.
         LayerOrderError: (at a call) `identity="ordered"` can't serve this model safely.
         NotServableError: (at a call) with `strict=True`.
 
@@ -80,11 +80,11 @@ def compile(
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")
-    served = adapted(model)
-    if is_causal_lm(served):
+    language_model = _without_peft(model)
+    if is_causal_lm(language_model):
         from glowplug.frontends.hf.front import HfFrontEnd
 
-        attach(HfFrontEnd, served, options)
+        attach(HfFrontEnd, language_model, options)
     elif background:
         raise UsageError("background=True is for causal language models of transformers")
     else:
@@ -95,19 +95,21 @@ def compile(
 
 
 def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a causal language model and compile it meanwhile: another process traces and compiles from the
-    configuration while the weights load in this one, and readiness takes as long as the longer of the two.
+    """Load a causal language model and compile it while the weights load.
+
+    Another process traces and compiles the model from its configuration while this one loads the weights, so the model
+    is ready when the slower of the two has finished.
 
     Args:
-        path: a local folder, or whatever transformers' `from_pretrained` takes.
-        kwargs: options of `glowplug.compile`; everything else goes to transformers' `from_pretrained`.
+        path: a local folder, or anything else that transformers' `from_pretrained` takes.
+        kwargs: options of `glowplug.compile`; all others go to transformers' `from_pretrained`.
 
     Returns:
-        The model, in eval mode, its program ready. `glowplug.report(model).elsewhere` says what was hidden.
+        The model, in eval mode, with its program ready. `glowplug.report(model).elsewhere` has the times.
 
     Raises:
-        UsageError: a wrong option, or no configuration at `path`.
-        OSError, ValueError: transformers' own, from loading.
+        UsageError: an option is wrong, or there is no configuration at `path`.
+        OSError, ValueError: raised by transformers while it loads the model.
 
     Example:
         >>> model = glowplug.from_pretrained("models/tiny-gpt-oss")
@@ -120,40 +122,40 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def report(model: nn.Module) -> Report:
-    """What glowplug did to a compiled model so far.
+    """The report of what glowplug has done to a model so far.
 
     Raises:
         UsageError: the model was not compiled by `glowplug.compile`.
     """
-    engine = engine_of(adapted(model))
+    engine = engine_of(_without_peft(model))
     if engine is None:
         raise UsageError("this model was not compiled by glowplug; call glowplug.compile(model) first")
     return engine.report
 
 
 def settle(model: nn.Module, timeout_s: float = 120.0) -> None:
-    """Wait for what is compiled beside serving (see `Options.inside` and `Options.ends`), and put it to use. For
-    measurements.
+    """Wait until deferred pieces and op bodies are compiled (see `Options.ends` and `Options.inside`), and use them.
+
+    Meant for measurements. Returns at once if nothing is being compiled.
 
     Args:
-        model: a compiled model; where nothing is under way, returns at once.
-        timeout_s: seconds to wait at most.
+        model: a compiled model.
+        timeout_s: the most seconds to wait.
     """
-    engine = engine_of(adapted(model))
+    engine = engine_of(_without_peft(model))
     if engine is not None:
         engine.settle(timeout_s)
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    """Of a PEFT model, the causal language model that holds its adapters: its forward is the one that every call ends
-    in, `generate` too. Any other model: itself."""
-    base: Any = getattr(model, "get_base_model", None)
-    found = base() if callable(base) and type(model).__module__.startswith("peft.") else model
-    return found if isinstance(found, nn.Module) and is_causal_lm(found) else model
+def _without_peft(model: nn.Module) -> nn.Module:
+    """The causal language model inside a PEFT model, which all its calls reach in the end; any other model itself."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    base = get_base_model() if callable(get_base_model) and type(model).__module__.startswith("peft.") else model
+    return base if isinstance(base, nn.Module) and is_causal_lm(base) else model
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether transformers can generate text with the model, without importing transformers for models of others."""
+    """Whether transformers can generate text with the model; imports transformers only for its own classes."""
     if not any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__):
         return False
     from transformers import GenerationMixin, PreTrainedModel

@@ -1,6 +1,6 @@
-"""`torch.compile(model, backend="glowplug")`: cuts each graph of Dynamo, compiles each distinct piece once.
+"""`torch.compile(model, backend="glowplug")`: cuts each graph of Dynamo and compiles each distinct piece once.
 
-Found by torch through the `torch_dynamo_backends` entry point. Dynamo keeps its guards, so this door is safe for any
+torch finds it through the `torch_dynamo_backends` entry point. Dynamo keeps its guards, so the backend is safe for any
 module; it traces every layer.
 """
 
@@ -33,25 +33,25 @@ def glowplug_backend(
     """The Dynamo backend.
 
     Args:
-        gm: the graph, with sources on its placeholders, as Dynamo hands it to a backend.
-        example_inputs: ignored; the placeholders carry fake tensors.
-        options: `torch.compile(options=...)`: `"compiler"`, a piece compiler or its name (default `"inductor"`), and
-            `"report"`, a `glowplug.Report` to fill in; `"strict"`, to raise where eager would run instead.
+        gm: Dynamo's graph, with sources on its placeholders.
+        example_inputs: only show the device and whether gradients are needed; the placeholders carry fake tensors.
+        options: `torch.compile(options=...)`: `"compiler"`, a piece compiler or its name (default `"inductor"`);
+            `"report"`, a `glowplug.Report` to fill in; `"strict"`, to raise instead of running eager.
         mode: not supported.
 
     Returns:
-        A callable of the graph's inputs. In grad mode, with inputs that need gradients, the graph itself: eager.
+        A callable that takes the graph's inputs. The graph itself, run eagerly, if gradients are needed.
 
     Raises:
         UsageError: an unknown option, or a mode.
     """
-    given = dict(options or {})
-    unknown = sorted(set(given) - set(_OPTIONS))
+    settings = dict(options or {})
+    unknown = sorted(set(settings) - set(_OPTIONS))
     if unknown or mode is not None:
         wrong = f"unknown options {', '.join(unknown)}" if unknown else f"mode={mode!r} is not supported"
         raise UsageError(f'backend="glowplug": {wrong}; options are {", ".join(_OPTIONS)}')
-    compiler: PieceCompiler = get_compiler(given.get("compiler", "inductor"))
-    report: Report = given.get("report") or Report()
+    compiler: PieceCompiler = get_compiler(settings.get("compiler", "inductor"))
+    report: Report = settings.get("report") or Report()
     report.compiler = compiler.name
     needs_grad = any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
     if torch.is_grad_enabled() and needs_grad:
@@ -66,7 +66,7 @@ def glowplug_backend(
             captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
         ).program
     except (CaptureError, CompileError, OSError) as exc:
-        if given.get("strict"):
+        if settings.get("strict"):
             raise
         report.fall_back(why(exc))
         return _differentiable(gm).forward
@@ -76,9 +76,9 @@ def glowplug_backend(
 
 
 def _device_type(inputs: Sequence[Any]) -> str:
-    """Where a graph of these inputs runs: on the CPU unless one is elsewhere."""
-    found = [value.device.type for value in inputs if isinstance(value, torch.Tensor)]
-    return next((kind for kind in found if kind != "cpu"), "cpu")
+    """The device type on which a graph with these inputs runs: the CPU unless one of them is on another device."""
+    types = [value.device.type for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device_type for device_type in types if device_type != "cpu"), "cpu")
 
 
 def _differentiable(gm: fx.GraphModule) -> fx.GraphModule:

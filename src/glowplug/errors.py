@@ -1,4 +1,4 @@
-"""Every error that glowplug raises on purpose. Each message says what is wrong and what to do about it."""
+"""The errors that glowplug raises on purpose. Each message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OLDEST_TORCH = (2, 11)
 
 
 class GlowplugError(Exception):
-    """Base class: catch this to catch everything that glowplug raises on purpose."""
+    """Base class of everything that glowplug raises on purpose."""
 
 
 class UsageError(GlowplugError, ValueError):
@@ -21,7 +21,7 @@ class UnsupportedTorchError(GlowplugError, ImportError):
 
 
 class LayerOrderError(GlowplugError, RuntimeError):
-    """`identity="ordered"` found that layers did not run once each in the order in which they were created."""
+    """With `identity="ordered"`, the layers did not each run once in the order in which they were created."""
 
 
 class LayerLookupError(GlowplugError, LookupError):
@@ -29,7 +29,7 @@ class LayerLookupError(GlowplugError, LookupError):
 
 
 class CaptureError(GlowplugError, RuntimeError):
-    """The model could not be captured as one graph; the message carries the compiler's reason."""
+    """The model can't be captured as one graph; the message has the reason."""
 
 
 class NotStampableError(GlowplugError, RuntimeError):
@@ -45,8 +45,9 @@ class NotStampableError(GlowplugError, RuntimeError):
 
 
 class AttributesReadError(NotStampableError):
-    """A trace read attributes in which layers differ and that their kinds left out. Never reaches the user: the kinds
-    are told anew.
+    """A trace read attributes that the layer kinds ignored although layers differ in them.
+
+    Never reaches the user: the kinds are decided again.
 
     Attributes:
         places: where the attributes lie in a layer.
@@ -58,31 +59,31 @@ class AttributesReadError(NotStampableError):
 
 
 class CompileError(GlowplugError, RuntimeError):
-    """The piece compiler failed on a piece; the message carries its reason."""
+    """The piece compiler failed on a piece; the message has the reason."""
 
 
 class StoreError(GlowplugError, RuntimeError):
-    """The artifact store that was asked for must not, or can't, be used; the message says why and what to do."""
+    """The requested artifact store can't or must not be used; the message says why and what to do."""
 
 
 class ArtifactError(GlowplugError, RuntimeError):
-    """A stored artifact is damaged or is something else. Never reaches the user: it is reported and made anew."""
+    """A stored artifact is damaged or not the expected one. Never reaches the user: it is reported and rebuilt."""
 
 
 class UnsignedArtifactError(ArtifactError):
-    """A stored artifact is unsigned, or signed by another key. Never loaded; reported, and made anew."""
+    """A stored artifact is unsigned or signed with another key. It is never loaded, but reported and rebuilt."""
 
 
 class NotStorableError(GlowplugError, RuntimeError):
-    """A program can't be stored, as something in it has no form on disk. Never reaches the user: it is reported."""
+    """Something in a program can't be stored. Never reaches the user: it is reported."""
 
 
 class NotServableError(GlowplugError, RuntimeError):
-    """With `strict=True`: a call (or the model) can't be served by the compiled program. Without it, eager runs."""
+    """With `strict=True`: the compiled program can't serve a call or the model. Otherwise it runs eager."""
 
 
 def check_torch() -> None:
-    """Raise `UnsupportedTorchError` if the torch installed is too old, before anything of it is missed."""
+    """Raise `UnsupportedTorchError` if the installed torch is too old, before an import from it fails."""
     import torch
 
     version = torch.__version__.split("+")[0]
@@ -95,7 +96,7 @@ def check_torch() -> None:
 
 
 def exit_if_command_line(error: UnsupportedTorchError) -> None:
-    """End the process with one line if it is the command `glowplug`; a program that imports glowplug gets the error."""
+    """End the process with one line if it runs the command `glowplug`; others that import glowplug get the error."""
     if Path(sys.argv[0]).stem == "glowplug" or sys.argv[0] == "-m":
         print(f"glowplug: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,8 @@
-"""`glowplug.explain`: a model's pieces, which layers share them, and which argument keeps two pieces apart."""
+"""`glowplug.explain`: a model's pieces, which layers share them, and which arguments keep pieces distinct."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections import Counter
@@ -12,22 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from glowplug.api import is_causal_lm
+from glowplug.engine import Engine
 from glowplug.errors import CaptureError, UsageError
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.sources import layer_index
 from glowplug.options import Options
-from glowplug.program.program import StepOutline
 from glowplug.report import Report
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One argument that keeps pieces apart that are otherwise equal.
+    """One argument that differs between pieces that are otherwise equal.
 
     Attributes:
         op: the op whose argument differs.
-        argument: which: its position, or its name; `"output"` when a shape, dtype or stride differs.
-        values: piece name -> what it has there.
+        argument: its position or name; `"output"` if a shape, dtype or stride differs.
+        values: piece name -> value of the argument.
         hint: what to do about it.
     """
 
@@ -50,8 +52,8 @@ class PieceSummary:
         name: `A`, `B`, ... in order of appearance.
         fingerprint: its canonical form.
         count: how often the program runs it.
-        layers: the layers whose weights each of its runs reads, such as `"3-4"`.
-        ops: how many ops it has.
+        layers: for each run, the layers whose weights it reads, such as `"3-4"`.
+        ops: number of ops.
     """
 
     name: str
@@ -63,14 +65,14 @@ class PieceSummary:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `glowplug.explain` found.
+    """The result of `glowplug.explain`.
 
     Attributes:
-        identity: how layer ops say which layer they are.
+        identity: how layer ops identify their layer.
         experts: `"inline"`, `"opaque"` or `"none"`.
         pieces: the distinct pieces.
         layout: the program in short, such as `A (attention B)x35 attention C`.
-        differences: what keeps pieces apart that are equal but for constants.
+        differences: the arguments in which otherwise equal pieces differ.
         kinds: the kind of each layer of the stack, as a number; empty for a model without a stack.
     """
 
@@ -102,77 +104,65 @@ class Explanation:
 
 
 def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str = "auto", **kwargs: Any) -> Explanation:
-    """Capture a model, cut it, and say what keeps its pieces apart. Nothing is compiled; the model is left as it was.
+    """Capture a model, cut it, and show what keeps its pieces distinct. Compiles nothing; the model does not change.
 
     Args:
-        model: a transformers causal language model, or any module together with example arguments of its forward.
+        model: a transformers causal language model, or any module with example arguments of its forward.
         args: example arguments, for a module that is not a transformers causal language model.
-        identity: as for `glowplug.compile`; `"baked"` shows what names in graphs would cost.
+        identity: as for `glowplug.compile`; `"baked"` shows the cost of names in graphs.
         experts: as for `glowplug.compile`.
         kwargs: example keyword arguments.
 
     Raises:
         CaptureError: the model can't be captured; the message has the reason.
-        UsageError: a wrong option, or no example arguments where they are needed.
+        UsageError: an option is wrong, or example arguments are missing.
     """
     options = Options(identity=identity, experts=experts, compiler="eager", verify="off", stamp="off")  # type: ignore[arg-type]
     report = _run(model, options, args, kwargs)
-    if not report.outlines:
-        reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
-        raise CaptureError(f"the model can't be captured: {reasons}")
-    steps = [step for outline in report.outlines for step in outline]
-    return summarise(steps, options.resolved_identity, report, _kinds(model))
+    kinds: tuple[int, ...] = ()
+    if is_causal_lm(model):
+        from glowplug.frontends.hf.discover import stack_of
+
+        stack = stack_of(model)
+        kinds = stack.kinds if stack is not None else ()
+    return _summarise(report, options.resolved_identity, kinds)
 
 
 def explain_program(model: nn.Module, *args: Any, identity: str = "auto", experts: str = "auto", **kwargs: Any) -> str:
-    """The Python text of the program that runs a model: stamped where it can be, its layers then a loop.
+    """The Python text of the program that runs a model; if the model can be stamped, with a loop over its layers.
 
-    Nothing is compiled; the model is left as it was. Arguments and errors as for `explain`.
+    Compiles nothing; the model does not change. Arguments and errors as for `explain`.
     """
     options = Options(identity=identity, experts=experts, compiler="eager", verify="off")  # type: ignore[arg-type]
-    report = _run(model, options, args, kwargs)
-    if not report.sources:
-        reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
-        raise CaptureError(f"the model can't be captured: {reasons}")
-    return str(report.sources[-1])
-
-
-def _kinds(model: nn.Module) -> tuple[int, ...]:
-    """The kinds of the layers of a transformers model's stack."""
-    from glowplug.api import is_causal_lm
-
-    if not is_causal_lm(model):
-        return ()
-    from glowplug.frontends.hf.discover import stack_of
-
-    stack = stack_of(model)
-    return stack.kinds if stack is not None else ()
+    return _run(model, options, args, kwargs).sources[-1]
 
 
 def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    from glowplug.api import is_causal_lm
-    from glowplug.engine import Engine
-
+    """The report of a model that was captured but not attached."""
     if is_causal_lm(model) and not args and not kwargs:
         from glowplug.frontends.hf.front import HfFrontEnd
 
-        return Engine(HfFrontEnd(model, options), options).prepare()
-    if not args and not kwargs:
+        report = Engine(HfFrontEnd(model, options), options).prepare()
+    elif args or kwargs:
+        from glowplug.frontends.plain.front import PlainFrontEnd
+
+        engine = Engine(PlainFrontEnd(model, options), options)
+        with torch.no_grad():
+            engine(*args, **kwargs)
+        report = engine.report
+    else:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
-    from glowplug.frontends.plain.front import PlainFrontEnd
-
-    engine = Engine(PlainFrontEnd(model, options), options)
-    with torch.no_grad():
-        engine(*args, **kwargs)
-    return engine.report
+    if not report.outlines:
+        reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
+        raise CaptureError(f"the model can't be captured: {reasons}")
+    return report
 
 
-def summarise(steps: Sequence[StepOutline], identity: str, report: Report, kinds: tuple[int, ...] = ()) -> Explanation:
-    """Summarise the steps of a program."""
+def _summarise(report: Report, identity: str, kinds: tuple[int, ...]) -> Explanation:
     names: dict[Fingerprint, str] = {}
     runs: dict[Fingerprint, list[str]] = {}
     words = []
-    for step in steps:
+    for step in itertools.chain.from_iterable(report.outlines):
         if step.fingerprint is None:
             words.append((step.op or "").rpartition("::")[2])
             continue
@@ -180,13 +170,14 @@ def summarise(steps: Sequence[StepOutline], identity: str, report: Report, kinds
         runs.setdefault(step.fingerprint, []).append(_layers_of(step.sources))
         words.append(name)
     pieces = tuple(
-        PieceSummary(name, found, len(runs[found]), _shorten(runs[found]), _ops(found)) for found, name in names.items()
+        PieceSummary(name, fingerprint, len(runs[fingerprint]), _shorten(runs[fingerprint]), _ops(fingerprint))
+        for fingerprint, name in names.items()
     )
     return Explanation(identity, report.experts, pieces, _fold(words), tuple(_differences(pieces)), kinds)
 
 
-def _ops(found: Fingerprint) -> int:
-    return sum(line.target not in ("input", "return") for line in found.lines)
+def _ops(fingerprint: Fingerprint) -> int:
+    return sum(line.target not in ("input", "return") for line in fingerprint.lines)
 
 
 def _letter(number: int) -> str:
@@ -195,7 +186,7 @@ def _letter(number: int) -> str:
 
 
 def _layers_of(sources: Sequence[str]) -> str:
-    """The indices of the layers that the sources lie in: `"3"`, or `"3-4"`."""
+    """The range of layer indices in the sources: `"3"`, or `"3-4"`."""
     indices = {index for index in map(layer_index, sources) if index is not None}
     return f"{min(indices)}-{max(indices)}" if len(indices) > 1 else "".join(map(str, indices))
 
@@ -205,7 +196,7 @@ def _shorten(runs: Sequence[str]) -> tuple[str, ...]:
 
 
 def _fold(words: Sequence[str]) -> str:
-    """Write repetition as `(attention B)x35`, trying periods up to 12 steps."""
+    """Write repetitions as `(attention B)x35`, for periods of up to 12 steps."""
     folded: list[str] = []
     start = 0
     while start < len(words):
@@ -226,14 +217,11 @@ def _differences(pieces: Sequence[PieceSummary]) -> list[Difference]:
     skeletons: dict[tuple[str, ...], list[PieceSummary]] = {}
     for piece in pieces:
         skeletons.setdefault(tuple(line.target for line in piece.fingerprint.lines), []).append(piece)
-    found = []
-    for group in skeletons.values():
-        if len(group) > 1:
-            found += _compare(group)
-    return found
+    return [difference for group in skeletons.values() for difference in _compare(group)]
 
 
 def _compare(group: Sequence[PieceSummary]) -> list[Difference]:
+    """The differences between pieces that run the same ops; none for a single piece."""
     differences: dict[tuple[str, str, tuple[str, ...]], Difference] = {}
     for rows in zip(*(piece.fingerprint.lines for piece in group), strict=True):
         arguments = max(len(row.args) for row in rows)
@@ -249,16 +237,15 @@ def _compare(group: Sequence[PieceSummary]) -> list[Difference]:
 
 
 def _add(
-    found: dict[tuple[str, str, tuple[str, ...]], Difference],
+    differences: dict[tuple[str, str, tuple[str, ...]], Difference],
     group: Sequence[PieceSummary],
     op: str,
     argument: str,
     values: Sequence[str],
 ) -> None:
-    key = (op, argument, tuple(values))
-    found.setdefault(
-        key, Difference(op, argument, {p.name: v for p, v in zip(group, values, strict=True)}, _hint(argument, values))
-    )
+    by_piece = {piece.name: value for piece, value in zip(group, values, strict=True)}
+    difference = Difference(op, argument, by_piece, _hint(argument, values))
+    differences.setdefault((op, argument, tuple(values)), difference)
 
 
 def _hint(argument: str, values: Sequence[str]) -> str:

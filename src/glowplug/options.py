@@ -29,31 +29,31 @@ class Options:
     """How a model is compiled.
 
     Attributes:
-        identity: how layer ops say which layer they are. `"hoisted"`: by a graph input. `"ordered"`: by the order of
-            creation, as vLLM's pull request 32805 did. `"baked"`: by a name in the graph, as before it. `"auto"`:
-            what `fast_moe_cold_start` says.
-        experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: opaque
-            where their inside is compiled, too (on Linux CPUs); elsewhere inline, if they can be traced.
-        compiler: `"inductor"`, `"eager"` (runs pieces uncompiled: tests, debugging), or a `PieceCompiler`.
+        identity: how layer ops identify their layer. `"hoisted"`: by a graph input. `"ordered"`: by the order in which
+            layers were created, as in vLLM's pull request 32805. `"baked"`: by a name in the graph, as before it.
+            `"auto"`: as `fast_moe_cold_start` says.
+        experts: `"inline"`: the experts stay in the graph. `"opaque"`: they run behind a layer op. `"auto"`: opaque on
+            Linux CPUs, where their op bodies are compiled too; elsewhere inline if they can be traced.
+        compiler: `"inductor"`, `"eager"` (runs pieces uncompiled, for tests and debugging), or a `PieceCompiler`.
         fast_moe_cold_start: vLLM's switch. True: ordered. False: baked. None: the best safe way, hoisted.
-        strict: raise `NotServableError` where eager would run instead.
-        verify: `"once"`: before a program serves, compare it once with eager on a small seeded input. `"off"`: don't;
-            a layer that behaves like no other of its kind, without it showing in the layer, then goes unnoticed.
-        stamp: `"auto"`: trace a short template and stamp it over the full depth, where identity is hoisted and the
-            model allows it. `"off"`: trace every layer.
-        inside: of opaque experts, and of attention that is several kernels. `"auto"`: it is compiled once a kind beside
-            serving, where that costs the start nothing (on Linux CPUs), and used from the next sequence on where a
-            trial finds it faster. Attention's needs `verify="once"`, which shows how it is called.
-            `"compiled"`: before the first answer, on any device. `"eager"`: never.
-        cache_dir: the artifact store: a folder, an fsspec URL, or `"off"`; None: `GLOWPLUG_CACHE`, or else this user's
-            own. See `glowplug.store.open_store`.
-        background: answer at once, in eager; another process builds the program, which takes over between two calls.
-        ends: pieces that run seldom in a step, such as a deep model's first and last. `"auto"`: they start uncompiled
-            and are compiled beside serving (on Linux CPUs), to be used from the next sequence on. `"compiled"`: before
-            the first answer; always so with `strict`.
+        strict: raise `NotServableError` instead of running eager.
+        verify: `"once"`: compare a program with eager, on small seeded inputs, before it serves. `"off"`: don't; a
+            layer that differs from others of its kind in a way that its attributes don't show then goes unnoticed.
+        stamp: `"auto"`: trace a short template and stamp it over the full depth if identity is hoisted and the model
+            allows it. `"off"`: trace every layer.
+        inside: the op bodies of opaque experts, and of attention that runs several kernels. `"auto"`: on Linux CPUs,
+            where it costs the start nothing, compile one for each kind while the model serves, and use it from the next
+            sequence on if a trial finds it faster. `"compiled"`: compile them before the first answer, on any device.
+            `"eager"`: never compile them.
+        cache_dir: the artifact store: a folder, an fsspec URL, or `"off"`; None: `GLOWPLUG_CACHE`, or else the current
+            user's own store. See `glowplug.store.open_store`.
+        background: serve eagerly at once; another process builds the program, which takes over between two calls.
+        ends: pieces that seldom run, such as a deep model's first and last. `"auto"`: on Linux CPUs they are deferred
+            pieces, which run uncompiled until their code arrives and use it from the next sequence on. `"compiled"`:
+            compile them before the first answer, as `strict` always does.
 
     Raises:
-        UsageError: a value is not allowed, or `identity` contradicts `fast_moe_cold_start`.
+        UsageError: a value is not allowed, or two options contradict each other.
     """
 
     identity: Literal["auto", "hoisted", "ordered", "baked"] = "auto"
@@ -91,7 +91,7 @@ class Options:
 
     @property
     def resolved_identity(self) -> Identity:
-        """The identity that `"auto"` and `fast_moe_cold_start` come to."""
+        """The identity to use, with `"auto"` resolved by `fast_moe_cold_start`."""
         if self.identity != "auto":
             return self.identity
         if self.fast_moe_cold_start is None:

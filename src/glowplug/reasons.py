@@ -1,7 +1,7 @@
-"""Why something could not be done, in one sentence for a person: what is made of the exceptions of torch's tracer and
-compilers, of the system and of models. What they say to their developers is left out.
+"""Turns exceptions of torch's tracer and compilers, of the system and of models into one sentence for a person.
 
-Goes by the names of torch's exceptions and the form of their messages (private; checked on torch 2.11 and 2.13).
+Leaves out what their messages tell developers. Relies on the names of torch's exceptions and the form of their messages
+(private; checked on torch 2.11 and 2.13).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NOISE = re.compile(
 
 
 def why(exc: BaseException) -> str:
-    """What an exception says, as one sentence without its stop.
+    """The reason in an exception, as one sentence without its full stop.
 
     Example:
         >>> why(FileNotFoundError(2, "No such file or directory", "/tmp/x"))
@@ -46,19 +46,19 @@ def why(exc: BaseException) -> str:
         return no_cpp_compiler()
     if "CppCompileError" in names:
         return _cpp(str(getattr(exc, "output", "")) or str(exc))
-    if names & {"TorchDynamoException", "GuardOnDataDependentSymNode"} or is_tracers(exc):
+    if names & {"TorchDynamoException", "GuardOnDataDependentSymNode"} or raised_by_tracer(exc):
         return _untraceable(exc)
     return said(exc)
 
 
 def said(exc: BaseException) -> str:
-    """The class of an exception and the first thing that it says to people."""
+    """The class of an exception and the first line of its message that is meant for people."""
     text = plain(str(exc))
     return f"{type(exc).__name__}: {text}" if text else f"{type(exc).__name__}, without a message"
 
 
 def plain(text: str) -> str:
-    """The first line of a text that says something to people: without objects' addresses, and files by their names."""
+    """The first line of a text that is meant for people, without addresses of objects and folders of files."""
     lines = (line.strip() for line in text.splitlines())
     line = next((line for line in lines if line and not _NOISE.match(line)), "")
     line = re.sub(r"^Unsupported\b:? ?", "not supported: ", line)
@@ -67,13 +67,13 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text in one line, objects by the names of what they are, without addresses."""
-    for pattern, stands in _STANDS:
-        text = pattern.sub(stands, text)
+    """A text on one line, with objects replaced by their names or types, without addresses."""
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
     return " ".join(text.split())
 
 
-_STANDS = (
+_REPLACEMENTS = (
     (re.compile(r"<(?:class|module|enum) '([\w.]+)'[^<>]*>"), r"\1"),
     (re.compile(r"<(?:function|bound method|built-in (?:function|method)|method) ([\w.]+)(?:[^<>]|<[^<>]*>)*>"), r"\1"),
     (re.compile(r"<([\w.]+)(?: object| instance)? at 0x[0-9a-fA-F]+>"), r"\1"),
@@ -85,42 +85,37 @@ _STANDS = (
 )
 
 
-def told(text: str, stack: Iterable[FrameSummary] = ()) -> str:
-    """What a message of Dynamo's says that code does, and where.
-
-    Args:
-        text: the message.
-        stack: the frames of the code that it is about.
-    """
-    kind, debug = _parts(text)
-    what = _told(kind, debug, text) or "does something that a trace can not follow"
+def describe_break(text: str, stack: Iterable[FrameSummary] = ()) -> str:
+    """What code does that Dynamo can't trace, and where, from Dynamo's message and the frames of the code."""
+    headline, debug = _parts(text)
+    what = _cause_of_break(headline, debug, text) or "does something that a trace cannot follow"
     return f"{_place(_frames(stack)) or 'the code'} {what}"
 
 
-def is_tracers(exc: BaseException) -> bool:
-    """Whether an exception is the tracer's own, which says by itself what code it was about."""
+def raised_by_tracer(exc: BaseException) -> bool:
+    """Whether the tracer itself raised an exception, whose message then names the code."""
     return "from user code:" in str(exc)
 
 
 def no_cpp_compiler() -> str:
-    """That there is no C++ compiler, and what to do."""
+    """The sentence for a missing C++ compiler."""
     return "there is no C++ compiler, which Inductor needs; install g++ or clang, or set CXX to the one that you have"
 
 
 def no_folder(path: str, why_not: str) -> str:
-    """That Inductor can't work in its folder, and what to do."""
+    """The sentence for a folder that Inductor can't use."""
     return f"Inductor can't use its folder {path}: {why_not}; set TORCHINDUCTOR_CACHE_DIR or TMPDIR to another"
 
 
 def _cause(exc: BaseException) -> BaseException:
-    """What a compiler's or Dynamo's exception was raised for; an error of glowplug's own, if there is one."""
-    at: BaseException | None = exc
+    """The exception behind a compiler's or Dynamo's exception; an error of glowplug's own if there is one."""
+    link: BaseException | None = exc
     for _ in range(20):
-        if at is None:
+        if link is None:
             break
-        if isinstance(at, GlowplugError):
-            return at
-        at = getattr(at, "inner_exception", None) or at.__cause__
+        if isinstance(link, GlowplugError):
+            return link
+        link = getattr(link, "inner_exception", None) or link.__cause__
     while isinstance(inner := getattr(exc, "inner_exception", None), BaseException):
         exc = inner
     return exc
@@ -135,7 +130,7 @@ def _system(exc: OSError) -> str:
 
 
 def _cpp(output: str) -> str:
-    """What a C++ compiler complained of."""
+    """The reason in a C++ compiler's output."""
     missing = re.search(r"fatal error: '?([\w./+-]+)'?(?: file not found|: No such file)", output)
     if missing is not None and missing[1].startswith("Python.h"):
         return "the C++ compiler finds no Python.h; install the headers of this Python (python3-dev)"
@@ -144,49 +139,49 @@ def _cpp(output: str) -> str:
     if "No space left" in output:
         return "there is no room left for the C++ compiler's files; free some, or set TMPDIR"
     lines = [line.strip() for line in output.splitlines()]
-    found = next((line for line in lines if re.search(r"\berror\b|not found|cannot|can't", line)), "")
-    return f"the C++ compiler failed: {plain(found) or 'it does not say why'}"
+    complaint = next((line for line in lines if re.search(r"\berror\b|not found|cannot|can't", line)), "")
+    return f"the C++ compiler failed: {plain(complaint) or 'it does not say why'}"
 
 
 def _untraceable(exc: BaseException) -> str:
     """What the model does that a trace can't follow, and where."""
     text = str(exc)
-    kind, debug = _parts(text)
+    headline, debug = _parts(text)
     frames = _frames(getattr(exc, "real_stack", None) or ())
     if not frames:
         tail = text.partition("from user code")[2]
         frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', tail)]
     place = _place(frames)
-    raised = re.search(r"raised exception (\w+)\((.*)\)", debug) if kind.startswith("Observed exception") else None
+    raised = re.search(r"raised exception (\w+)\((.*)\)", debug) if headline.startswith("Observed exception") else None
     if raised is not None:
         message = raised[2].strip("'\"")
         if issubclass(getattr(errors, raised[1], Exception), GlowplugError):
             return message
-        said_so = f": {plain(raised[2])}" if message else ""
-        return f"traced, the model raised {raised[1]}{said_so}{f', at {place}' if place else ''}"
-    what = _told(kind, debug, text)
+        detail = f": {plain(raised[2])}" if message else ""
+        return f"traced, the model raised {raised[1]}{detail}{f', at {place}' if place else ''}"
+    what = _cause_of_break(headline, debug, text)
     if what is None and place is None:
         return f"torch.compile can't trace the model, for a reason of its own ({type(exc).__name__})"
-    return f"{place or 'the model'} {what or 'does something that a trace can not follow'}"
+    return f"{place or 'the model'} {what or 'does something that a trace cannot follow'}"
 
 
 def _parts(text: str) -> tuple[str, str]:
-    """The first line of a message of Dynamo's, which names a kind of reason, and what it tells developers."""
+    """The first line of Dynamo's message, which names the sort of graph break, and its context for developers."""
     debug = re.search(r"Developer debug context: (.*)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0] if lines else "", debug[1].strip() if debug is not None else ""
 
 
-def _told(kind: str, debug: str, text: str) -> str | None:
-    """What code does, for reasons of Dynamo's that are known."""
+def _cause_of_break(headline: str, debug: str, text: str) -> str | None:
+    """What the code does, for the graph breaks that are known."""
     for pattern, sentence in _KNOWN:
-        if re.search(pattern, kind):
+        if re.search(pattern, headline):
             return sentence
     failed = re.search(r"got (\w+)\((.*)\)\s*$", text, re.MULTILINE)
     if failed is not None and ("ake tensor" in text or "FX node" in text):
         return f"fails when it is traced: {failed[1]}: {plain(failed[2].strip(chr(39) + chr(34)))}"
-    called = _called(kind, debug)
-    return f"calls {called}, which a trace can not follow" if called else None
+    function = _called(headline, debug)
+    return f"calls {function}, which a trace cannot follow" if function else None
 
 
 _KNOWN = (
@@ -202,7 +197,7 @@ _KNOWN = (
     (r"torch\.jit|TorchScript|ScriptModules?\b", "runs a torch.jit script, which torch.compile does not trace"),
     (r"[Ss]parse", "uses a sparse tensor, which torch.compile does not trace"),
     (r"numpy|ndarray", "uses NumPy in a way that torch.compile does not trace"),
-    (r"context manager|GenericContextWrapping", "enters a context manager that a trace can not follow"),
+    (r"context manager|GenericContextWrapping", "enters a context manager that a trace cannot follow"),
     (r"logging\.Logger|debugging function", "writes to a log"),
     (r"Import failure|Bad import", "imports something that can't be imported"),
     (r"[Hh]igher.?order|^HOP", "uses an operator of torch.compile's own in a way that it does not trace"),
@@ -214,28 +209,27 @@ _KNOWN = (
 )
 
 
-def _called(kind: str, debug: str) -> str | None:
-    """The function that code calls and that can't be traced, as Dynamo names it."""
-    if not re.search(
-        r"marked as skipped|torch\.compiler\.disable|builtin operator|function call|method call|inline", kind
-    ):
+def _called(headline: str, debug: str) -> str | None:
+    """Dynamo's name of the function that the code calls and that can't be traced."""
+    calls = r"marked as skipped|torch\.compiler\.disable|builtin operator|function call|method call|inline"
+    if not re.search(calls, headline):
         return None
     module = re.search(r"module: ([\w.]+)", debug)
     for pattern in (r"qualname: ([\w.]+)", r"builtin (\w+)", r"<(?:bound method|function|built-in \w+) ([\w.]+)"):
-        found = re.search(pattern, debug)
-        if found is not None:
+        match = re.search(pattern, debug)
+        if match is not None:
             owner = f"{module[1]}." if module is not None and module[1] not in ("None", "builtins") else ""
-            return f"{owner}{found[1].removeprefix('<locals>.')}"
+            return f"{owner}{match[1].removeprefix('<locals>.')}"
     return None
 
 
 def _place(frames: Sequence[tuple[str, int]]) -> str | None:
-    """The innermost line of code that is not of torch, Python or glowplug, as `file.py:line`."""
-    own = [frame for frame in frames if not _is_librarys(frame[0])]
+    """The innermost line of code outside torch, Python and glowplug, as `file.py:line`."""
+    own = [frame for frame in frames if not _is_library(frame[0])]
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else None
 
 
-def _is_librarys(file: str) -> bool:
+def _is_library(file: str) -> bool:
     packages = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
     in_python = file.startswith(sysconfig.get_paths()["stdlib"] + os.sep) and "site-packages" not in file
     return file.startswith((*packages, "<")) or in_python
@@ -246,10 +240,7 @@ def _frames(stack: Iterable[FrameSummary]) -> list[tuple[str, int]]:
 
 
 def switched_off() -> str | None:
-    """Why torch.compile traces nothing at all in this process now; None when it does.
-
-    With these it calls a function instead of tracing it.
-    """
+    """Which setting makes torch.compile call functions instead of tracing them; None if none does."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(name) == "1":
             return f"{name}=1 is set, which turns torch.compile off; unset it to compile"

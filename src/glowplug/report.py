@@ -1,4 +1,4 @@
-"""What glowplug did to a model: strategy, pieces, seconds of each phase, and every step down to eager."""
+"""What glowplug did to a model: strategy, pieces, seconds of each phase, and every step down the ladder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Fallback:
 
     Attributes:
         reason: what could not be served, and why.
-        layers: qualified names of the layers that caused it; empty when it is the whole call.
-        to: what ran instead: `"eager"`, `"hoisted"`, or `"op"` (the own code of opaque ops, uncompiled).
+        layers: qualified names of the layers that caused it; empty if it concerns the whole call.
+        to: what ran instead: `"eager"`, `"hoisted"`, or `"op"` (the uncompiled code of opaque ops).
     """
 
     reason: str
@@ -38,15 +38,15 @@ class Fallback:
 
 @dataclass(frozen=True)
 class InsideReport:
-    """The compiled inside of opaque experts, or of attention, of one kind.
+    """The compiled op body of one kind of opaque experts or attention.
 
     Attributes:
-        op: the op that the layers are called by.
+        op: the op that calls the layers.
         layers: their qualified names.
-        seconds: what it took to capture and compile.
-        tokens: it serves steps of up to so many tokens; 0: none, as the layers' own forward is faster; None: any.
-        eager_us: microseconds of a layer's own forward for one token, as measured here.
-        compiled_us: the same compiled.
+        seconds: seconds to capture and compile it.
+        tokens: the most tokens of a step for which it runs; 0: never, as the layers' own forward is faster; None: any.
+        eager_us: measured microseconds of a layer's own forward for one token.
+        compiled_us: the same for the compiled body.
     """
 
     op: str
@@ -59,14 +59,14 @@ class InsideReport:
 
 @dataclass
 class ElsewhereReport:
-    """A build in another process, while this one served eager or loaded weights.
+    """A background build: another process builds the program while this one serves eagerly or loads weights.
 
     Attributes:
-        seconds: what it took there; None while it is under way.
-        eager_calls: calls that were served eager meanwhile.
-        load_seconds: what loading the weights took here.
+        seconds: how long the build took; None while it is running.
+        eager_calls: calls that ran eager in the meantime.
+        load_seconds: how long this process loaded the weights.
         waited_seconds: how long this process then waited for the build.
-        reason: why the build came to nothing; None when it did not.
+        reason: why the build failed; None if it did not.
     """
 
     seconds: float | None = None
@@ -77,7 +77,7 @@ class ElsewhereReport:
 
     @property
     def hidden_seconds(self) -> float:
-        """How much of the build cost this process no time."""
+        """Seconds of the build for which this process did not wait."""
         return max((self.seconds or 0.0) - self.waited_seconds, 0.0)
 
     def __str__(self) -> str:
@@ -97,8 +97,8 @@ class StoreReport:
 
     Attributes:
         place: the store's folder or URL.
-        counts: how many pieces, programs and insides were found, missed, and stored.
-        problems: what went wrong with it, in words; none of it stopped the start.
+        counts: how many pieces, programs and op bodies were found, missed and stored.
+        problems: sentences on what went wrong with it; no problem stops the start.
     """
 
     place: str
@@ -107,7 +107,7 @@ class StoreReport:
 
     @classmethod
     def of(cls, store: Any) -> StoreReport:
-        """What a store did so far."""
+        """The report on a store."""
         return cls(store.place, dict(store.counts), tuple(store.problems))
 
 
@@ -116,26 +116,26 @@ class Report:
     """What happened to one model. `glowplug.report(model)` returns it; it grows as the model is used.
 
     Attributes:
-        strategy: `"stamped"`, `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` when nothing could be compiled.
+        strategy: `"stamped"`, `"hoisted"`, `"ordered"` or `"baked"`; `"eager"` if nothing could be compiled.
         experts: `"inline"`, `"opaque"` or `"none"` (the model has no experts that glowplug recognises).
-        attention: of a transformers model. `"cut"`: the graph is cut at the attention function, and the projections
-            around it are compiled. `"whole"`: at the attention module, which runs uncompiled, as it computes with its
-            mask or its cache in a way of its own.
+        attention: where the graph of a transformers model is cut. `"cut"`: at the attention function, so that the
+            projections around it are compiled. `"whole"`: at the attention module, which runs uncompiled because it
+            uses its mask or cache in a way of its own.
         compiler: the piece compiler's name.
-        pieces: pieces of all programs together.
-        distinct_pieces: how many of them are distinct: each is compiled once.
-        compiled_pieces: how many of them this process compiled, or had its forks compile; others came from a store.
-        pending_pieces: distinct pieces that still run uncompiled, as they are compiled beside serving.
-        start: `"cold"` when the model was traced, `"warm"` when its program came from the store.
+        pieces: the number of pieces of all programs.
+        distinct_pieces: how many of them are distinct; each is compiled once.
+        compiled_pieces: how many of those this process or its forks compiled; the others came from a store.
+        pending_pieces: deferred pieces that still run uncompiled.
+        start: `"cold"` if the model was traced, `"warm"` if its program came from the store.
         store: what the store did; None without one.
-        elsewhere: a build in another process; None when there was none.
+        elsewhere: a background build; None if there was none.
         phases: seconds spent, by phase: load (from the store), trace, split, fingerprint, stamp, compile, bind, verify,
             store.
         fallbacks: each step down the ladder, once, with its reason.
         serving: what served the latest call: `"program"`, or `"eager: REASON"`; `"nothing yet"` before the first.
-        template_layers: layers that were traced of a stamped model; 0 when it was not stamped.
-        programs: how many programs were built (one for each signature of inputs, normally one).
-        insides: the compiled insides of opaque experts and of attention.
+        template_layers: how many layers of a stamped model were traced; 0 if it was not stamped.
+        programs: how many programs were built: one for each signature of inputs, normally one.
+        insides: the compiled op bodies of opaque experts and attention.
         outlines: the steps of each program, for `glowplug.explain`.
         sources: the Python text of each program.
     """
@@ -163,7 +163,7 @@ class Report:
 
     @contextmanager
     def phase(self, name: str, apart: Sequence[str] = ()) -> Iterator[None]:
-        """Add the time spent inside to a phase, but for what is added meanwhile to others, `apart`."""
+        """Add the time spent in the block to a phase, without the time that the block adds to the phases `apart`."""
         start, others = time.perf_counter(), sum(self.phases[other] for other in apart)
         try:
             yield
@@ -181,7 +181,7 @@ class Report:
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
         logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
 
-    def found(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
+    def add_stored_program(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""
         self.start, self.strategy, self.experts = "warm", facts["strategy"], facts["experts"]
         self.attention, self.template_layers = facts["attention"], facts["template_layers"]
@@ -193,6 +193,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
+        elsewhere = None
+        if self.elsewhere is not None:
+            elsewhere = {**asdict(self.elsewhere), "hidden_seconds": round(self.elsewhere.hidden_seconds, 4)}
         return {
             "strategy": self.strategy,
             "experts": self.experts,
@@ -203,27 +206,23 @@ class Report:
             "pending_pieces": self.pending_pieces,
             "compiled_pieces": self.compiled_pieces,
             "start": self.start,
-            "elsewhere": {**asdict(self.elsewhere), "hidden_seconds": round(self.elsewhere.hidden_seconds, 4)}
-            if self.elsewhere is not None
-            else None,
+            "elsewhere": elsewhere,
             "store": asdict(self.store) if self.store is not None else None,
             "serving": self.serving,
             "programs": self.programs,
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
             "insides": [{**asdict(inside), "layers": len(inside.layers)} for inside in self.insides],
-            "fallbacks": [
-                {"reason": fallback.reason, "layers": list(fallback.layers), "to": fallback.to}
-                for fallback in self.fallbacks
-            ],
+            "fallbacks": [{**asdict(fallback), "layers": list(fallback.layers)} for fallback in self.fallbacks],
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the report and the programs into a folder: `report.json`, and `program.py`, `program_2.py`, ..., which
-        show how the model runs, its layers a loop. The folder is made where it is missing.
+        """Write the report and the programs into a folder: `report.json`, and `program.py`, `program_2.py`, ...
+
+        Creates the folder if it is missing.
 
         Raises:
-            UsageError: it can't be written.
+            UsageError: a file can't be written.
         """
         path = Path(folder)
         try:
@@ -235,16 +234,14 @@ class Report:
             raise UsageError(f"can't write the report to {path}: {exc.strerror or exc}") from exc
         return path
 
-    def _pending(self) -> str:
-        return f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""
-
     def __str__(self) -> str:
         shown = {name: s for name, s in self.phases.items() if s or name not in ("load", "store")}
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shown.items())
         lines = [
             f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}"
             + (", attention whole" if self.attention == "whole" else ""),
-            f"{self.pieces} pieces, {self.distinct_pieces} distinct" + self._pending(),
+            f"{self.pieces} pieces, {self.distinct_pieces} distinct"
+            + (f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""),
             phases,
         ]
         if self.elsewhere is not None:

@@ -190,7 +190,7 @@ def _find(c: Compilation, address: str, call: Call) -> Candidate | None:
     c.forms |= forms
     c.pieces.add(stored.pieces)
     c.report.pending_pieces = len(c.pieces.pending)
-    c.report.found(stored.program, record.facts, len(set(c.pieces.order)))
+    c.report.add_stored_program(stored.program, record.facts, len(set(c.pieces.order)))
     return checked
 
 

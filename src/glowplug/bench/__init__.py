@@ -1,3 +1,1 @@
-"""Measures how fast models start: presets of real models, one strategy a process, a grid of them, tables and plots.
-It stands on glowplug's public API alone.
-"""
+"""Measures how fast models start: presets of real models, one strategy a process, a grid of them, tables and plots."""

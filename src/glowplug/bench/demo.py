@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.demo_worker import Generation
-from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.models import check_model
 from glowplug.bench.strategies import DEFAULT_STRATEGIES
+from glowplug.bench.workers.generation import Generation
+from glowplug.bench.workers.isolate import IsolatedError, run_isolated
 from glowplug.errors import UsageError
 
 PROMPT = "The with statement"
@@ -21,11 +21,11 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one generation gave.
+    """The outcome of one generation.
 
     Attributes:
-        generation: what was asked for.
-        result: what `demo_worker.generate` returned; empty when it failed.
+        generation: its specification.
+        result: what `workers.generation.generate` returned; empty if it failed.
         error: why it failed, or None.
     """
 
@@ -35,12 +35,12 @@ class Outcome:
 
     @property
     def equal(self) -> bool:
-        """Whether its tokens are eager's."""
+        """Whether the tokens equal eager's."""
         return self.error is None and self.result["tokens"] == self.result["expected"]
 
 
 def find_models(folder: Path | None) -> Path:
-    """The folder that holds both checkpoints: the given one, or `models/` of the repository or of the working folder.
+    """The folder with both checkpoints: `folder`, or else `models/` of the repository or of the working directory.
 
     Raises:
         UsageError: a checkpoint is not there.
@@ -64,7 +64,7 @@ def start_generations(models: Path, compiler: str) -> list[Generation]:
 
 
 def order_generations(models: Path) -> list[Generation]:
-    """On the second checkpoint: `ordered` unguarded, `ordered` as it is, `hoisted`. Pieces run uncompiled: faster."""
+    """On the second checkpoint: `ordered` unguarded, `ordered` as it is, `hoisted`; uncompiled, which is faster."""
     folder = str(models / ORDER)
     return [
         Generation(folder=folder, strategy=strategy, prompt=PROMPT, compiler="eager", check_order=check)
@@ -73,10 +73,10 @@ def order_generations(models: Path) -> list[Generation]:
 
 
 def run_generations(generations: list[Generation]) -> Iterator[Outcome]:
-    """Run each in a fresh process with fresh compiler caches; yields its outcome when it is there."""
+    """Run each in a fresh process with fresh compiler caches, and yield each outcome as it arrives."""
     for generation in generations:
         try:
-            result = run_isolated("glowplug.bench.demo_worker", generation.to_json(), timeout_s=TIMEOUT_S)
+            result = run_isolated("glowplug.bench.workers.generation", generation.to_json(), timeout_s=TIMEOUT_S)
         except IsolatedError as exc:
             result = {"error": str(exc)}
         error = result.pop("error")

@@ -1,5 +1,5 @@
-"""Every MoE family of transformers that writes text, and dense ones whose attention goes ways of its own, at tiny
-widths: the default config, with its sizes made small."""
+"""Every MoE family of transformers that writes text, and dense ones with unusual attention, at tiny widths: the
+default config with smaller sizes."""
 
 from __future__ import annotations
 
@@ -88,8 +88,7 @@ _SIZES: dict[str, Any] = {
     "ssm_state_size": 16,
     "chunk_size": 16,
 }
-"""What config attributes are set to, where a config has them."""
-
+"""Values of config attributes, for configs that have them."""
 
 _DEEPEST = 200
 
@@ -114,7 +113,7 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": _spelled("MEMEM*E")},
     "gemma4_text": {"hidden_size_per_layer_input": 0},  # as in its checkpoints with experts
 }
-"""What a family needs besides; lists say something of each layer, and are cut to the depth."""
+"""Further attributes of a family; lists have an entry for each layer and are cut to the depth."""
 
 _DENSE: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4},
@@ -124,16 +123,15 @@ _DENSE: dict[str, dict[str, Any]] = {
     "mpt": {"n_heads": 4, "d_model": 64, "max_seq_len": 512},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
 }
-"""Families without experts that are tried besides: attention that keeps to no interface (with alibi, or masks of its
-own), and positions worked out from the mask. And the sizes that their configs have names of their own for."""
+"""Families without experts, and the sizes for which their configs have other names. They use no attention interface
+(alibi, masks of their own) or derive positions from the mask."""
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""What configs call the number of layers."""
+"""Names of the number of layers in configs."""
 
 _PERIODS = {"flint": 4}
-"""Layers after which a family's pattern repeats, where the last layer is one of its own wherever the pattern is: how
-the last layers follow each other then depends on the depth."""
-
+"""Period of the layer pattern of families whose last layer is special at any depth. With them, the transition to the
+last layer depends on the depth."""
 
 _YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 _LONGROPE = {"rope_type": "longrope"}
@@ -150,48 +148,49 @@ _ROPES: dict[str, dict[str, Any]] = {
     "phimoe (longrope)": {**_LONGROPE, "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122},
     "qwen3_moe (yarn)": {**_YARN, "factor": 4.0},
 }
-"""The rope of released checkpoints, where that of a family's default config is another."""
+"""The rope of released checkpoints, where it differs from that of the family's default config."""
 _ORIGINAL = 10
-"""Tokens that a tiny model of these was trained on: the sweep's text goes beyond them."""
+"""Original context length of these tiny models; the sweep's text is longer."""
 
 
 def released_ropes() -> list[str]:
     """Rows of the sweep for families with the rope of their released checkpoints, such as `"phi3 (longrope)"`."""
-    return [name for name in _ROPES if _kind(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return [name for name in _ROPES if _model_type(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
-def _kind(name: str) -> str:
-    """The model type in the name of a row."""
-    return name.partition(" (")[0]
+def _model_type(row: str) -> str:
+    return row.partition(" (")[0]
 
 
-def depth_as_released(kind: str, depth: int) -> int:
-    """The depth from `depth` on at which a family's last layers follow each other as they do at its released depth."""
-    kind = _kind(kind)
-    if kind not in _PERIODS:
+def depth_as_released(row: str, depth: int) -> int:
+    """The least depth from `depth` on at which a family's last layers follow each other as at its released depth."""
+    model_type = _model_type(row)
+    if model_type not in _PERIODS:
         return depth
-    return depth + (CONFIG_MAPPING[kind]().num_hidden_layers - depth) % _PERIODS[kind]
+    return depth + (CONFIG_MAPPING[model_type]().num_hidden_layers - depth) % _PERIODS[model_type]
 
 
 def families() -> dict[str, str]:
-    """Model type -> class name, of every family whose config speaks of experts, and of some dense ones. Of two alike,
-    the text-only one."""
-    found = {}
-    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if kind.endswith("_assistant"):
+    """Model type -> class name of every family whose config mentions experts, and of some dense ones.
+
+    A family with a text-only variant is left out in favour of that.
+    """
+    classes = {}
+    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if model_type.endswith("_assistant"):
             continue
         try:
-            names = _names(CONFIG_MAPPING[kind])
+            names = _names(CONFIG_MAPPING[model_type])
         except (KeyError, ImportError, ValueError):
             continue
-        if any("expert" in name for name in names) and isinstance(name, str):
-            found[kind] = name
-    found = {kind: name for kind, name in found.items() if f"{kind}_text" not in found}
-    return found | {kind: str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]) for kind in _DENSE}
+        if any("expert" in name for name in names) and isinstance(class_name, str):
+            classes[model_type] = class_name
+    classes = {model_type: name for model_type, name in classes.items() if f"{model_type}_text" not in classes}
+    return classes | {model_type: str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]) for model_type in _DENSE}
 
 
 def _names(cls: type[PreTrainedConfig]) -> set[str]:
-    """Attributes of a config class, those of its text part included."""
+    """Attributes of a config class and of its text part."""
     text = _text_part(cls)
     return _own_names(cls) | (_names(text) if text is not None else set())
 
@@ -201,16 +200,16 @@ def _own_names(cls: type[PreTrainedConfig]) -> set[str]:
 
 
 def _text_part(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig] | None:
-    """The class of a config's text part; None when the config is one for text itself."""
+    """The class of a config's text part; None if the config itself is one for text."""
     text: type[PreTrainedConfig] | None = getattr(cls, "sub_configs", {}).get("text_config")
     return text if text is not cls else None
 
 
-def build_family(kind: str, depth: int) -> PreTrainedModel:
+def build_family(row: str, depth: int) -> PreTrainedModel:
     """A tiny model of a family with seeded random weights, in eval mode.
 
     Args:
-        kind: a model type, such as `"qwen3_next"`, or one of `released_ropes()`.
+        row: a model type, such as `"qwen3_next"`, or one of `released_ropes()`.
         depth: layers.
 
     Raises:
@@ -218,34 +217,33 @@ def build_family(kind: str, depth: int) -> PreTrainedModel:
         Exception: its config does not take the small sizes.
     """
     known = families()
-    rope, kind = _ROPES.get(kind), _kind(kind) if kind in _ROPES else kind
-    if rope is None and kind not in known:
-        raise UsageError(f"no MoE family {kind!r} in this transformers; there are {', '.join(known)}")
-    shape = _LAYERS.get(kind) or _DENSE.get(kind, {})
-    config = _tiny_config(CONFIG_MAPPING[kind], depth, shape)
+    rope = _ROPES.get(row)
+    model_type = row if rope is None else _model_type(row)
+    if rope is None and model_type not in known:
+        raise UsageError(f"no MoE family {model_type!r} in this transformers; there are {', '.join(known)}")
+    shape = _LAYERS.get(model_type) or _DENSE.get(model_type, {})
+    config = _tiny_config(CONFIG_MAPPING[model_type], depth, shape)
     if rope is not None:
-        config = _tiny_config(CONFIG_MAPPING[kind], depth, {**shape, **_rope(config.get_text_config(), rope)})
+        config = _tiny_config(CONFIG_MAPPING[model_type], depth, {**shape, **_rope(config.get_text_config(), rope)})
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])(config)
+    model: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)
     model.eval().requires_grad_(False)
     return model
 
 
 def _rope(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a tiny config sets its rope.
+    """The attributes that give a tiny config a released checkpoint's rope.
 
-    Args:
-        config: the config as it is without.
-        rope: the released checkpoint's, but for lengths and for factors of each frequency.
+    `config` is the config without it; `rope` lacks lengths and the factors of each frequency.
     """
-    own, kind = config.rope_parameters, rope["rope_type"]
-    by_layer = "rope_type" not in own  # then the layers that see all tokens have it
+    own, rope_type = config.rope_parameters, rope["rope_type"]
+    by_layer = "rope_type" not in own  # then the layers with full attention get it
     settings = {**(own["full_attention"] if by_layer else own), **rope}
     sizes: dict[str, Any] = {"max_position_embeddings": _ORIGINAL}
-    if kind != "dynamic":
+    if rope_type != "dynamic":
         settings["original_max_position_embeddings"] = _ORIGINAL
         sizes["max_position_embeddings"] = 4 * _ORIGINAL
-    if kind == "longrope":
+    if rope_type == "longrope":
         width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
         count = int(width * settings.get("partial_rotary_factor", 1.0)) // 2

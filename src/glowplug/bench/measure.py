@@ -19,15 +19,15 @@ from transformers import DynamicCache, PreTrainedModel
 import glowplug
 from glowplug.bench.models import load_model
 from glowplug.bench.overhead import OVERHEAD_STEPS, overhead_us
-from glowplug.bench.record import Record, empty_record
+from glowplug.bench.results.record import Record, empty_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
-from glowplug.bench.turns import my_turns
+from glowplug.bench.workers.turns import my_turns
 
 PREFILL = 128
 """Tokens of the prompt of the steady-state prefill."""
 STEPS = 40
-"""Decode steps of the steady state, at most."""
+"""The largest number of decode steps in the steady state."""
 _STEPS_A_TURN = 8
 _WARM_UP = 3
 
@@ -56,7 +56,7 @@ class Text:
 
 
 class Sequence:
-    """One sequence that a model reads piece by piece, with a cache of its own."""
+    """One sequence that a model reads step by step, with a cache of its own."""
 
     def __init__(self, model: PreTrainedModel, text: Text) -> None:
         self.model = model
@@ -78,21 +78,17 @@ class Sequence:
 
 
 def measure(spec: Spec) -> Record:
-    """Measure one strategy, and everything about it, in this process.
-
-    Raises:
-        Exception: whatever the strategy raised.
-    """
+    """Measure one strategy in this process; raises whatever the strategy raises."""
     strategy = get_strategy(spec.strategy)
     record = empty_record(spec)
     model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
     text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1, spec.prefill + OVERHEAD_STEPS))
     with torch.no_grad():
-        expected = _two_tokens(model, text, spec.prefill)
+        expected, _ = two_tokens(model, text, spec.prefill)
         _finish(model.device)
         start = time.perf_counter()
         strategy.apply(model, spec)
-        actual = _two_tokens(model, text, spec.prefill)
+        actual, _ = two_tokens(model, text, spec.prefill)
         _finish(model.device)
         record["cold_start_s"] = round(time.perf_counter() - start, 4)
         record["max_rel_err"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
@@ -111,17 +107,19 @@ def measure(spec: Spec) -> Record:
     return record
 
 
-def _two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> list[Tensor]:
-    """Prefill and one decode step, each token chosen greedily; returns the logits of both.
+def two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> tuple[list[Tensor], list[float]]:
+    """A prefill and one decode step: their logits, and the seconds after which each greedy token was there.
 
-    The decode step reads the text's own next token, whatever was chosen, so that two runs have equal inputs.
+    The decode step reads the text's own next token whatever the prefill chose, so that two runs have equal inputs.
     """
-    sequence = Sequence(model, text)
-    logits = []
+    sequence, start = Sequence(model, text), time.perf_counter()
+    logits: list[Tensor] = []
+    times: list[float] = []
     for tokens in (prefill, 1):
         logits.append(sequence.step(tokens))
-        int(logits[-1][0, -1].argmax())  # the token must have arrived, as it must in `generate`
-    return logits
+        int(logits[-1][0, -1].argmax())  # waits for the token, as `generate` does
+        times.append(time.perf_counter() - start)
+    return logits, times
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -140,7 +138,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _steady_ms(model: PreTrainedModel, text: Text, spec: Spec) -> dict[str, float]:
-    """Medians of a decode step and of a prefill, in ms: all at once, or in turns with other strategies' processes."""
+    """Median ms of a decode step and of a prefill, measured at once or in turns with other strategies' processes."""
     turns = my_turns()
     decode: list[float] = []
     prefill: list[float] = []
@@ -150,12 +148,12 @@ def _steady_ms(model: PreTrainedModel, text: Text, spec: Spec) -> dict[str, floa
         sequence.step(spec.prefill)
         decode += _times_s(functools.partial(sequence.step, 1), model.device, steps, cap_s)
         prefill += _times_s(lambda: Sequence(model, text).step(PREFILL), model.device, steps, cap_s)
-    found = {"decode": decode, "prefill128": prefill}
-    return {name: round(statistics.median(times) * 1000, 4) for name, times in found.items() if times}
+    measured = {"decode": decode, "prefill128": prefill}
+    return {name: round(statistics.median(times) * 1000, 4) for name, times in measured.items() if times}
 
 
 def _times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s: float) -> list[float]:
-    """Times of a step, in s: of `steps` of them or as many as `cap_s` seconds allow, after a warm-up."""
+    """Seconds of each of `steps` steps, or of as many as fit into `cap_s` seconds, after a warm-up."""
     for _ in range(_WARM_UP):
         step()
     _finish(device)
@@ -169,7 +167,7 @@ def _times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s
 
 
 def _add_report(record: Record, model: PreTrainedModel) -> None:
-    """Take over what glowplug says it did until the second token."""
+    """Copy what glowplug reports up to the second token."""
     report = glowplug.report(model).as_dict()
     record |= {key: report[key] for key in ("phases", "pieces", "distinct_pieces", "pending_pieces", "experts")}
 
@@ -188,6 +186,6 @@ def _finish(device: torch.device) -> None:
 
 
 def _peak_rss_mb() -> float:
-    """Largest resident set of this process so far, in MiB."""
+    """The largest resident set size of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

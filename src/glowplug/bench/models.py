@@ -1,5 +1,6 @@
 """Loads the model that a command names: a preset with random weights, or a local folder as transformers saved it.
-Everything that can be wrong with either is a `UsageError` of one line.
+
+Whatever is wrong with either raises a `UsageError` of one line.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -24,7 +22,7 @@ from glowplug.errors import UsageError
 from glowplug.frontends.hf.builds import auto_class, read_config
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the names of classes that write text end."""
+"""Endings of the names of classes that write text."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -41,7 +39,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def default_dtype(device: str) -> str:
-    """The dtype that models run in unless told: bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype in which models run by default: bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if device == "cuda" else "float32"
 
 
@@ -49,12 +47,12 @@ def check_dtype(dtype: str) -> torch.dtype:
     """The dtype of that name.
 
     Raises:
-        UsageError: models don't run in it here.
+        UsageError: another dtype than float32, bfloat16 and float16.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"dtype must be float32, bfloat16 or float16; not {dtype!r}")
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    return torch_dtype
 
 
 def load_model(
@@ -97,7 +95,7 @@ def true_depth(name: str) -> int:
 
 
 def check_model(name: str, depths: Sequence[int] = ()) -> None:
-    """Raise `UsageError` now for what `load_model` would refuse, as far as it can be told without reading weights."""
+    """Raise `UsageError` for what `load_model` would refuse, as far as can be seen without reading weights."""
     for depth in depths:
         check_depth(depth)
     if name not in PRESETS:
@@ -131,27 +129,23 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def check_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder's model, which writes text.
+    """The configuration of the language model in a folder.
 
     Raises:
-        UsageError: it can't be read, or is of another sort of model.
+        UsageError: it can't be read, or the model does not write text.
     """
     try:
         json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as exc:
         raise UsageError(f"{folder}/config.json can't be read: {one_line(exc)}") from exc
     config = read_config(folder)
-    _check_writes_text(config, folder)
-    return config
-
-
-def _check_writes_text(config: PreTrainedConfig, folder: Path) -> None:
     architectures = getattr(config, "architectures", None) or []
     known = config.model_type in {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     named = not architectures or any(a.endswith(_GENERATES) for a in architectures)
     if not known or not named or getattr(config, "is_encoder_decoder", False):
         what = ", ".join(architectures) or config.model_type
         raise UsageError(f"{folder} holds {what}, which is not a causal language model")
+    return config
 
 
 def _cut(config: PreTrainedConfig, depth: int, folder: Path) -> None:
@@ -167,7 +161,7 @@ def _cut(config: PreTrainedConfig, depth: int, folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Open each weights file: that reads its header and compares its size."""
+    """Open each weights file, which reads its header and checks its size."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UsageError(f"{folder} has no safetensors weights")

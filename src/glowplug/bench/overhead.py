@@ -1,4 +1,4 @@
-"""What a program costs besides its pieces and ops: its own lines, and what happens around it in each call."""
+"""What a program costs besides its pieces and ops: its own lines, and the work around it in each call."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ OVERHEAD_STEPS = _RUNS + 2
 def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, float]:
     """Microseconds of a decode step that are not spent in pieces and ops.
 
-    The program runs with every piece and op replaced by a function that returns, at once, what the real one gave.
+    Runs the program with every piece and op replaced by a function that immediately returns what the real one returned.
 
     Args:
-        model: a model that serves by a program.
+        model: a compiled model.
         step: runs one decode step of it.
 
     Returns:
-        `"step"`: a piece or an op of the program, on average; `"call"`: a call of the model, program and all. Empty
-        when the model runs eager, or by several programs.
+        `"step"`: the program, divided by its pieces and ops; `"call"`: a whole call of the model. Empty if the model
+        runs eager or has several programs.
     """
     engine = engine_of(model)
     programs = engine.compilation.programs if engine is not None else []
@@ -48,10 +48,10 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
         return call
 
     def replay(*args: Any) -> Any:
-        return next(given)
+        return next(recorded)
 
     def replacing(replace: Callable[[Any], Any]) -> Callable[..., Any]:
-        """The program's text, run with other pieces and ops."""
+        """The program's `run`, with its pieces and ops replaced."""
         names = {**program.names, **{name: replace(op) for name, op in ops.items()}}
         exec(program.source, names)
         return functools.partial(names["run"], tuple(map(replace, program.slots.values())))
@@ -60,7 +60,7 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
     try:
         object.__setattr__(program, "run", replacing(record))
         step()
-        given = itertools.cycle(results)
+        recorded = itertools.cycle(results)
         run = replacing(lambda _: replay)
 
         def timed(*args: Any) -> Any:
@@ -75,7 +75,7 @@ def overhead_us(model: PreTrainedModel, step: Callable[[], Any]) -> dict[str, fl
             step()
             calls.append(time.perf_counter() - start)
     finally:
-        object.__delattr__(program, "run")  # it is worked out anew
+        object.__delattr__(program, "run")  # the cached property is computed again
     return {
         "step": round(statistics.median(times) * 1e6 / len(results), 2),
         "call": round(statistics.median(calls) * 1e6, 1),

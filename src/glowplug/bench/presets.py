@@ -1,5 +1,6 @@
 """Well-known models as configurations with random weights: the true depth and layer pattern, at either of two widths.
-What makes a cold start slow is depth and variety of layers, so both are kept; trained weights don't matter.
+
+Depth and variety of layers make a cold start slow, so both are kept; trained weights don't matter.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Preset:
         top_k: how many of them a token takes.
         model_class: its class in transformers.
         config_class: the class of its (text) configuration.
-        pattern: for a depth, the arguments that say which layer is of which kind.
-        full: arguments of the real sizes, with as few experts as keep the whole model on one GPU of 140 GB.
+        pattern: depth -> the arguments that set the kind of each layer.
+        full: arguments with the real sizes, and few enough experts for one GPU of 140 GB.
         tiny: arguments that differ from the common ones of width tiny.
     """
 
@@ -325,7 +326,7 @@ def check_depth(depth: int | None) -> None:
 
 
 _EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
-"""What configurations call the number of routed experts a layer."""
+"""Names of the number of routed experts a layer in configurations."""
 
 
 def build_config(
@@ -349,27 +350,26 @@ def build_config(
     Raises:
         UsageError: unknown preset or width, or a depth below 1.
     """
-    found = get_preset(preset)
+    model = get_preset(preset)
     check_depth(depth)
     if width not in get_args(Width):
         raise UsageError(f"width must be one of {', '.join(get_args(Width))}; not {width!r}")
-    layers = found.depth if depth is None else depth
-    sizes = {**found.full, **_TINY, **found.tiny} if width == "tiny" else dict(found.full)
+    layers = model.depth if depth is None else depth
+    sizes = {**model.full, **_TINY, **model.tiny} if width == "tiny" else dict(model.full)
     if all_experts:
-        sizes |= dict.fromkeys(_EXPERTS & sizes.keys(), found.experts)
-    # Keeps activations, and so logits, at a scale of one for any width; at the usual 0.02 a narrow model's layers
-    # would add next to nothing to its embeddings, and a wrong layer would hardly show.
+        sizes |= dict.fromkeys(_EXPERTS & sizes.keys(), model.experts)
+    # Keeps activations, and so logits, at a scale of one at any width. At the usual 0.02 a narrow model's layers would
+    # add almost nothing to its embeddings, and a wrong layer would hardly show.
     sizes["initializer_range"] = sizes["hidden_size"] ** -0.5
     sizes |= {"num_hidden_layers": layers, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config_class = getattr(transformers, found.config_class)
-    config = config_class(**sizes, **found.pattern(layers), dtype=dtype)
-    if found.config_class == "Ernie4_5_VLMoeTextConfig":
+    config = getattr(transformers, model.config_class)(**sizes, **model.pattern(layers), dtype=dtype)
+    if model.config_class == "Ernie4_5_VLMoeTextConfig":
         return _with_vision(config, width)
     return config
 
 
 def _with_vision(text: PreTrainedConfig, width: Width) -> PreTrainedConfig:
-    """The whole configuration around a text configuration. Text never enters the vision tower: one block stands in."""
+    """The whole configuration around a text configuration. The vision tower has one block, as text never enters it."""
     vision = dict(_TINY_VISION) if width == "tiny" else {"depth": 1}
     return transformers.Ernie4_5_VLMoeConfig(text_config=text.to_dict(), vision_config=vision, dtype=text.dtype)
 
@@ -384,13 +384,13 @@ def build_model(
     seed: int = 0,
     all_experts: bool = False,
 ) -> PreTrainedModel:
-    """A preset's model in eval mode, with random weights made on the device itself.
+    """A preset's model in eval mode, with random weights created on the device itself.
 
     Args:
         preset, depth, width, all_experts: see `build_config`.
-        device: where the weights are made.
+        device: where the weights are created.
         dtype: dtype of the weights.
-        seed: of the weights; the random state of the caller is left alone.
+        seed: seed of the weights; the caller's random state does not change.
 
     Raises:
         UsageError: as `build_config`.

@@ -1,4 +1,4 @@
-"""Runs a grid of measurements, each in a process of its own, and keeps every record as soon as it is there."""
+"""Runs a grid of measurements, each in a process of its own, and saves every record as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.isolate import Isolated, IsolatedError, run_isolated
 from glowplug.bench.models import check_model, default_dtype, resolve_device, true_depth
 from glowplug.bench.presets import Width
-from glowplug.bench.record import Record, error_record
+from glowplug.bench.results.record import Record, error_record
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import get_strategy
-from glowplug.bench.turns import FOLDER, Turner, take_turns
+from glowplug.bench.workers.isolate import Isolated, IsolatedError, run_isolated
+from glowplug.bench.workers.turns import FOLDER, Turner, take_turns
 from glowplug.errors import UsageError
 from glowplug.options import Options
 
 TIMEOUT_S = 1800.0
-WORKER = "glowplug.bench.worker"
+WORKER = "glowplug.bench.workers.measurement"
 
 
 def make_grid(
@@ -43,7 +43,7 @@ def make_grid(
         device: `"cpu"` or `"cuda"`.
 
     Raises:
-        UsageError: anything in it that can be told to be wrong before a model is built.
+        UsageError: an argument is wrong, as far as can be seen before a model is built.
     """
     for strategy in strategies:
         get_strategy(strategy)
@@ -86,9 +86,9 @@ def run_grid(
     Args:
         specs: what to measure, in order.
         environment: goes into the file.
-        json_path: file of the results, rewritten whole after each record.
+        json_path: the results file, rewritten whole after each record.
         timeout_s: seconds that one measurement may take.
-        rounds: if not 0, steady states are measured in so many rounds of turns, strategies side by side in memory.
+        rounds: if not 0, measure steady states in this many rounds of turns, with all strategies in memory at once.
         on_start, on_record: called before and after each measurement.
 
     Returns:
@@ -158,7 +158,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_results(path: Path, environment: dict[str, Any], records: Sequence[Record]) -> None:
-    """Write the results file whole, or not at all."""
+    """Write the results file atomically."""
     text = json.dumps({"environment": environment, "results": list(records)}, indent=2)
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""What one measurement is asked for: plain data that crosses processes as JSON."""
+"""The specification of one measurement: plain data that crosses processes as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Spec:
         device: `"cpu"` or `"cuda"`.
         dtype: dtype of the weights.
         prefill: tokens of the prompt whose first two tokens are timed.
-        steady_s: seconds that each steady-state measurement may take after its warm-up.
+        steady_s: the most seconds that each steady-state measurement may take after its warm-up.
     """
 
     model: str
@@ -39,8 +39,3 @@ class Spec:
     def to_json(self) -> str:
         """The specification as one line of JSON."""
         return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Spec:
-        """What `to_json` wrote."""
-        return cls(**json.loads(text))

@@ -1,5 +1,5 @@
-"""The ways to start a model, compared: cold, warm from a store, in the background, behind the weights; and fleets of
-processes on one store. Each start in a fresh process with fresh compiler caches.
+"""Compares the ways to start a model: cold, warm from a store, in the background, and while the weights load; and
+starts fleets of processes on one store. Each start has a fresh process with fresh compiler caches.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.isolate import Isolated, IsolatedError
 from glowplug.bench.models import check_dtype, check_model
 from glowplug.bench.presets import PRESETS, Width, build_model
-from glowplug.bench.start_worker import Start
+from glowplug.bench.workers.isolate import Isolated, IsolatedError
+from glowplug.bench.workers.start import Start
 from glowplug.errors import UsageError
 
-WORKER = "glowplug.bench.start_worker"
+WORKER = "glowplug.bench.workers.start"
 TIMEOUT_S = 1800.0
 DEFAULT_WAYS = ("eager", "cold", "warm", "background", "load", "from_pretrained")
 
 
 @dataclass(frozen=True)
 class Started:
-    """One start, done.
+    """The outcome of one start.
 
     Attributes:
-        way: how.
-        result: what `start_worker.run` returned; empty when it failed.
+        way: a name in `WAYS`.
+        result: what `workers.start.run` returned; empty if it failed.
         error: why it failed.
     """
 
@@ -39,22 +39,22 @@ class Started:
 
     @property
     def right(self) -> bool:
-        """Whether it went well, and every token that was compared is eager's."""
+        """Whether it succeeded and every compared token equals eager's."""
         return self.error is None and self.result.get("tokens_equal", True)
 
 
 def model_folder(
     model: str, depth: int | None, width: Width, dtype: str, place: Path, *, all_experts: bool = False
 ) -> str:
-    """A folder with the model: itself, or a preset's, built and saved in `place`.
+    """The folder of a model; a preset is built and saved in `place`.
 
     Args:
         model: a preset, or a folder.
         depth: layers of a preset; None for its own.
         width: of a preset.
-        dtype: in which a preset's weights are saved.
+        dtype: the dtype of a preset's weights.
         place: an empty folder.
-        all_experts: as many experts a layer of a preset as were released.
+        all_experts: give a preset as many experts a layer as the released model has.
 
     Raises:
         UsageError: no such model or dtype, or a depth or a number of experts for a folder.
@@ -71,7 +71,7 @@ def model_folder(
 
 
 def run_ways(start: Start, ways: tuple[str, ...]) -> Iterator[Started]:
-    """Start a model in each way, one after the other. Each has a store of its own; but warm has that of cold."""
+    """Start a model in each way, one after the other. Each has a store of its own, but warm uses that of cold."""
     with tempfile.TemporaryDirectory(prefix="glowplug-starts-") as stores:
         for way in ways:
             store = Path(stores, "cold" if way == "warm" else way)
@@ -79,14 +79,14 @@ def run_ways(start: Start, ways: tuple[str, ...]) -> Iterator[Started]:
 
 
 def medians(starts: list[Started]) -> list[Started]:
-    """One start for each way: the median of each of its times, the largest error, all tokens that were compared, and
-    otherwise its last start that went well. A way that failed once has failed."""
-    found = []
+    """One start for each way: medians of times, the largest error, the sums of compared tokens, and the rest from its
+    last start. A way that failed once has failed."""
+    summaries = []
     for way in dict.fromkeys(one.way for one in starts):
         same = [one for one in starts if one.way == way]
         failed = next((one for one in same if one.error is not None), None)
         if failed is not None:
-            found.append(failed)
+            summaries.append(failed)
             continue
         result = dict(same[-1].result)
         for name in [name for name in result if name.endswith("_s")]:
@@ -97,12 +97,12 @@ def medians(starts: list[Started]) -> list[Started]:
             result["tokens_equal"] = all(one.result["tokens_equal"] for one in same)
             for name in ("compared", "others"):
                 result[name] = sum(one.result[name] for one in same)
-        found.append(Started(way, result))
-    return found
+        summaries.append(Started(way, result))
+    return summaries
 
 
 def run_fleet(start: Start, processes: int, *, at_once: bool) -> list[Started]:
-    """Start so many processes on one empty store, one after the other or all at once."""
+    """Start a number of processes on one empty store, one after the other or all at once."""
     start = replace(start, way="fleet")
     with tempfile.TemporaryDirectory(prefix="glowplug-fleet-") as store:
         if not at_once:
@@ -126,14 +126,14 @@ def _finish(way: str, process: Isolated) -> Started:
 
 
 def compilations(fleet: list[Started]) -> tuple[int, int]:
-    """Pieces that all processes of a fleet compiled together, and how many distinct ones there are."""
+    """How many pieces the processes of a fleet compiled together, and how many distinct ones there are."""
     reports = [started.result.get("report") or {} for started in fleet]
     compiled = sum(report.get("compiled_pieces", 0) for report in reports)
     return compiled, max((report.get("distinct_pieces", 0) for report in reports), default=0)
 
 
 def write_starts(path: Path, about: dict[str, Any], started: list[Started], fleets: dict[str, Any]) -> None:
-    """Write what was measured: `about`, and everything else but where the stores were, as they are gone."""
+    """Write the results and `about` as JSON, without the places of the stores, which no longer exist."""
     rows = [{"way": one.way, "failed": one.error, **one.result} for one in started]
     for row in (*rows, *(process for fleet in fleets.values() for process in fleet)):
         store = (row.get("report") or {}).get("store") or {}

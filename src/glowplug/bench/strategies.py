@@ -1,4 +1,4 @@
-"""The strategies that are compared: eager, torch.compile in three ways, and glowplug's. One line each in a table."""
+"""The strategies to compare: eager, torch.compile in three ways, and glowplug's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Strategy:
     """One way to start a model.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         compiles_by: `""`, `"torch"` or `"glowplug"`.
-        apply: makes the model compile at its next calls. Changes the model in place.
+        apply: changes the model in place so that it compiles at its next calls.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Strategy:
 
 
 def layer_stack(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a model's text part: its longest `nn.ModuleList` that is in no other one.
+    """The decoder layers of a model's text part: its longest `nn.ModuleList` that lies in no other one.
 
     Raises:
         UsageError: the model has no list of modules.
@@ -54,7 +54,7 @@ def _torch_full(model: nn.Module, spec: Spec) -> None:
 
 
 def _torch_regional(model: nn.Module, spec: Spec) -> None:
-    """Compile each layer by itself, which torch calls regional compilation."""
+    """Compile each layer by itself: torch's regional compilation."""
     for layer in layer_stack(model):
         layer.compile()
 
@@ -77,7 +77,7 @@ def _glowplug(identity: str) -> Strategy:
 
 
 def _stamped(model: nn.Module, spec: Spec) -> None:
-    """glowplug as it comes: a template, stamped."""
+    """glowplug's default: a stamped template."""
     glowplug.compile(model, experts=spec.experts, compiler=spec.compiler)
 
 
@@ -116,6 +116,6 @@ def get_strategy(name: str) -> Strategy:
 
 
 def hit_recompile_limit() -> bool:
-    """Whether Dynamo gave up compiling some function again in this process, and left its later calls eager."""
+    """Whether Dynamo hit its recompile limit for some function in this process and left its later calls eager."""
     counters: Any = torch._dynamo.utils.counters
     return any("recompile limit" in str(reason).lower() for table in counters.values() for reason in table)

@@ -5,20 +5,18 @@ The last line of its output is the row as JSON.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 import glowplug
 from glowplug.bench.families import build_family, depth_as_released, families, released_ropes
-from glowplug.bench.isolate import IsolatedError, run_isolated
 from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
+from glowplug.bench.workers.isolate import IsolatedError, run_isolated, run_worker
 from glowplug.errors import UsageError
 from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.discover import stack_of
@@ -27,8 +25,6 @@ _BAR = "\\|"
 """A bar inside a cell of a Markdown table."""
 _STEPS = (9, 1, 3)
 """Tokens of each step, one after the other on one cache."""
-
-
 COLUMNS = ("family", "runs", "kinds", "template", "pieces", "distinct", "error", "why not stamped")
 
 
@@ -49,18 +45,18 @@ class Case:
 
 @dataclass(kw_only=True)
 class Row:
-    """What was found of a family.
+    """The result for one family.
 
     Attributes:
         family: its model type.
         depth: layers.
         strategy: `"stamped"`, `"hoisted"`, `"eager"`, or `""` when nothing ran.
         kinds: kinds of layers.
-        template: layers that were traced, 0 when all were.
+        template: number of layers that were traced; 0 if all were.
         pieces: pieces of the program.
-        distinct: those that were compiled.
-        error: largest relative error of the logits against eager; None when nothing ran.
-        reasons: why it stepped down, or failed.
+        distinct: its distinct pieces.
+        error: largest relative error of the logits against eager; None if nothing ran.
+        reasons: why the model was not stamped, or failed.
     """
 
     family: str
@@ -74,18 +70,18 @@ class Row:
     reasons: list[str] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text, one cell for each of `COLUMNS`."""
+        """The cells of the row, in the order of `COLUMNS`."""
         error = "" if self.error is None else f"{self.error:.0e}"
         counts = (self.kinds, self.template or "all", self.pieces, self.distinct)
         return (self.family, self.strategy or "-", *map(str, counts), error, "; ".join(self.reasons))
 
 
 def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Iterator[Row]:
-    """Try families, each in a process of its own; a family that fails is a row with its reason.
+    """Try families, each in a process of its own; a family that fails gives a row with its reason.
 
     Args:
-        names: model types, or rows of `released_ropes`; none: every MoE family, and those rows.
-        depth: layers of each; a few more for a family whose last layers would not be those that it is released with.
+        names: model types, or rows of `released_ropes`; if empty, all families and those rows.
+        depth: layers of each; see `depth_as_released`.
         experts: as in `glowplug.compile`.
         timeout_s: seconds for each.
 
@@ -107,7 +103,7 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
 
 
 def try_family(case: Case) -> Row:
-    """Build a family's model, run it eager, compile it with uncompiled pieces, run it again and compare."""
+    """Build a family's model, run it eager, run it again as a program of uncompiled pieces, and compare."""
     row = Row(family=case.family, depth=case.depth)
     try:
         model = build_family(case.family, case.depth)
@@ -133,7 +129,7 @@ def try_family(case: Case) -> Row:
 
 
 def _steps(model: PreTrainedModel) -> list[Tensor]:
-    """The logits of a prefill, a decode step and a few tokens more."""
+    """The logits of a prefill, a decode step and a step of a few more tokens."""
     sequence = Sequence(model, Text.make(model, sum(_STEPS)))
     sequence.cache = new_cache(model)
     return [sequence.step(tokens) for tokens in _STEPS]
@@ -146,13 +142,13 @@ def markdown(rows: list[Row], versions: str) -> str:
     ropes = f"; {_stamped(as_released)} with the rope of released checkpoints" if as_released else ""
     deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
-        "# Every MoE family of transformers, and dense ones of their own ways",
+        "# Every MoE family of transformers, and some dense ones",
         "",
         f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
         f"widths, uncompiled pieces; {versions}.",
         "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
-        "*Error*: largest relative error of the logits against eager, over a prefill and two steps on its cache.",
-        "A family is as its default config has it. Where checkpoints have another rope, a row of its own names that.",
+        "*Error*: largest relative error of the logits against eager, over a prefill and two more steps.",
+        "Each family has its default config. Where released checkpoints use another rope, an extra row names it.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
@@ -165,18 +161,8 @@ def _stamped(rows: list[Row]) -> str:
     return f"{sum(row.strategy == 'stamped' for row in rows)} of {len(rows)}"
 
 
-def main(arguments: list[str]) -> int:
-    """Try the family that the one argument names, and print its row."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    case = Case(**json.loads(arguments[0]))
-    try:
-        row = try_family(case)
-    except Exception as exc:  # a failing family is a result
-        row = Row(family=case.family, depth=case.depth, reasons=[f"failed: {type(exc).__name__}: {one_line(exc)}"])
-    print("\n" + json.dumps(asdict(row)), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_worker(
+        lambda case: asdict(try_family(Case(**case))),
+        lambda case, error: asdict(Row(family=case["family"], depth=case["depth"], reasons=[f"failed: {error}"])),
+    )

@@ -1,4 +1,4 @@
-"""The command `glowplug`: bench, generate, explain, demo. A file a command, on top of the public API and `bench/`."""
+"""The command `glowplug`, one file per command, on top of the public API and `bench/`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The typer application, and the one place that turns errors into a line and an exit code."""
+"""The typer application, and the one place that turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glowplug.cli.starts import starts
 from glowplug.cli.sweep import sweep_command
 from glowplug.errors import GlowplugError
 
-# typer bundles click from some version on, so click's own class may be another one.
+# Newer versions of typer bundle click, so click's own class may be a different one.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 USAGE_EXIT = 2
@@ -27,7 +27,7 @@ INTERRUPTED_EXIT = 130
 
 
 class OneLineGroup(TyperGroup):
-    """Reports what the user did wrong in one line, never a traceback or a box."""
+    """Reports a user's error in one line, never as a traceback or a box."""
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any

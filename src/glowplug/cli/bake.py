@@ -1,4 +1,4 @@
-"""`glowplug bake`: compiles a model from its configuration alone, into a store."""
+"""`glowplug bake`: compiles a model from its configuration alone and fills a store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import typer
 from transformers import PreTrainedConfig
 
-from glowplug.bench.environment import describe_environment, machine_line
-from glowplug.bench.models import check_config, default_dtype, find_folder, resolve_device
+from glowplug.bench.models import check_config, check_dtype, default_dtype, find_folder, resolve_device
 from glowplug.bench.presets import PRESETS, build_config
+from glowplug.bench.results.environment import describe_environment, machine_line
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.cli.sizes import show_size
 from glowplug.errors import UsageError
@@ -32,7 +32,7 @@ def bake_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
 ) -> None:
-    """Compile a model without its weights, so that whoever loads it later starts warm."""
+    """Compile a model without its weights, so that later processes start warm."""
     quiet_transformers()
     place = resolve_device(device)
     options = Options(experts=experts, cache_dir=out, ends="compiled")  # type: ignore[arg-type]
@@ -52,22 +52,18 @@ def bake_command(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(f"{time.perf_counter() - start:.1f} s; peak memory of this process {show_size(peak)}", markup=False)
     if report.store is None or not report.programs:
-        raise UsageError(
-            "nothing was stored: " + (str(report.fallbacks[-1].reason) if report.fallbacks else "no store")
-        )
+        raise UsageError(f"nothing was stored: {report.fallbacks[-1].reason if report.fallbacks else 'no store'}")
 
 
 def _config(
     model: str, depth: int | None, width: str, dtype: str | None, device: str
 ) -> tuple[PreTrainedConfig, torch.dtype]:
     """The configuration, and the dtype to compile for."""
-    wanted = getattr(torch, dtype, None) if dtype is not None else None
-    if dtype is not None and wanted not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"dtype must be float32, bfloat16 or float16; not {dtype!r}")
+    wanted = check_dtype(dtype) if dtype is not None else None
     if model in PRESETS:
         if width not in ("tiny", "full", "real"):
             raise UsageError(f"width must be tiny, full or real; not {width!r}")
-        chosen = wanted or getattr(torch, default_dtype(device))
+        chosen = wanted or check_dtype(default_dtype(device))
         size: str = "tiny" if width == "tiny" else "full"
         config = build_config(model, depth=depth, width=size, dtype=chosen, all_experts=width == "real")  # type: ignore[arg-type]
         return config, chosen

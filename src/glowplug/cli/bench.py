@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from glowplug.bench.environment import describe_environment, machine_line
-from glowplug.bench.plot import check_plot, draw
 from glowplug.bench.presets import PRESETS
-from glowplug.bench.record import Record
+from glowplug.bench.results.environment import describe_environment, machine_line
+from glowplug.bench.results.plot import check_plot, draw
+from glowplug.bench.results.record import Record
+from glowplug.bench.results.table import record_line, results_table
 from glowplug.bench.runner import TIMEOUT_S, check_writable, make_grid, run_grid
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import DEFAULT_STRATEGIES
-from glowplug.bench.table import record_line, results_table
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 
@@ -31,9 +31,10 @@ def bench(
     width: Annotated[str, typer.Option(help="tiny, or full: a preset's real sizes, with few experts.")] = "tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
-    timeout: Annotated[float, typer.Option(help="Seconds that one measurement may take.")] = TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(help="Time limit of one measurement, in seconds.")] = TIMEOUT_S,
     rounds: Annotated[
-        int, typer.Option(help="If not 0: steady states in so many rounds of turns, all strategies in memory at once.")
+        int,
+        typer.Option(help="If not 0: steady states in this many rounds of turns, all strategies in memory."),
     ] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw cold start against depth here.")] = None,
@@ -43,7 +44,7 @@ def bench(
     specs = make_grid(
         model,
         depths=_depths(depth),
-        strategies=_names(strategies),
+        strategies=read_names(strategies),
         experts=experts,
         width=width,  # type: ignore[arg-type]
         device=device,
@@ -59,7 +60,7 @@ def bench(
         if path is not None:
             check_writable(path)
     environment = describe_environment(device)
-    # A terminated run must not leave its processes behind, which have sessions of their own.
+    # The processes have sessions of their own, so a terminated run must stop them itself.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = make_console()
     console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
@@ -89,7 +90,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def _names(text: str) -> list[str]:
+def read_names(text: str) -> list[str]:
+    """The distinct names in a text with commas between them."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

@@ -1,4 +1,4 @@
-"""`glowplug cache`: what is in the artifact store, whether it is whole, and making room."""
+"""`glowplug cache`: lists, verifies and prunes the artifact store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Location = Annotated[str | None, typer.Option("--cache", help="A folder; default
 
 
 def _open(location: str | None) -> LocalStore:
-    """The store to look at; of a URL, the folder in front of it."""
+    """The local store; for a URL, the local folder in front of it."""
     if location and "://" not in location and not Path(location).expanduser().is_dir():
         raise UsageError(f"there is no artifact store {location}")
     store = open_store(location)
@@ -34,7 +34,7 @@ def _open(location: str | None) -> LocalStore:
 
 @cache_app.command("ls")
 def list_entries(cache: Location = None) -> None:
-    """List artifacts with their sizes and ages, the last used first."""
+    """List artifacts with their sizes and ages, the most recently used first."""
     store = _open(cache)
     entries = store.entries()
     table = Table()
@@ -62,19 +62,19 @@ def list_entries(cache: Location = None) -> None:
 @cache_app.command("verify")
 def verify(
     cache: Location = None,
-    signed: Annotated[bool, typer.Option("--signed", help="Also demand a signature by the key in force.")] = False,
+    signed: Annotated[bool, typer.Option("--signed", help="Also require a signature by the current key.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is not whole.")] = False,
 ) -> None:
-    """Read every artifact and compare its checksum; ends with 1 if one is damaged."""
+    """Read every artifact and compare its checksum; exit code 1 if one is damaged."""
     store = _open(cache)
     number = len(store.entries())
     bad = store.check(_key() if signed else None)
     console = make_console()
     for entry, problem in bad:
-        done = ""
+        outcome = ""
         if delete:
-            done = "; deleted" if unlink(entry.path) else "; it can't be deleted"
-        line = f"{entry.kind} {entry.key[:12]}: {problem}{done}"
+            outcome = "; deleted" if unlink(entry.path) else "; it can't be deleted"
+        line = f"{entry.kind} {entry.key[:12]}: {problem}{outcome}"
         console.print(plain(line), markup=False, soft_wrap=True)
     whole = number - len(bad)
     console.print(f"{whole} artifacts are whole, {len(bad)} are not", markup=False)
@@ -91,10 +91,10 @@ def _key() -> SigningKey:
 
 @cache_app.command("prune")
 def prune(
-    max_size: Annotated[str, typer.Option(help="Keep the last used artifacts up to this size, such as 500M.")],
+    max_size: Annotated[str, typer.Option(help="Keep the most recently used artifacts up to this size, such as 500M.")],
     cache: Location = None,
 ) -> None:
-    """Delete what was used longest ago."""
+    """Delete the least recently used artifacts."""
     store = _open(cache)
     removed = store.prune(read_size(max_size))
     left = store.entries()

@@ -1,4 +1,4 @@
-"""Where commands print to: a rich console, wide enough for tables when it is no terminal, and quiet libraries."""
+"""The console that commands print to, and keeping libraries quiet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WIDE = 150
 
 
 def make_console() -> Console:
-    """A console on stdout; in a pipe or file, where no terminal says its width, 150 columns."""
+    """A console on stdout; 150 columns wide if stdout is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""`glowplug demo`: every strategy and every way to start on the shipped checkpoints, with the text they write."""
+"""`glowplug demo`: all strategies and ways to start on the shipped checkpoints, with the text they write."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glowplug.bench.demo import ORDER, PROMPT, START, Outcome, find_models, order_generations, run_generations
-from glowplug.bench.demo import start_generations as start
-from glowplug.bench.demo_worker import Generation
-from glowplug.bench.environment import describe_environment, machine_line
-from glowplug.bench.start_worker import Start
+from glowplug.bench.demo import (
+    ORDER,
+    PROMPT,
+    START,
+    Outcome,
+    find_models,
+    order_generations,
+    run_generations,
+    start_generations,
+)
+from glowplug.bench.results.environment import describe_environment, machine_line
+from glowplug.bench.results.table import NONE, seconds
 from glowplug.bench.starts import Started, run_ways
-from glowplug.bench.table import NONE, seconds
+from glowplug.bench.workers.generation import Generation
+from glowplug.bench.workers.start import Start
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.cli.starts import starts_table
 from glowplug.compilers import get_compiler
@@ -29,18 +37,18 @@ def demo(
     models: Annotated[Path | None, typer.Option(help=f"Folder with {START} and {ORDER}.")] = None,
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
 ) -> None:
-    """Start a small trained model under each strategy and in each way; then show where `ordered` goes wrong."""
+    """Start a small trained model under each strategy and in each way; then show how `ordered` fails."""
     quiet_transformers()
     stores = isinstance(get_compiler(compiler), StoringCompiler)
     folder = find_models(models)
     console = make_console()
     console.print(machine_line(describe_environment()), markup=False)
     console.print(f"{START} continues {PROMPT!r}; a fresh process and fresh compiler caches each time\n", markup=False)
-    started = _run(console, start(folder, compiler))
+    outcomes = _run(console, start_generations(folder, compiler))
     console.print()
-    console.print(_start_table(started))
+    console.print(_start_table(outcomes))
     console.print(f"{START} is too short to stamp: here `stamped` traces every layer, as `hoisted` does.", markup=False)
-    _print_texts(console, started)
+    _print_texts(console, outcomes)
     ways = _ways(console, folder) if stores else []
     console.print(
         f"\n{ORDER} creates text and vision experts, and text runs only half of them, "
@@ -48,7 +56,7 @@ def demo(
         markup=False,
     )
     _print_order(console, _run(console, order_generations(folder)))
-    if not all(outcome.equal for outcome in started) or not all(way.right for way in ways):
+    if not all(outcome.equal for outcome in outcomes) or not all(way.right for way in ways):
         raise typer.Exit(1)
 
 
@@ -66,28 +74,28 @@ def _run(console: Console, generations: list[Generation]) -> list[Outcome]:
 
 
 def _ways(console: Console, models: Path) -> list[Started]:
-    """Start the first checkpoint without a store, with one, and behind eager."""
+    """Start the first checkpoint without a store, with one, and in the background."""
     console.print(
         f"\n{START} started cold; warm, from the store that the cold start filled; and in the background, eager "
         "serving until another process has compiled it\n",
         markup=False,
     )
-    done: list[Started] = []
+    starts: list[Started] = []
     with console.status("") as status:
         status.update(WAYS[0])
         for way in run_ways(Start(folder=str(models / START), experts="opaque"), WAYS):
-            done.append(way)
+            starts.append(way)
             brief = way.error or f"second token after {seconds(way.result['second_token_s'])} s"
             console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)
-            status.update(WAYS[min(len(done), len(WAYS) - 1)])
+            status.update(WAYS[min(len(starts), len(WAYS) - 1)])
     console.print()
-    console.print(starts_table(done))
-    return done
+    console.print(starts_table(starts))
+    return starts
 
 
-def _progress(generations: list[Generation], done: int) -> str:
-    left = generations[done:]
-    return f"{_name(left[0])} ({done + 1} of {len(generations)})" if left else ""
+def _progress(generations: list[Generation], finished: int) -> str:
+    left = generations[finished:]
+    return f"{_name(left[0])} ({finished + 1} of {len(generations)})" if left else ""
 
 
 def _name(generation: Generation) -> str:
@@ -129,13 +137,13 @@ def _start_table(outcomes: list[Outcome]) -> Table:
 
 
 def _print_texts(console: Console, outcomes: list[Outcome]) -> None:
-    done = [outcome for outcome in outcomes if outcome.error is None]
-    if not done:
+    succeeded = [outcome for outcome in outcomes if outcome.error is None]
+    if not succeeded:
         return
-    equal = [outcome.generation.strategy for outcome in done if outcome.equal]
+    equal = [outcome.generation.strategy for outcome in succeeded if outcome.equal]
     console.print(f"{', '.join(equal) or 'eager'} wrote:", style="bold", markup=False)
-    _print_text(console, done[0].result["expected_text"])
-    for outcome in done:
+    _print_text(console, succeeded[0].result["expected_text"])
+    for outcome in succeeded:
         if not outcome.equal:
             console.print(f"{outcome.generation.strategy} wrote:", style="bold red", markup=False)
             _print_text(console, outcome.result["text"])

@@ -9,7 +9,7 @@ import typer
 import glowplug
 from glowplug.bench.models import load_model
 from glowplug.bench.presets import PRESETS
-from glowplug.cli.console import make_console, quiet_transformers
+from glowplug.cli.console import quiet_transformers
 
 
 def explain(
@@ -21,11 +21,5 @@ def explain(
 ) -> None:
     """Show a model's pieces, which layers share them, and which argument keeps two apart. Nothing is compiled."""
     quiet_transformers()
-    if program:
-        print(glowplug.explain_program(load_model(model, depth=depth), identity=identity, experts=experts))
-        return
-    explanation = glowplug.explain(load_model(model, depth=depth), identity=identity, experts=experts)
-    if hasattr(explanation, "__rich__"):
-        make_console().print(explanation)
-    else:
-        print(explanation)
+    show = glowplug.explain_program if program else glowplug.explain
+    print(show(load_model(model, depth=depth), identity=identity, experts=experts))

@@ -18,7 +18,7 @@ from glowplug.errors import UsageError
 
 
 class TimedStreamer(TextStreamer):
-    """Prints text as it comes, and notes when each token came."""
+    """Prints text as it arrives, and records when each token arrived."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
@@ -33,14 +33,14 @@ class TimedStreamer(TextStreamer):
 def generate(
     model: Annotated[str, typer.Argument(help="A local folder with a causal language model and its tokenizer.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 64,
     identity: Annotated[str, typer.Option(help="auto, hoisted, ordered or baked.")] = "auto",
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
     compiler: Annotated[str, typer.Option(help="inductor, or eager: pieces uncompiled.")] = "inductor",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     report: Annotated[Path | None, typer.Option(help="Write the report and the program to this folder.")] = None,
 ) -> None:
-    """Continue a text greedily with a compiled model, and say how long the first token took, and the rest."""
+    """Continue a text greedily with a compiled model, and print the time to the first token and the speed after it."""
     quiet_transformers()
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
@@ -54,8 +54,8 @@ def generate(
     start = time.perf_counter()
     glowplug.compile(language_model, identity=identity, experts=experts, compiler=compiler)
     with torch.no_grad():
-        made: Any = language_model
-        made.generate(
+        generator: Any = language_model
+        generator.generate(
             **inputs.to(language_model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )
     print(_speed(streamer.times, start))
@@ -79,9 +79,9 @@ def _tokenize(folder: str, prompt: str, vocab_size: int) -> tuple[Any, Any]:
 
 
 def _speed(times: list[float], start: float) -> str:
-    """What the arrival times say; the first is the prompt's."""
+    """Time to the first token, and tokens per second after it; the first time is the prompt's."""
     tokens = len(times) - 1
-    said = f"first token after {times[1] - start:.2f} s"
+    text = f"first token after {times[1] - start:.2f} s"
     if tokens > 1:
-        said += f", then {(tokens - 1) / (times[-1] - times[1]):.1f} tokens/s ({tokens} tokens)"
-    return said
+        text += f", then {(tokens - 1) / (times[-1] - times[1]):.1f} tokens/s ({tokens} tokens)"
+    return text

@@ -14,12 +14,12 @@ def read_size(text: str) -> int:
     """Bytes, from a text such as `500M` or `2GiB`.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: the text is not a size.
     """
-    found = _SIZE.match(text)
-    if found is None:
+    match = _SIZE.match(text)
+    if match is None:
         raise UsageError(f"{text!r} is no size; write it as 500M or 2G")
-    size = float(found[1]) * _UNITS[found[2].upper()]
+    size = float(match[1]) * _UNITS[match[2].upper()]
     if size >= 2**63:
         raise UsageError(f"{text[:40]!r} is more than any disk holds")
     return int(size)

@@ -1,4 +1,4 @@
-"""`glowplug starts`: the ways to start a model, side by side, and fleets of processes on one store."""
+"""`glowplug starts`: compares the ways to start a model, and starts fleets of processes on one store."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from glowplug.bench.environment import describe_environment, machine_line
 from glowplug.bench.models import check_dtype, default_dtype, resolve_device
 from glowplug.bench.presets import PRESETS
+from glowplug.bench.results.environment import describe_environment, machine_line
 from glowplug.bench.runner import check_writable
-from glowplug.bench.start_worker import WAYS, Start
 from glowplug.bench.starts import (
     DEFAULT_WAYS,
     Started,
@@ -24,6 +23,8 @@ from glowplug.bench.starts import (
     run_ways,
     write_starts,
 )
+from glowplug.bench.workers.start import WAYS, Start
+from glowplug.cli.bench import read_names
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 from glowplug.options import Options
@@ -33,22 +34,22 @@ def starts(
     model: Annotated[str, typer.Argument(help=f"A local folder, or a preset: {', '.join(PRESETS)}.")],
     depth: Annotated[int | None, typer.Option(help="Layers of a preset. Default: its own.")] = None,
     ways: Annotated[str, typer.Option(help=f"Some of {', '.join(WAYS[:-1])}.")] = ",".join(DEFAULT_WAYS),
-    fleet: Annotated[int, typer.Option(help="If not 0: so many processes, one after another and all at once.")] = 0,
+    fleet: Annotated[int, typer.Option(help="If not 0: this many processes, one after another and all at once.")] = 0,
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
     width: Annotated[str, typer.Option(help="Of a preset: tiny or full.")] = "tiny",
     all_experts: Annotated[
-        bool, typer.Option("--all-experts", help="As many experts a layer of a preset as were released.")
+        bool, typer.Option("--all-experts", help="Give a preset as many experts a layer as the released model has.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, bfloat16 on a GPU.")] = None,
-    evict: Annotated[bool, typer.Option("--evict", help="Load the weights from the disk, not from its cache.")] = False,
-    rounds: Annotated[int, typer.Option(help="Do all of it so many times, and show medians.")] = 1,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here, as they come.")] = None,
+    evict: Annotated[bool, typer.Option("--evict", help="Load the weights from disk, not the page cache.")] = False,
+    rounds: Annotated[int, typer.Option(help="Repeat all starts this many times, and show medians.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here as they arrive.")] = None,
 ) -> None:
-    """Start a model cold, warm, in the background and behind its weights, each in a fresh process."""
+    """Start a model cold, warm, in the background and while its weights load, each in a fresh process."""
     quiet_transformers()
     Options(experts=experts)  # type: ignore[arg-type]
-    chosen = tuple(dict.fromkeys(name.strip() for name in ways.split(",") if name.strip()))
+    chosen = tuple(read_names(ways))
     unknown = [name for name in chosen if name not in WAYS[:-1]]
     if unknown or width not in ("tiny", "full") or fleet < 0 or rounds < 1:
         sizes = "width is tiny or full, --fleet 0 or more, and --rounds 1 or more"
@@ -76,28 +77,28 @@ def starts(
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
         folder = model_folder(model, depth, width, dtype, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
         start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
-        done: list[Started] = []
+        finished: list[Started] = []
         fleets: dict[str, Any] = {}
         with console.status("starting") as status:
             for _ in range(rounds):
                 for started in run_ways(start, chosen):
-                    done.append(started)
-                    status.update(f"{len(done)} of {len(chosen) * rounds} starts")
+                    finished.append(started)
+                    status.update(f"{len(finished)} of {len(chosen) * rounds} starts")
                     console.print(_start_line(started), markup=False, soft_wrap=True)
                     if json_path is not None:
-                        write_starts(json_path, about, done, fleets)
-        if done:
+                        write_starts(json_path, about, finished, fleets)
+        if finished:
             console.print()
-            console.print(starts_table(medians(done)))
+            console.print(starts_table(medians(finished)))
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(start, fleet, at_once=at_once)
             fleets[name] = [started.result | {"failed": started.error} for started in result]
             console.print(_fleet_line(name, result), markup=False)
     if json_path is not None:
-        write_starts(json_path, about, done, fleets)
-    failed = [process["failed"] for crew in fleets.values() for process in crew]
-    if any(error is not None for error in (*(started.error for started in done), *failed)):
+        write_starts(json_path, about, finished, fleets)
+    errors = [process["failed"] for processes in fleets.values() for process in processes]
+    if any(error is not None for error in (*(started.error for started in finished), *errors)):
         raise typer.Exit(1)
 
 
@@ -108,30 +109,24 @@ def _start_line(started: Started) -> str:
     return f"{started.way}: ready after {ready:.2f} s"
 
 
-def starts_table(done: list[Started]) -> Table:
-    """One row a start."""
+def starts_table(starts: list[Started]) -> Table:
+    """A table with one row for each start."""
     table = Table()
     table.add_column("start")
-    for name in (
-        "loading\ns",
-        "first token\ns",
-        "second token\ns",
-        "ready\ns",
-        "compiled\nafter s",
-        "largest\nrel. error",
-    ):
+    times = ("loading\ns", "first token\ns", "second token\ns", "ready\ns", "compiled\nafter s")
+    for name in (*times, "largest\nrel. error"):
         table.add_column(name, justify="right")
     table.add_column("what happened", overflow="fold")
-    for started in done:
+    for started in starts:
         result = started.result
-        over = result.get("taken_over_s", result.get("second_token_s"))
+        compiled_after = result.get("taken_over_s", result.get("second_token_s"))
         table.add_row(
             started.way,
             _seconds(result.get("load_s")),
             _seconds(result.get("first_token_s")),
             _seconds(result.get("second_token_s")),
             _seconds(result.get("ready_s", result.get("load_s"))),
-            _seconds(over if started.way not in ("eager", "load") else None),
+            _seconds(compiled_after if started.way not in ("eager", "load") else None),
             f"{result['error']:.0e}" if result.get("error") is not None else "-",
             _note(result),
         )
@@ -149,7 +144,8 @@ def _note(result: dict[str, Any]) -> str:
     notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct", f"{report['start']} start"]
     elsewhere = report.get("elsewhere")
     if elsewhere and elsewhere["reason"] is None and elsewhere["seconds"] is not None:
-        notes.append(f"built elsewhere in {elsewhere['seconds']:.1f} s, {elsewhere['hidden_seconds']:.1f} s hidden")
+        hidden = f"{elsewhere['hidden_seconds']:.1f} s hidden"
+        notes.append(f"built in another process in {elsewhere['seconds']:.1f} s, {hidden}")
     if "tokens_equal" in result:
         notes.append(f"{result['steps']} tokens, {_eagers(result)}")
     notes += [fallback["reason"] for fallback in report["fallbacks"]]

@@ -1,4 +1,4 @@
-"""`glowplug sweep`: tries every MoE family of transformers at tiny widths; one row a family."""
+"""`glowplug sweep`: tries every MoE family of transformers at tiny widths and prints one row for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from glowplug.bench.environment import describe_environment, machine_line
+from glowplug.bench.results.environment import describe_environment, machine_line
 from glowplug.bench.runner import check_writable
 from glowplug.bench.sweep import COLUMNS, Row, markdown, sweep
 from glowplug.cli.console import make_console, quiet_transformers
@@ -21,7 +21,7 @@ def sweep_command(
     families: Annotated[str | None, typer.Option(help="Model types, such as gpt_oss,qwen3_next. Default: all.")] = None,
     depth: Annotated[int, typer.Option(help="Layers of each.")] = 24,
     experts: Annotated[str, typer.Option(help="auto, inline or opaque.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds that one family may take.")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Time limit of one family, in seconds.")] = 300.0,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")] = None,
 ) -> None:
     """Try every MoE family of transformers: is it stamped, with how many pieces, and equal to eager?"""

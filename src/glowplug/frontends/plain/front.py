@@ -36,7 +36,7 @@ from glowplug.program import Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import run_program
-from glowplug.reasons import is_tracers, told, why
+from glowplug.reasons import describe_break, raised_by_tracer, why
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
 from glowplug.start import Candidate
@@ -267,7 +267,7 @@ class PlainFrontEnd:
                 cause = _glowplug_cause(exc)
                 if cause is not None:
                     raise cause from exc
-                if not (isinstance(exc, TorchDynamoException) or is_tracers(exc)):
+                if not (isinstance(exc, TorchDynamoException) or raised_by_tracer(exc)):
                     raise
                 raise NotTracedError(why(exc)) from exc
         if report.programs != programs and report.strategy != "stamped":
@@ -275,7 +275,10 @@ class PlainFrontEnd:
         found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
         if found or report.programs > programs + 1:
             at = _breaks[places] if len(_breaks) > places else None
-            reason = told(at.reason, at.user_stack) if at is not None else told(found[0]) if found else ""
+            if at is not None:
+                reason = describe_break(at.reason, at.user_stack)
+            else:
+                reason = describe_break(found[0]) if found else ""
             reason = f": {reason}" if reason else ""
             report.fall_back(f"Dynamo broke the graph, and ran the rest eager or apart{reason}")
         return output

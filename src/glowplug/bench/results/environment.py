@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was made with."""
+"""The machine and the versions behind a measurement."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ import torch
 
 
 def describe_environment(device: str = "cpu") -> dict[str, Any]:
-    """Machine, versions, date and command line, as plain data.
-
-    Args:
-        device: the GPU is described, which wakes it, only for `"cuda"`.
-    """
+    """Machine, versions, date and command line, as plain data. Only for `"cuda"` the GPU is touched and described."""
     cuda = device == "cuda" and torch.cuda.is_available()
     return {
         "cpu": _cpu_model(),
@@ -48,12 +44,12 @@ def machine_line(environment: dict[str, Any]) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """An argument as a record keeps it: of an absolute path the name alone, as its folder says nothing elsewhere."""
+    """Reduce an absolute path to its name, as its folder means nothing on another machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

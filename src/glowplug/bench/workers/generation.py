@@ -1,11 +1,11 @@
-"""One generation of the demo in a process of its own: `python -m glowplug.bench.demo_worker '<json spec>'`.
+"""One generation of the demo in a process of its own: `python -m glowplug.bench.workers.generation '<json spec>'`.
+
 The last line of its output is the result as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.generation import BaseStreamer
-from transformers.utils import logging
 
 import glowplug
-from glowplug.bench.models import load_model, one_line
+from glowplug.bench.models import load_model
 from glowplug.bench.spec import Spec
 from glowplug.bench.strategies import get_strategy
+from glowplug.bench.workers.isolate import run_worker
 from glowplug.engine import attach
 from glowplug.frontends.hf.front import HfFrontEnd
 from glowplug.options import Options
@@ -33,9 +33,9 @@ class Generation:
         folder: the checkpoint, with its tokenizer.
         strategy: a name in `STRATEGIES`.
         prompt: text to continue.
-        tokens: how many tokens to add at most.
+        tokens: the largest number of tokens to add.
         compiler: glowplug's piece compiler. Experts are opaque, so that identity matters.
-        check_order: False turns off what guards `ordered`: its order check, and verification against eager.
+        check_order: False turns off both guards of `ordered`: the order check and the comparison with eager.
     """
 
     folder: str
@@ -51,13 +51,13 @@ class Generation:
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token arrives. The first thing that `generate` puts is the prompt."""
+    """Records when each token arrives. `generate` first passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """Note the time of the prompt or of a token."""
+        """Record the time of the prompt or of a token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -65,12 +65,12 @@ class TokenClock(BaseStreamer):
 
 
 def generate(wanted: Generation) -> dict[str, Any]:
-    """Generate with the model as it is, for comparison, then compile it and generate twice, cold and warm.
+    """Generate with the uncompiled model for comparison, then compile it and generate twice, cold and warm.
 
     Returns:
-        first_token_s (from the compile call), ms_per_token (of the second generation, after its first token), tokens,
-        text, expected (eager's tokens on the same model before it was compiled), expected_text, pieces,
-        distinct_pieces, fallback.
+        first_token_s (from the compile call), ms_per_token (in the second generation, after its first token), tokens,
+        text, expected (the tokens of the model before it was compiled), expected_text, pieces, distinct_pieces,
+        fallback.
     """
     tokenizer = AutoTokenizer.from_pretrained(wanted.folder, local_files_only=True)
     model = load_model(wanted.folder)
@@ -115,18 +115,8 @@ def _run(model: PreTrainedModel, inputs: Any, tokens: int) -> tuple[list[int], T
     return ids[0, inputs["input_ids"].shape[1] :].tolist(), clock
 
 
-def main(arguments: list[str]) -> int:
-    """Run the generation that the one argument specifies, and print its result."""
-    wanted = Generation(**json.loads(arguments[0]))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        result = {**generate(wanted), "error": None}
-    except Exception as exc:  # an error is what one part of the demo is about
-        result = {"error": f"{type(exc).__name__}: {one_line(exc, limit=1000)}"}
-    print("\n" + json.dumps(result), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # Long errors: one part of the demo shows an error in full.
+    run_worker(
+        lambda wanted: {**generate(Generation(**wanted)), "error": None}, lambda _, error: {"error": error}, limit=1000
+    )

@@ -1,5 +1,6 @@
 """Runs a module in a fresh process with fresh compiler caches, so that nothing compiled before can help it.
-The module takes one JSON argument and prints one JSON object as its last line.
+
+The module takes one JSON argument and prints one JSON object as its last line; `run_worker` does both for it.
 """
 
 from __future__ import annotations
@@ -11,24 +12,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
+
+from glowplug.bench.models import one_line
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GLOWPLUG_CACHE")
 
 
 class IsolatedError(Exception):
-    """The process ended without an answer: it was stopped after its time, or died; the message says which."""
+    """The process timed out or died without an answer; the message says which."""
 
 
 class Isolated:
     """A process that runs `python -m module argument` with empty compiler caches, which are deleted with it.
 
-    Args:
-        module: name of the module.
-        argument: its argument, JSON.
-        timeout_s: seconds that it may take, for its error's message.
-        extra: further environment variables; `{}` in a value stands for the process's own folder.
+    `extra` adds environment variables; `{}` in a value stands for the process's own folder.
     """
 
     def __init__(self, module: str, argument: str, *, timeout_s: float, extra: dict[str, str] | None = None) -> None:
@@ -58,18 +60,18 @@ class Isolated:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def expire(self) -> None:
-        """Its time is over: `answer` will say so, unless it has ended."""
+        """Make `answer` report a timeout unless the process has ended by then."""
         self._expired = True
 
     def answer(self) -> dict[str, Any]:
-        """Wait for its end; returns the JSON object on the last line of its output.
+        """Wait until the process ends, and return the JSON object on the last line of its output.
 
         Raises:
-            IsolatedError: it ran out of time, died, or printed no such line.
+            IsolatedError: it timed out, died, or printed no such line.
         """
         try:
             code = self._process.wait(timeout=0 if self._expired else self.timeout_s)
@@ -80,17 +82,13 @@ class Isolated:
         return _answer(self.folder, code)
 
     def close(self) -> None:
-        """Stop the process and all that it started, and delete its folder."""
+        """Stop the process and everything it started, and delete its folder."""
         _stop(self._process)
         self._temporary.cleanup()
 
 
 def run_isolated(module: str, argument: str, *, timeout_s: float) -> dict[str, Any]:
-    """Run a module in a process of its own, see `Isolated`, and return its answer.
-
-    Raises:
-        IsolatedError: it ran out of time, died, or printed no JSON object.
-    """
+    """Run a module in an `Isolated` process and return its answer; raises as `Isolated.answer` does."""
     process = Isolated(module, argument, timeout_s=timeout_s)
     try:
         return process.answer()
@@ -98,8 +96,24 @@ def run_isolated(module: str, argument: str, *, timeout_s: float) -> dict[str, A
         process.close()
 
 
+def run_worker(
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+    failed: Callable[[dict[str, Any], str], dict[str, Any]],
+    limit: int = 300,
+) -> None:
+    """In the process: call `work` with the JSON argument and print its answer, or that of `failed` with the error."""
+    argument = json.loads(sys.argv[1])
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        answer = work(argument)
+    except Exception as exc:  # a failure is a result, too
+        answer = failed(argument, f"{type(exc).__name__}: {one_line(exc, limit)}")
+    print("\n" + json.dumps(answer), flush=True)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and the compile workers that it started; harmless once they are gone."""
+    """Kill the process and the compile workers that it started, if they still run."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -114,5 +128,5 @@ def _answer(folder: Path, code: int) -> dict[str, Any]:
     if code == 0 and isinstance(answer, dict):
         return answer
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    said = (folder / "stderr").read_text(errors="replace").strip().splitlines()
-    raise IsolatedError(f"the process {ended}" + (f": {said[-1]}" if said else ""))
+    errors = (folder / "stderr").read_text(errors="replace").strip().splitlines()
+    raise IsolatedError(f"the process {ended}" + (f": {errors[-1]}" if errors else ""))

@@ -1,4 +1,4 @@
-"""Records as text: a line while running, a rich table at the end."""
+"""Records as text: a line for each as it arrives, and a rich table at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from glowplug.bench.record import Record
+from glowplug.bench.results.record import Record
 
 NONE = "-"
 
@@ -33,13 +33,9 @@ def results_table(records: Sequence[Record]) -> Table:
     table.add_column("depth", justify="right")
     table.add_column("strategy")
     table.add_column("experts")
-    table.add_column("cold start\ns", justify="right")
-    table.add_column("cold /\nhoisted", justify="right")
-    table.add_column("pieces\ndistinct/all", justify="right")
-    table.add_column("decode\nms", justify="right")
-    table.add_column("prefill 128\nms", justify="right")
-    table.add_column("peak\nMiB", justify="right")
-    table.add_column("largest\nrel. error", justify="right")
+    timings = ("cold start\ns", "cold /\nhoisted", "pieces\ndistinct/all", "decode\nms", "prefill 128\nms")
+    for name in (*timings, "peak\nMiB", "largest\nrel. error"):
+        table.add_column(name, justify="right")
     notes = any(record["error"] is not None or record["fallback"] for record in records)
     if notes:
         table.add_column("note", overflow="fold", max_width=60)

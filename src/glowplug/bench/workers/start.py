@@ -1,4 +1,5 @@
-"""One start of a model folder in a process of its own: `python -m glowplug.bench.start_worker '<json>'`.
+"""One start of a model folder in a process of its own: `python -m glowplug.bench.workers.start '<json>'`.
+
 The last line of its output is what it measured, as JSON.
 """
 
@@ -7,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 import glowplug
-from glowplug.bench.measure import Sequence, Text, relative_error
-from glowplug.bench.models import one_line
+from glowplug.bench.measure import Sequence, Text, relative_error, two_tokens
+from glowplug.bench.workers.isolate import run_worker
 from glowplug.frontends.hf.builds import auto_class, read_config
 
 WAYS = ("eager", "load", "cold", "warm", "background", "from_pretrained", "fleet")
@@ -32,13 +31,13 @@ class Start:
     """One start.
 
     Attributes:
-        folder: of the model.
-        way: one of `WAYS`. `"load"`: load the weights, and no more. `"fleet"`: cold or warm, as the store has it.
+        folder: the model's folder.
+        way: one of `WAYS`. `"load"`: only load the weights. `"fleet"`: cold or warm, depending on the store.
         experts: glowplug's option.
         device: `"cpu"` or `"cuda"`.
         dtype: of the weights.
-        steps: decode steps of a sequence, while `"background"` serves eager.
-        evict: drop the weights' file from the page cache first, so that loading reads the disk.
+        steps: decode steps of a sequence while `"background"` serves eager.
+        evict: drop the weight files from the page cache first, so that loading reads the disk.
     """
 
     folder: str
@@ -58,10 +57,9 @@ def run(start: Start) -> dict[str, Any]:
     """Start a model.
 
     Returns:
-        load_s (loading weights), first_token_s and second_token_s (from the compile call), eager_first_token_s
-        (before, on the same model), ready_s (from nothing to the second token, without imports), error (against
-        eager; of eager itself in half precision: against the same weights in float32, and rounds_to is that dtype),
-        report.
+        load_s (loading weights), first_token_s and second_token_s (from the compile call), eager_first_token_s (the
+        same model before it was compiled), ready_s (loading and both tokens, without imports), error (against eager;
+        for eager itself in half precision: against the same weights in float32, with its dtype in rounds_to), report.
     """
     if start.evict:
         _evict(start.folder)
@@ -74,12 +72,12 @@ def run(start: Start) -> dict[str, Any]:
     with torch.no_grad():
         expected: list[torch.Tensor] = []
         if start.way != "from_pretrained":
-            expected, times = _tokens(model, text)
+            expected, times = two_tokens(model, text, PREFILL)
             result["eager_first_token_s"], result["eager_second_token_s"] = times
         compiled = time.perf_counter()
         if start.way != "eager" and start.way != "from_pretrained":
             glowplug.compile(model, experts=start.experts, background=start.way == "background")
-        actual, times = _tokens(model, text)
+        actual, times = two_tokens(model, text, PREFILL)
         setup = time.perf_counter() - compiled - times[1]
         result["first_token_s"], result["second_token_s"] = times[0] + setup, times[1] + setup
         result["ready_s"] = result["load_s"] + result["second_token_s"]
@@ -105,69 +103,60 @@ def _load(start: Start) -> PreTrainedModel:
     if start.way == "from_pretrained":
         model: PreTrainedModel = glowplug.from_pretrained(start.folder, experts=start.experts, **settings)
         return model
-    loaded = auto_class(read_config(Path(start.folder))).from_pretrained(start.folder, **settings)
-    loaded.requires_grad_(False)
-    found: PreTrainedModel = loaded.eval()
-    return found
-
-
-def _tokens(model: PreTrainedModel, text: Text) -> tuple[list[torch.Tensor], list[float]]:
-    """A prefill and one decode step: their logits, and when each token was there."""
-    sequence, start = Sequence(model, text), time.perf_counter()
-    logits: list[torch.Tensor] = []
-    times: list[float] = []
-    for tokens in (PREFILL, 1):
-        logits.append(sequence.step(tokens))
-        int(logits[-1][0, -1].argmax())
-        times.append(time.perf_counter() - start)
-    return logits, times
+    model = auto_class(read_config(Path(start.folder))).from_pretrained(start.folder, **settings)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def _eager_tokens(model: PreTrainedModel, text: Text) -> list[torch.Tensor]:
-    """The same by the model's own forward."""
+    """The logits of both tokens from the model's own forward."""
     engine = model.__dict__.pop("forward")
     try:
-        return _tokens(model, text)[0]
+        return two_tokens(model, text, PREFILL)[0]
     finally:
         object.__setattr__(model, "forward", engine)
 
 
 def _rounding(model: PreTrainedModel, text: Text, rounded: list[torch.Tensor], dtype: str) -> dict[str, Any]:
-    """How far the model's own forward in its dtype is from that in float32: no other start can be held to less.
-    Nothing where the memory is too small for it. The model is lost."""
+    """How far the model's own forward in its dtype is from that in float32, the least error to expect of any start.
+
+    Converts the model to float32 in place. Empty if the memory is too small for that.
+    """
     try:
-        exact = _tokens(model.float(), text)[0]
+        exact = two_tokens(model.float(), text, PREFILL)[0]
     except torch.OutOfMemoryError:
         return {}
     return {"error": max(relative_error(a, e) for a, e in zip(rounded, exact, strict=True)), "rounds_to": dtype}
 
 
 def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps: int) -> dict[str, Any]:
-    """Decode until the compiled program serves, and a little longer; the tokens of the sequence in which it takes over
-    must be eager's."""
+    """Decode until the compiled program serves, and a little longer.
+
+    Compares the tokens of the sequence in which the program takes over with eager's.
+    """
     tokens: list[int] = []
-    served = 0
+    eager_steps = 0
     sequence = Sequence(model, text)
-    step = 0.0
+    step_s = 0.0
     while _under_way(model) and time.perf_counter() - compiled < _PATIENCE_S:
         if not tokens or len(tokens) >= steps:
             sequence, tokens = Sequence(model, text), []
             sequence.step(PREFILL)
         begin = time.perf_counter()
         tokens.append(int(sequence.step(1)[0, -1].argmax()))
-        step = time.perf_counter() - begin
-        served += 1
-    over = time.perf_counter() - compiled
+        step_s = time.perf_counter() - begin
+        eager_steps += 1
+    taken_over_s = time.perf_counter() - compiled
     tokens += [int(sequence.step(1)[0, -1].argmax()) for _ in range(8)]
     engine = model.__dict__.pop("forward")
-    again = Sequence(model, text)
-    again.step(PREFILL)
-    others = sum(int(again.step(1)[0, -1].argmax()) != token for token in tokens)
+    reference = Sequence(model, text)
+    reference.step(PREFILL)
+    others = sum(int(reference.step(1)[0, -1].argmax()) != token for token in tokens)
     object.__setattr__(model, "forward", engine)
     return {
-        "taken_over_s": over,
-        "switch_s": step,
-        "steps": served,
+        "taken_over_s": taken_over_s,
+        "switch_s": step_s,
+        "steps": eager_steps,
         "tokens_equal": others == 0,
         "compared": len(tokens),
         "others": others,
@@ -175,30 +164,17 @@ def _until_taken_over(model: PreTrainedModel, text: Text, compiled: float, steps
 
 
 def _under_way(model: PreTrainedModel) -> bool:
-    """Whether eager still serves because the program is being built."""
+    """Whether eager still serves while the program is being built."""
     report = glowplug.report(model)
     return report.strategy == "eager" and not report.fallbacks
 
 
 def _evict(folder: str) -> None:
-    """Forget what the page cache has of the weights."""
+    """Drop the weight files from the page cache."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with open(file, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main(arguments: list[str]) -> int:
-    """Make the start that the one argument asks for, and print what it took."""
-    start = Start(**json.loads(arguments[0]))
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        result = run(start)
-    except Exception as exc:  # a start that fails is a result
-        result = {"way": start.way, "failed": f"{type(exc).__name__}: {one_line(exc)}"}
-    print("\n" + json.dumps(result), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_worker(lambda start: run(Start(**start)), lambda start, error: {"way": Start(**start).way, "failed": error})

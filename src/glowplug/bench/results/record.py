@@ -1,4 +1,4 @@
-"""What one measurement gives: the record, plain data that goes into the results file."""
+"""The record of one measurement: plain data for the results file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Record = dict[str, Any]
 
 
 def empty_record(spec: Spec) -> Record:
-    """A record with everything known before measuring, and None for what is measured.
+    """A record with everything known before measuring, and None for every measured value.
 
     Keys, with units: model, depth, width, strategy, experts, compiler, device, dtype, torch (version), cold_start_s,
-    phases (name -> s), pieces, distinct_pieces, pending_pieces (those that run uncompiled at the second token),
+    phases (name -> s), pieces, distinct_pieces, pending_pieces (still uncompiled at the second token),
     steady_ms ({"decode": ms, "prefill128": ms}), overhead_us (see `glowplug.bench.overhead`), peak_rss_mb and
     cuda_peak_mb (MiB), max_rel_err, fallback (reasons), error.
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.environment import machine_line
-from glowplug.bench.record import Record
+from glowplug.bench.results.environment import machine_line
+from glowplug.bench.results.record import Record
 from glowplug.bench.strategies import STRATEGIES
 from glowplug.errors import UsageError
 
@@ -17,23 +17,23 @@ _MARKERS = "oDsXv^PHd"
 
 
 def check_plot(path: Path) -> None:
-    """Raise `UsageError` when matplotlib is missing or can't write files of that kind."""
+    """Raise `UsageError` if matplotlib is missing or can't write this file type."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as exc:
         raise UsageError("--plot needs matplotlib: pip install 'glowplug[plot]'") from exc
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise UsageError(f"--plot can't write {path.name!r}: give it one of the endings {', '.join(sorted(kinds))}")
+    filetypes = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in filetypes:
+        raise UsageError(f"--plot can't write {path.name!r}: give it one of the endings {', '.join(sorted(filetypes))}")
 
 
 def draw(records: Sequence[Record], environment: dict[str, Any], path: Path) -> None:
-    """Draw the records that have a cold start, and write the file; eager, which compiles nothing, is left out.
+    """Draw the cold starts and write the file; eager, which compiles nothing, is left out.
 
     Args:
         records: of one model and width, any depths.
         environment: as `describe_environment` gives it.
-        path: its ending says the format.
+        path: its suffix sets the format.
 
     Raises:
         UsageError: no record has a cold start.
@@ -84,7 +84,7 @@ def _last(records: Sequence[Record], strategy: str) -> float:
 
 
 def _draw_line(axes: Any, strategy: str, records: Sequence[Record]) -> None:
-    """Draw one strategy; hollow markers where not everything was compiled, which makes a start cheap."""
+    """Draw one strategy, with hollow markers if it left something eager, which makes a start cheap."""
     index = list(STRATEGIES).index(strategy)
     ours = STRATEGIES[strategy].compiles_by == "glowplug"
     colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
@@ -92,7 +92,7 @@ def _draw_line(axes: Any, strategy: str, records: Sequence[Record]) -> None:
     times = [record["cold_start_s"] for record in records]
     partly = any(record["fallback"] for record in records)
     later = any(record.get("pending_pieces") for record in records)
-    note = "\n(partly eager)" if partly else "\n(ends compiled beside)" if later else ""
+    note = "\n(partly eager)" if partly else "\n(some pieces deferred)" if later else ""
     axes.plot(
         depths,
         times,

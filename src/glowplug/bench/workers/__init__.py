@@ -1,0 +1,1 @@
+"""Modules that run in a process of their own, and what starts such a process."""
