@@ -65,6 +65,8 @@ class Engine:
     def compilation(self) -> Compilation:
         """The latest. The first is made when it is asked for: it reads the model, which is not whole yet while a copy's
         engine is made."""
+        if self._states:  # without the lock, which a thread that compiles holds
+            return self._states[-1]
         with self._lock:
             return self._states[-1] if self._states else self._compile()
 
@@ -180,17 +182,20 @@ class Engine:
 
     def _current(self) -> Compilation | Refusal:
         """The compilation of the model as it is now."""
+        if not self._states or not self.front.restarts:
+            return self.compilation
+        changed: str | None = None
+        for state in reversed(self._states):
+            changed = state.change()
+            if changed is None:
+                return state
         with self._lock:
-            if not self._states or not self.front.restarts:
-                return self.compilation
-            for state in reversed(self._states):
-                changed = state.change()
-                if changed is None:
-                    return state
+            if self._states[-1].change() is None:  # another thread has seen the change before
+                return self._states[-1]
             if len(self._states) < _STATES:
                 return self._compile()
-            self.report.fall_back(f"the module was changed {len(self._states)} times: {changed}", to="hoisted")
-            return Refusal("", eager=False)
+        self.report.fall_back(f"the module was changed {len(self._states)} times: {changed}", to="hoisted")
+        return Refusal("", eager=False)
 
     def _start(self, state: Compilation, call: Call) -> Ready | Refusal:
         with self._lock:

@@ -12,7 +12,7 @@ from glowplug.bodies.body import Body
 from glowplug.bodies.group import Group
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture
-from glowplug.graph.shapes import ShapeAssumptions, as_python, read_assumptions
+from glowplug.graph.shapes import as_python, read_assumptions
 from glowplug.graph.sources import named, parse
 from glowplug.graph.split import Piece, split
 from glowplug.store.address import globals_of
