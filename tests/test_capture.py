@@ -56,11 +56,11 @@ def test_inputs_and_sources(net: Peek) -> None:
     x = marked(3, 4)
     found = capture(call_net, [net, x], lambda captured: captured.inputs)
     by_source = {entry.source: entry for entry in found}
-    assert by_source["L['x']"].kind == "tensor"
+    assert by_source["L['x']"].type == "tensor"
     assert by_source["L['net']._parameters['weight']"].value is net.weight
     assert by_source["L['net']._buffers['offset']"].value is net.offset
-    assert [entry.value for entry in found if entry.kind == "handle"] == [net._glowplug_handle]
-    assert {entry.kind for entry in found} <= {"tensor", "symint", "handle"}
+    assert [entry.value for entry in found if entry.type == "handle"] == [net._glowplug_handle]
+    assert {entry.type for entry in found} <= {"tensor", "symint", "handle"}
 
 
 def test_nothing_runs(net: Peek) -> None:
@@ -153,8 +153,8 @@ def test_inputs_of_other_types_are_refused() -> None:
     def reads(x: Tensor, config: Config) -> Tensor:
         return x * config.scale
 
-    kinds = capture(reads, [marked(3), Config()], lambda captured: {entry.kind for entry in captured.inputs})
-    assert kinds <= {"tensor", "symint"}
+    types = capture(reads, [marked(3), Config()], lambda captured: {entry.type for entry in captured.inputs})
+    assert types <= {"tensor", "symint"}
 
 
 def test_each_capture_is_fresh(net: Peek) -> None:

@@ -89,8 +89,8 @@ class Runner:
                 compiler=glowplug.compilers.get_compiler("eager"),
                 report=self.report,
                 cache=PieceCache(),
-                arguments={entry.node: entry.source for entry in captured.inputs if entry.kind != "handle"},
-                bound={entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"},
+                arguments={entry.node: entry.source for entry in captured.inputs if entry.type != "handle"},
+                bound={entry.node: entry.value for entry in captured.inputs if entry.type == "handle"},
             ).program
 
         self.program = capture(fn, args, consume)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def glowplug_backend(
         warm_up(compiler, _device_type(example_inputs))
         captured = describe(gm)
         arguments = {entry.node: entry.source for entry in captured.inputs}
-        handles = {entry.node: entry.value for entry in captured.inputs if entry.kind == "handle"}
+        handles = {entry.node: entry.value for entry in captured.inputs if entry.type == "handle"}
         program = build_program(
             captured, compiler=compiler, report=report, cache=PieceCache(), arguments=arguments, bound=handles
         ).program

@@ -146,7 +146,7 @@ class Compilation:
     def _new_watch(self) -> Watch:
         return Watch(self.front.model, self.reads, followed=self.front.followed())
 
-    # -- what is compiled beside serving ----------------------------------------------------------------------
+    # -- what is compiled in the background ------------------------------------------------------------------
 
     @property
     def programs(self) -> list[Ready]:
@@ -159,13 +159,13 @@ class Compilation:
         return self.op_bodies.in_use if self.op_bodies is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
-        """Put to use what was compiled beside serving; wait for it until `deadline` (`time.monotonic()`), if given."""
+        """Put to use what was compiled in the background; wait for it until `deadline` (`time.monotonic()`), if given."""
         self.pieces.poll(self.report, deadline)
         if self.op_bodies is not None and self.op_bodies.pending:
             self.op_bodies.poll(deadline)
 
     def compile_bodies(self) -> None:
-        """Compile the bodies of opaque ops, now or beside serving. Once."""
+        """Compile the bodies of opaque ops, now or in the background. Once."""
         choice = self.options.inside
         if (
             self.op_bodies is not None

@@ -32,7 +32,7 @@ from glowplug.store import open_store
 logger = logging.getLogger("glowplug")
 
 _STATES = 5
-"""How many states of a model are compiled, where a changed model is compiled anew."""
+"""How many states of a model are compiled, where a changed model is compiled again."""
 _BUILDING = "the program is being built in another process"
 
 
@@ -104,7 +104,7 @@ class Engine:
         return self.report
 
     def settle(self, timeout_s: float) -> None:
-        """Wait for what is compiled beside serving, and put it to use."""
+        """Wait for what is compiled in the background, and put it to use."""
         deadline = time.monotonic() + timeout_s
         if self._builds is not None:
             self._builds.wait(deadline)
@@ -149,11 +149,11 @@ class Engine:
         return ready.run(call, running.program, context)
 
     def _poll(self, state: Compilation) -> None:
-        """Put to use what was compiled beside serving. Whatever comes of it, the call goes on."""
+        """Put to use what was compiled in the background. Whatever comes of it, the call goes on."""
         try:
             state.poll()
         except Exception:
-            logger.exception("glowplug: what was compiled beside serving can't be taken")
+            logger.exception("glowplug: what was compiled in the background can't be used")
 
     def _without_program(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that no program serves."""

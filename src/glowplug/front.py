@@ -89,7 +89,7 @@ class Target:
         """Tell what is handed in at each call (graph value -> source) from what is bound (graph value -> object)."""
         arguments = {entry.node: entry.source for entry in captured.inputs if self.is_argument(entry.source)}
         # Other sizes are those of tensors in the program, which give them.
-        rest = [entry for entry in captured.inputs if entry.node not in arguments and entry.kind != "symint"]
+        rest = [entry for entry in captured.inputs if entry.node not in arguments and entry.type != "symint"]
         return arguments, {entry.node: entry.value for entry in rest}
 
 
@@ -133,7 +133,7 @@ class FrontEnd(Protocol):
     Attributes:
         model: the model.
         own: the forward that somebody put on the model before it was compiled; None for its class's.
-        restarts: whether a model that changed is compiled anew; otherwise it runs eagerly until it is changed back.
+        restarts: whether a model that changed is compiled again; otherwise it runs eagerly until it is changed back.
         smallest: the smallest size that may vary; calls with smaller ones are not served.
         most_programs: programs of a model, at most; None: one for each signature.
         about: what the model is, for the people who look into a store; None: its programs are not stored.

@@ -38,7 +38,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class InsideReport:
-    """The compiled op body of one kind of opaque experts or attention.
+    """The compiled op body of one group of opaque experts or attention layers.
 
     Attributes:
         op: the op that calls the layers.

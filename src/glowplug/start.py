@@ -175,7 +175,7 @@ def _find(c: Compilation, address: str, call: Call) -> Candidate | None:
         record = stored.record
         try:
             returns, forms = c.front.from_record(record.facts)
-        except Exception as exc:  # whatever comes of a stored program, it is made anew
+        except Exception as exc:  # whatever comes of a stored program, it is built again
             c.records.drop(address, why(exc))
             return None
     c.reads |= set(record.reads)

@@ -137,11 +137,7 @@ _ALL = (
             "num_nextn_predict_layers": 0,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
         },
-        tiny={
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-        },
+        tiny={"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2},
     ),
     Preset(
         "ernie-4.5-vl-28b-a3b",
@@ -226,10 +222,7 @@ _ALL = (
         tiny={
             "num_key_value_heads": 4,
             "head_dim": 8,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
+            **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
             "v_head_dim": 16,
             "moe_intermediate_size": 64,
             "n_routed_experts": 4,

@@ -145,7 +145,7 @@ Forms = dict[str, CallForm | None]
 
 def read_forms(captured: Captured, registry: LayerRegistry, masks: Mapping[str, Tensor]) -> Forms:
     """How each traced layer's op is called. `masks` maps the source of a mask in the trace to the mask of a call."""
-    handles = {entry.node: entry.value.name for entry in captured.inputs if entry.kind == "handle"}
+    handles = {entry.node: entry.value.name for entry in captured.inputs if entry.type == "handle"}
     call_masks = {entry.node: masks[entry.source] for entry in captured.inputs if entry.source in masks}
     calls: dict[str, list[fx.Node]] = {}
     for node in captured.gm.graph.nodes:

@@ -33,7 +33,7 @@ except ImportError as exc:  # pragma: no cover - depends on the torch installed
         f"glowplug can't find a part of torch's tracer that it needs ({exc}). It was checked on torch 2.11 and 2.13."
     ) from exc
 
-InputKind = Literal["tensor", "symint", "handle"]
+InputType = Literal["tensor", "symint", "handle"]
 T = TypeVar("T")
 
 tracing_lock = make_lock(awaited=True)
@@ -48,13 +48,13 @@ class GraphInput:
     Attributes:
         node: the placeholder's name in the graph.
         source: where its value comes from, such as `L['model']._modules['lm_head']._parameters['weight']`.
-        kind: `"tensor"`, `"symint"` (a symbolic size) or `"handle"` (a `LayerHandle`).
+        type: `"tensor"`, `"symint"` (a symbolic size) or `"handle"` (a `LayerHandle`).
         value: the parameter, tensor or handle itself, as seen at capture; None for a size.
     """
 
     node: str
     source: str
-    kind: InputKind
+    type: InputType
     value: Any
 
 
@@ -84,17 +84,17 @@ def describe(gm: fx.GraphModule) -> Captured:
             )
         fake = node.meta.get("example_value")
         value = arg.example
-        kind: InputKind = "tensor"
+        input_type: InputType = "tensor"
         if isinstance(fake, (torch.SymInt, int)):
-            kind, value = "symint", None  # reading a SymInt's value would specialise it
+            input_type, value = "symint", None  # reading a SymInt's value would specialise it
         elif isinstance(value, LayerHandle):
-            kind = "handle"
+            input_type = "handle"
         elif not isinstance(value, torch.Tensor):
             raise CaptureError(
                 f"{sources.named(arg.source.name)} is a {type(value).__name__}; glowplug binds tensors, sizes and "
                 "layer handles. Keep other objects in the layer, where a layer op can read them."
             )
-        inputs.append(GraphInput(node.name, arg.source.name, kind, value))
+        inputs.append(GraphInput(node.name, arg.source.name, input_type, value))
     return Captured(gm, tuple(inputs))
 
 

@@ -97,7 +97,7 @@ def split(
     gm = captured.gm
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     if bound is None:
-        bound = {entry.node for entry in captured.inputs if entry.kind == "handle" or is_weight(entry.source)}
+        bound = {entry.node for entry in captured.inputs if entry.type == "handle" or is_weight(entry.source)}
     segments = _segments(gm, layer_of)
     home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
     wanted = _wanted_later(segments, home, output)

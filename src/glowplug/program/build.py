@@ -106,7 +106,7 @@ def build_program(
         CompileError: the compiler failed.
     """
     with report.phase("split"):
-        fixed = {entry.node for entry in captured.inputs if entry.node not in arguments and entry.kind != "symint"}
+        fixed = {entry.node for entry in captured.inputs if entry.node not in arguments and entry.type != "symint"}
         steps, outputs = split(captured, fixed or None, layer_of)
         check_traced_order(captured.gm)
         if check is not None:

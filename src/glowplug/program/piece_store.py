@@ -80,7 +80,7 @@ class PieceStore:
         try:
             return self.compiler.load(pickle.loads(payload)[0])
         except OSError as exc:  # such as a full disk when kernels are unpacked: not the piece's fault
-            self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is made anew")
+            self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is built again")
             return None
         except Exception as exc:  # whatever a stored piece raises, recompile it
             self.store.drop("piece", self.key(digest), f"it can't be loaded: {said(exc)}")

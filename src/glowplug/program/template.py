@@ -111,7 +111,7 @@ def _at(source: Source | None, model: nn.Module) -> Any:
 def layer_of(template: Template, captured: Captured) -> LayerOf | None:
     """Finds the layer of a node, to cut a template's graph at its layers; None if every layer has a splitting op."""
     stack = template.stack
-    handles = {entry.node: stack.index_of(entry.value.name) for entry in captured.inputs if entry.kind == "handle"}
+    handles = {entry.node: stack.index_of(entry.value.name) for entry in captured.inputs if entry.type == "handle"}
     cut = set()
     for node in captured.gm.graph.nodes:
         op = find_layer_op(node.target) if node.op == "call_function" else None
@@ -152,9 +152,9 @@ def _locate(
     own: dict[str, tuple[int, str]] = {}
     handles = set()
     for entry in captured.inputs:
-        if entry.node in arguments or entry.kind == "symint":
+        if entry.node in arguments or entry.type == "symint":
             continue
-        if entry.kind == "handle":
+        if entry.type == "handle":
             place = stack.index_of(entry.value.name)
             if place is not None:
                 own[entry.node] = place

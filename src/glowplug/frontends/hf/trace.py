@@ -132,7 +132,7 @@ def _check(steps: Sequence[Step], captured: Captured, masks: Collection[str] | N
         if not (isinstance(step, OpStep) and step.op.name in _MIXERS) and passed_on & set(reads(step)):
             raise CaptureError("the model computes with what its attention hands on from layer to layer")
     mask_nodes = {entry.node for entry in captured.inputs if masks and entry.source in masks}
-    sizes = {e.node: e.source for e in captured.inputs if e.kind == "symint" and not _is_size(e.source)}
+    sizes = {e.node: e.source for e in captured.inputs if e.type == "symint" and not _is_size(e.source)}
     for step in steps:
         if isinstance(step, Piece):
             used = bool(mask_nodes & set(step.inputs))

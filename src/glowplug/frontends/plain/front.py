@@ -296,7 +296,7 @@ class PlainFrontEnd:
 def _check(steps: Sequence[Step], captured: Captured) -> None:
     """Refuse a trace that depends on what no call gives."""
     for entry in captured.inputs:
-        if entry.kind == "symint" and argument(entry.source) is None:
+        if entry.type == "symint" and argument(entry.source) is None:
             raise NotStampableError(f"the trace depends on a size that no argument has: {named(entry.source)}")
 
 
