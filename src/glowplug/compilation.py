@@ -159,7 +159,7 @@ class Compilation:
         return self.op_bodies.in_use if self.op_bodies is not None else InUse()
 
     def poll(self, deadline: float | None = None) -> None:
-        """Put to use what was compiled in the background; wait for it until `deadline` (`time.monotonic()`), if given."""
+        """Put to use what was compiled in the background; wait for it until `deadline` (`time.monotonic()`)."""
         self.pieces.poll(self.report, deadline)
         if self.op_bodies is not None and self.op_bodies.pending:
             self.op_bodies.poll(deadline)

@@ -1,7 +1,5 @@
-"""Well-known models as configurations with random weights: the true depth and layer pattern, at either of two widths.
-
-Depth and variety of layers make a cold start slow, so both are kept; trained weights don't matter.
-"""
+"""Well-known models as configurations with random weights: the true depth and pattern of layers, as these make a cold
+start slow; at either of two widths."""
 
 from __future__ import annotations
 
@@ -222,7 +220,10 @@ _ALL = (
         tiny={
             "num_key_value_heads": 4,
             "head_dim": 8,
-            **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
             "v_head_dim": 16,
             "moe_intermediate_size": 64,
             "n_routed_experts": 4,

@@ -158,7 +158,7 @@ class HfFrontEnd:
 
     @property
     def _compiles_bodies(self) -> bool:
-        """Whether opaque experts end up compiled: before the first answer, or in the background where forks can do it."""
+        """Whether opaque experts end up compiled: before the first answer, or in the background, by a fork."""
         beside = self.options.inside == "auto" and sys.platform == "linux"
         compiles = isinstance(get_compiler(self.options.compiler), StoringCompiler)
         return compiles and (beside or self.options.inside == "compiled")
