@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,10 @@ from glowplug.graph.split import Step
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
+from glowplug.program import Candidate
 from glowplug.program.template import Template
 from glowplug.report import Report
 from glowplug.verify.check import Agree
-
-if TYPE_CHECKING:
-    from glowplug.start import Candidate
 
 
 class Call(Protocol):

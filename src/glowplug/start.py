@@ -9,9 +9,7 @@ end can show it to the trace) is one loop, in `_make`; each step down is recorde
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from glowplug.compilation import Compilation
 from glowplug.compilers import warm_up
@@ -25,7 +23,7 @@ from glowplug.errors import (
 from glowplug.front import Call, Rung
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
-from glowplug.program import Built, Program, build_program
+from glowplug.program import Candidate, Traced, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import Ready
@@ -36,44 +34,6 @@ from glowplug.store.address import class_modules, globals_of, modules_of, source
 from glowplug.store.record import Record
 from glowplug.store.records import places_of
 from glowplug.verify.check import Agree
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What came of a trace.
-
-    Attributes:
-        built: its program, and what that was made of.
-        files: of all code that was traced.
-        unread: graph values that stood for sizes in the trace, and that no run reads.
-    """
-
-    built: Built
-    files: frozenset[str]
-    unread: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A program that serves once it was compared with the model's own forward.
-
-    Attributes:
-        program: the program.
-        assumptions: what its trace assumed of sizes.
-        returns: what the front end needs to know to wrap its outputs; the comparison shows it.
-        graphs: gives the program with uncompiled pieces, or None where some are missing.
-        traced: what it was made of, if it was traced here.
-        address: in the store; None when it is not there.
-        proved: whether an earlier process compared it in every case.
-    """
-
-    program: Program
-    assumptions: ShapeAssumptions
-    returns: Any
-    graphs: Callable[[], Program | None]
-    traced: Traced | None = None
-    address: str | None = None
-    proved: bool = False
 
 
 def start(c: Compilation, call: Call) -> Ready | str:

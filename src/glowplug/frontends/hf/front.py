@@ -36,13 +36,12 @@ from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Program
+from glowplug.program import Candidate, Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import run_program
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
-from glowplug.start import Candidate
 from glowplug.store.address import class_modules, sources_of
 from glowplug.verify.check import Agree, Case, why_wrong
 

@@ -32,14 +32,13 @@ from glowplug.layers.stack import find_repetition
 from glowplug.layers.watch import Watch
 from glowplug.ops import order_layers
 from glowplug.options import Options
-from glowplug.program import Program
+from glowplug.program import Candidate, Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import run_program
 from glowplug.reasons import describe_break, raised_by_tracer, why
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
-from glowplug.start import Candidate
 from glowplug.verify.check import Agree, Case, why_wrong
 
 try:
