@@ -129,9 +129,8 @@ def test_only_the_template_is_traced() -> None:
     quiet(model, ids(2, 3))
     expect_stamped(model, template=4)
     engine: Any = model.forward
-    layers = {
-        match[1] for read in engine._stampers[-1]._reads if (match := re.search(r"'layers'\]\._modules\['(\d+)", read))
-    }
+    reads = engine.compilation.reads
+    layers = {match[1] for read in reads if (match := re.search(r"'layers'\]\._modules\['(\d+)", read))}
     assert layers == {"0", "1", "2", "3"}
 
 

@@ -225,7 +225,6 @@ def make_record() -> Record:
         stack="model.layers",
         handles=frozenset({"mlp", "attention"}),
         assumptions=ShapeAssumptions({"L['inputs']": (S0, 1, 2 * S0)}, (sympy.Eq(Mod(S0, 8), 0),)),
-        output_type="module:Class.Inner",
         reads=("L['self'].training",),
         globals={"G['x']": "2.0"},
         sources={"module": "0" * 64},
@@ -247,7 +246,7 @@ def test_records_survive() -> None:
     assert found.plan.stamped is not None and record.plan.stamped is not None
     assert found.plan.stamped.units[0].wiring == record.plan.stamped.units[0].wiring
     assert (found.plan.outline, found.facts) == (record.plan.outline, record.facts)
-    for name in ("places", "stack", "handles", "assumptions", "output_type", "reads", "globals", "sources", "verified"):
+    for name in ("places", "stack", "handles", "assumptions", "reads", "globals", "sources", "verified"):
         assert getattr(found, name) == getattr(record, name)
     assert Record.from_bytes(found.to_bytes()) == found
 

@@ -76,6 +76,14 @@ def test_a_warm_start_traces_and_compiles_nothing(
     assert torch.equal(ids, model.generate(IDS, max_new_tokens=4, do_sample=False))
 
 
+def test_a_start_that_compares_nothing_does_not_say_that_a_program_was_compared(store: Path) -> None:
+    for options, verified in (({"verify": "off"}, False), ({"verify": "off"}, False), ({}, True)):
+        Start(build("gpt_oss"), store, IDS, **options)
+        record = next(e for e in LocalStore(store, print).entries() if e.kind == "manifest")
+        content = unpack(record.path.read_bytes(), "manifest", record.key, None)
+        assert Record.from_bytes(content).verified == verified
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe"])
 def test_the_uncompiled_pieces_are_stored_too(family: str, store: Path) -> None:
     """With them, a program that another process made is compared with eager closely."""

@@ -197,6 +197,11 @@ class Compilation:
         return not self.for_others and self.processes is None
 
     @property
+    def proves(self) -> bool:
+        """Whether a program that serves here was compared with the model's own forward."""
+        return self.compares and self.options.verify == "once"
+
+    @property
     def defers(self) -> bool:
         """Whether pieces that run seldom in a step may start uncompiled."""
         return self.options.ends == "auto" and not self.options.strict and self.processes is None

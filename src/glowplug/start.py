@@ -8,6 +8,7 @@ end can show it to the trace) is one loop, in `_make`; each step down is recorde
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -143,7 +144,7 @@ def _find(c: Compilation, address: str, call: Call) -> Candidate | None:
         stored.program, record.assumptions, returns, stored.graphs, None, address, proved=record.verified
     )
     checked = check(c, candidate, call)
-    if c.compares and (isinstance(checked, str) or not record.verified):
+    if c.proves and (isinstance(checked, str) or not record.verified):
         c.records.judge(address, checked if isinstance(checked, str) else None)
     if isinstance(checked, str):
         return None
@@ -267,7 +268,7 @@ def check(c: Compilation, candidate: Candidate, call: Call) -> Candidate | str:
 def _compare(c: Compilation, candidate: Candidate, call: Call, agree: Agree | None) -> Candidate | str:
     for attempt in range(2):
         watch = c.watch()
-        with c.report.phase("verify"):
+        with c.report.phase("verify") if c.options.verify == "once" else contextlib.nullcontext():
             reason, returns = c.front.compare(candidate, call, c.registry, agree, check_order=c.check_order)
         if reason is not None:
             return reason
@@ -300,7 +301,7 @@ def _keep(c: Compilation, address: str, candidate: Candidate) -> Candidate:
             sources=sources_of(modules_of(traced.files) - class_modules(model)),
             addresses={piece.digest: known_by for piece, known_by in c.pieces.addresses.items()},
             facts={**facts, **c.front.to_record(candidate.returns, c.forms)},
-            verified=c.compares and c.options.verify == "once",
+            verified=c.proves,
         )
         c.pieces.wait_until_locked()  # whoever finds the program sees which pieces are being compiled
         c.records.keep(address, record)
