@@ -93,7 +93,7 @@ class Bodies:
             body = self._read(group)
             if body is not None and body.verdict is None:
                 waiting.append(group)
-            elif body is None or not self._take(group):
+            elif body is None or not self._load(group, body):
                 missing.append(group)
         compiler = self.compiler
         able = isinstance(compiler, StoringCompiler) and compiler.forks([])
@@ -192,8 +192,10 @@ class Bodies:
     def _take(self, group: Group) -> bool:
         """Use a group's stored body; returns whether there is one."""
         body = self._read(group)
-        if body is None:
-            return False
+        return body is not None and self._load(group, body)
+
+    def _load(self, group: Group, body: Body) -> bool:
+        """Use a body that was stored; returns whether it can be loaded."""
         try:
             assert isinstance(self.compiler, StoringCompiler)
             piece = self.compiler.load(body.artifact)

@@ -43,7 +43,7 @@ class Case:
 
 
 def why_wrong(
-    program: Program, graphs: Program | None, cases: Iterable[Case], agree: Agree | None = None
+    program: Program, graphs: Program | None, cases: Iterable[Case], agree: Agree | None = None, *, once: bool = False
 ) -> str | None:
     """Why a program must not serve; None if it may.
 
@@ -52,6 +52,8 @@ def why_wrong(
         graphs: the same program with uncompiled pieces, may be `program` itself; None if graphs are missing.
         cases: the calls to compare. The iterator may raise `NotServableError` with a reason.
         agree: set if several processes run the model together; then either all or none of them pass graphs.
+        once: compare each compiled piece only the first time that the program runs it, as an earlier process compared
+            it at every layer.
 
     Raises:
         GlowplugError: raised by a run, other than `NotServableError`, if this process runs the model alone.
@@ -59,7 +61,7 @@ def why_wrong(
     pairs: list[_Pair] = []
     tolerance = EXACT if graphs is not None else END_TO_END
     if graphs is not None:
-        program, pairs = _paired(program, graphs)
+        program, pairs = _paired(program, graphs, once)
     try:
         for case in cases:
             reason = _why_different(program, case, tolerance, raises=agree is None)
@@ -88,24 +90,27 @@ def _why_different(program: Program, case: Case, tolerance: Tolerance, *, raises
 class _Pair:
     """Runs a graph and its compiled form, and records how they differ."""
 
-    def __init__(self, name: str, graph: Run, compiled: Run) -> None:
+    def __init__(self, name: str, graph: Run, compiled: Run, once: bool) -> None:
         self.name = name
         self.graph = graph
         self.compiled = compiled
+        self.once = once
         self.problem: str | None = None
+        self._ended = False
 
     def __call__(self, *args: Any) -> Any:
-        if self.problem is not None:
+        if self._ended:
             return self.graph(*args)
         outputs, problem = run_both(self.graph, self.compiled, args)
         self.problem = f"{self.name} differs from eager: {problem}" if problem is not None else None
+        self._ended = self.once or problem is not None
         return outputs
 
 
-def _paired(program: Program, graphs: Program) -> tuple[Program, list[_Pair]]:
+def _paired(program: Program, graphs: Program, once: bool) -> tuple[Program, list[_Pair]]:
     """A program in which each graph also runs its compiled form; and these pairs."""
     pairs = {
-        slot: _Pair(piece_name(number), graph, program.slots[slot])
+        slot: _Pair(piece_name(number), graph, program.slots[slot], once)
         for number, (slot, graph) in enumerate(graphs.slots.items())
         if program.slots[slot] != graph
     }

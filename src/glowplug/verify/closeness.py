@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,11 +51,19 @@ wrong layer of many changes the output about as much as rounding does in a deep 
 refused."""
 
 
+_SMALLEST = 1e-6
+"""Tensors of a smaller norm are scaled before they are compared."""
+
+
 def distance(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| of floating point tensors of one shape; NaN if a value is NaN."""
     wide = torch.float64 if expected.dtype is torch.float64 else torch.float32
-    apart = torch.where(actual == expected, 0, actual.to(wide) - expected.to(wide))  # infinities may be equal
-    finite = expected.to(wide).nan_to_num(0.0, 0.0, 0.0)
+    actual, expected = actual.to(wide), expected.to(wide)
+    error, size = float(torch.dist(actual, expected)), float(expected.norm())
+    if math.isfinite(error) and _SMALLEST < size < math.inf:  # no square over- or underflows
+        return error / size
+    apart = torch.where(actual == expected, 0, actual - expected)  # infinities may be equal
+    finite = expected.nan_to_num(0.0, 0.0, 0.0)
     scale = finite.abs().max().clamp(min=1e-30)  # avoids overflow: masks hold the largest numbers
     return float((apart / scale).norm() / (finite / scale).norm().clamp(min=1e-30))
 

@@ -267,7 +267,7 @@ class HfFrontEnd:
                     yield Case(step.what, step.output.logits, run)
 
         with rotary_state_kept(self.model):
-            reason = why_wrong(candidate.program, graphs, compared(), agree)
+            reason = why_wrong(candidate.program, graphs, compared(), agree, once=candidate.proved)
         return reason, outputs[-1]
 
     def _logits(self, call: HfCall, registry: LayerRegistry, check_order: bool, program: Program) -> Any:
