@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from glowplug.errors import UsageError
 
@@ -330,7 +329,7 @@ def build_config(
     width: Width = "tiny",
     dtype: torch.dtype | None = None,
     all_experts: bool = False,
-) -> PreTrainedConfig:
+) -> transformers.PreTrainedConfig:
     """The configuration of a preset.
 
     Args:
@@ -362,7 +361,7 @@ def build_config(
     return config
 
 
-def _with_vision(text: PreTrainedConfig, width: Width) -> PreTrainedConfig:
+def _with_vision(text: transformers.PreTrainedConfig, width: Width) -> transformers.PreTrainedConfig:
     """The whole configuration around a text configuration. The vision tower has one block, as text never enters it."""
     vision = dict(_TINY_VISION) if width == "tiny" else {"depth": 1}
     return transformers.Ernie4_5_VLMoeConfig(text_config=text.to_dict(), vision_config=vision, dtype=text.dtype)
@@ -377,7 +376,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     all_experts: bool = False,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """A preset's model in eval mode, with random weights created on the device itself.
 
     Args:
