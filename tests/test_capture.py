@@ -226,7 +226,7 @@ def test_what_a_model_raises_in_a_trace_is_the_reason() -> None:
     older = r"^test_capture.py:\d+ unpacks something of another length"  # torch 2.11 does not get as far
     with pytest.raises(CaptureError, match=f"{known}|{older}"):
         capture(unpacks, (torch.ones(2),), lambda captured: None)
-    with pytest.raises(CaptureError, match=r"^it can't be counted$"):
+    with pytest.raises(CaptureError, match="it can't be counted"):  # torch 2.11 wraps the text
         capture(counts, (torch.ones(2), Refusing()), lambda captured: None)
 
 
