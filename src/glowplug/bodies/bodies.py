@@ -36,7 +36,6 @@ from glowplug.store.address import changed_global
 
 _STORED_AS = "inside"
 """What the store calls an op body."""
-_WAIT_S = 600.0
 logger = logging.getLogger("glowplug")
 
 
@@ -132,7 +131,7 @@ class Bodies:
         for group in groups:
             pieces = self._store_of(group)
             assert pieces is not None
-            with contextlib.suppress(CaptureError), pieces.store.lock(_STORED_AS, _key(pieces, group), _WAIT_S):
+            with contextlib.suppress(CaptureError), pieces.store.lock(_STORED_AS, _key(pieces, group)):
                 if self._read(group) is None:
                     body, artifact = make_body(group, pieces.compiler.compile_to_bytes)
                     if not orphaned():

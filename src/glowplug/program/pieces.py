@@ -26,9 +26,8 @@ from glowplug.reasons import why
 from glowplug.report import Report
 from glowplug.runtime.forks import make_lock
 from glowplug.runtime.progress import piece_progress
+from glowplug.store.store import LOCK_TIMEOUT_S
 
-_WAIT_S = 600.0
-"""How long to wait for another process that is compiling the same piece."""
 _PATIENCE_S = 60.0
 """How much longer than this process a fork may take before its pieces are compiled here."""
 _BRIEFLY_S = 0.1
@@ -184,7 +183,7 @@ class _Compilation:
             finally:
                 for job in jobs:
                     job.stop()
-            self._compile_free(pieces, channel or self.cache.store, _WAIT_S, advance)
+            self._compile_free(pieces, channel or self.cache.store, LOCK_TIMEOUT_S, advance)
         ours = sum(len(outcome.facts.get("compiled", ())) for job in jobs if (outcome := job.outcome()))
         self.cache.count += ours
         if channel is not None:
