@@ -74,11 +74,17 @@ class PieceStore:
 
     def load(self, digest: str) -> Run | None:
         """A stored piece, ready to run; None if there is none or it can't be loaded."""
+        loaded = self.load_with_graph(digest)
+        return loaded[0] if loaded is not None else None
+
+    def load_with_graph(self, digest: str) -> tuple[Run, bytes] | None:
+        """See `load`; with the piece's graph, for `unpickled`."""
         payload = self.store.get("piece", self.key(digest))
         if payload is None:
             return None
         try:
-            return self.compiler.load(pickle.loads(payload)[0])
+            artifact, graph = pickle.loads(payload)
+            return self.compiler.load(artifact), graph
         except OSError as exc:  # such as a full disk when kernels are unpacked: not the piece's fault
             self.store.note(f"a stored piece can't be loaded: {exc.strerror or exc}; it is built again")
             return None
@@ -91,9 +97,9 @@ class PieceStore:
         payload = self.store.get("piece", self.key(digest))
         try:
             graph = pickle.loads(payload)[1] if payload is not None else self.store.get("graph", self.key(digest))
-            return graph_from_bytes(graph) if graph else None
         except Exception:
             return None
+        return unpickled(graph)
 
     def keep(self, digest: str, artifact: bytes, piece: fx.GraphModule) -> None:
         """Store a compiled piece."""
@@ -118,6 +124,13 @@ class PieceStore:
 
     def _put(self, form: str, digest: str, payload: bytes, piece: fx.GraphModule) -> None:
         self.store.put(form, self.key(digest), payload, about=f"{len(piece.graph.nodes)} nodes, {digest[:12]}")
+
+
+def unpickled(graph: bytes | None) -> Run | None:
+    """The uncompiled form of a piece; None if nothing was stored, or it can't be read."""
+    with contextlib.suppress(Exception):
+        return graph_from_bytes(graph) if graph else None
+    return None
 
 
 def _pickled(piece: fx.GraphModule) -> bytes:

@@ -17,7 +17,7 @@ from glowplug.graph.fingerprint import Fingerprint
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.program import PieceSlot, PieceStore, Program
-from glowplug.program.piece_store import Run
+from glowplug.program.piece_store import Run, unpickled
 from glowplug.program.plan import Binder
 from glowplug.program.template import tensor_names
 from glowplug.reasons import said
@@ -63,9 +63,10 @@ class Records:
         """The program at an address, bound to the model; None if there is none that can be used. For `wait` see
         `load_pieces`."""
         record = self.read(key)
-        pieces = load_pieces(self.pieces, record, wait=wait) if record is not None else None
-        if record is None or pieces is None:
+        loaded = load_pieces(self.pieces, record, wait=wait) if record is not None else None
+        if record is None or loaded is None:
             return None
+        pieces, graphs = loaded
         try:
             values = {name: _find(self.model, registry, place) for name, place in record.places.items()}
             binder = Binder.of(self.model, record.stack, registry, record.handles) if record.stack is not None else None
@@ -73,7 +74,7 @@ class Records:
         except Exception as exc:  # any failure means: build the program again
             self.drop(key, said(exc))
             return None
-        return Stored(record, program, pieces, functools.partial(self._graphs, record, program))
+        return Stored(record, program, pieces, functools.partial(_uncompiled, program, graphs))
 
     def read(self, key: str) -> Record | None:
         """The record at an address; None if there is none, or if something that it relies on has changed."""
@@ -118,30 +119,38 @@ class Records:
     def _put(self, key: str, record: Record) -> None:
         self.store.put("manifest", key, record.to_bytes(), f"{self.about}, {record.facts['strategy']}")
 
-    def _graphs(self, record: Record, program: Program) -> Program | None:
-        graphs = {piece: self.pieces.load_graph(address) for piece, address in record.pieces().items()}
-        stored = {piece: graph for piece, graph in graphs.items() if graph is not None}
-        return program.with_slots(stored) if len(stored) == len(graphs) else None
 
-
-def load_pieces(pieces: PieceStore, record: Record, *, wait: bool) -> dict[Fingerprint, Run] | None:
-    """Every piece of a record, ready to run; None if one is missing and no process is compiling it.
+def load_pieces(
+    pieces: PieceStore, record: Record, *, wait: bool
+) -> tuple[dict[Fingerprint, Run], dict[Fingerprint, bytes]] | None:
+    """Every piece of a record, ready to run, and the graphs of those that are compiled, for `unpickled`; None if one is
+    missing and no process is compiling it.
 
     If `wait`, wait for pieces that another process is compiling. Otherwise their slots run uncompiled until then.
     """
     runners: dict[Fingerprint, Run] = {}
+    graphs: dict[Fingerprint, bytes] = {}
     for piece, address in record.pieces().items():
-        run = pieces.load(address)
-        graph = pieces.load_graph(address) if run is None and not wait and pieces.busy(address) else None
+        loaded = pieces.load_with_graph(address)
+        graph = pieces.load_graph(address) if loaded is None and not wait and pieces.busy(address) else None
         if graph is not None:
-            run = PieceSlot(piece, graph, pieces, address=address)
-        if run is None:
+            runners[piece] = PieceSlot(piece, graph, pieces, address=address)
+            continue
+        if loaded is None:
             with pieces.lock(address, LOCK_TIMEOUT_S):
-                run = pieces.load(address)
-        if run is None:
+                loaded = pieces.load_with_graph(address)
+        if loaded is None:
             return None
-        runners[piece] = run
-    return runners
+        runners[piece], graphs[piece] = loaded
+    return runners, graphs
+
+
+def _uncompiled(program: Program, pickled: Mapping[Fingerprint, bytes]) -> Program | None:
+    """A stored program with uncompiled pieces; None if the graph of one can't be read."""
+    slots = {piece: run.graph for piece, run in program.slots.items() if isinstance(run, PieceSlot)}
+    graphs = slots | {piece: unpickled(graph) for piece, graph in pickled.items()}
+    readable = {piece: graph for piece, graph in graphs.items() if graph is not None}
+    return program.with_slots(readable) if len(readable) == len(graphs) else None
 
 
 # -- places ------------------------------------------------------------------------------------------------------
