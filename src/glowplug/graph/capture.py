@@ -48,7 +48,7 @@ class GraphInput:
     Attributes:
         node: the placeholder's name in the graph.
         source: where its value comes from, such as `L['model']._modules['lm_head']._parameters['weight']`.
-        type: `"tensor"`, `"symint"` (a symbolic size) or `"handle"` (a `LayerHandle`).
+        type: `"tensor"`, `"symint"` (a symbolic size) or `"handle"` (an opaque value that names a layer).
         value: the parameter, tensor or handle itself, as seen at capture; None for a size.
     """
 
@@ -71,8 +71,9 @@ class Captured:
         return TracingContext.get().fake_mode
 
 
-def describe(gm: fx.GraphModule) -> Captured:
-    """Read the sources of the inputs of a graph that Dynamo has just passed to a backend."""
+def describe(gm: fx.GraphModule, handle: type = LayerHandle) -> Captured:
+    """Read the sources of the inputs of a graph that Dynamo has just passed to a backend. `handle` is the class of the
+    opaque values that name layers."""
     inputs = []
     for node in gm.graph.nodes:
         if node.op != "placeholder":
@@ -87,7 +88,7 @@ def describe(gm: fx.GraphModule) -> Captured:
         input_type: InputType = "tensor"
         if isinstance(fake, (torch.SymInt, int)):
             input_type, value = "symint", None  # reading a SymInt's value would specialise it
-        elif isinstance(value, LayerHandle):
+        elif isinstance(value, handle):
             input_type = "handle"
         elif not isinstance(value, torch.Tensor):
             raise CaptureError(
@@ -111,9 +112,10 @@ class _GraphReceived(BaseException):
 class _Capture(Generic[T]):
     """The backend of one capture. Torch never frees a backend, so `end` clears all references."""
 
-    def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None) -> None:
+    def __init__(self, consume: Callable[[Captured], T], reads: set[str] | None, handle: type) -> None:
         self.consume: Callable[[Captured], T] | None = consume
         self.reads = reads
+        self.handle = handle
         self.result: list[T] = []
         self.error: BaseException | None = None
 
@@ -122,7 +124,7 @@ class _Capture(Generic[T]):
         if self.reads is not None:
             self.reads.update(map(sources.read_by, TracingContext.get().guards_context.dynamo_guards))
         try:
-            self.result.append(self.consume(describe(gm)))
+            self.result.append(self.consume(describe(gm, self.handle)))
         except BaseException as exc:
             if is_restart(exc):
                 raise
@@ -137,7 +139,15 @@ class _Capture(Generic[T]):
         return result, error
 
 
-def capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], reads: set[str] | None = None) -> T:
+def capture(
+    fn: Any,
+    args: Sequence[Any],
+    consume: Callable[[Captured], T],
+    reads: set[str] | None = None,
+    *,
+    handle: type = LayerHandle,
+    specialise: bool = False,
+) -> T:
     """Trace `fn(*args)` in one graph and pass it to `consume` while Dynamo's tracing context is active.
 
     The function is never executed, and no guards are built. The caller must check that the trace's assumptions hold
@@ -148,6 +158,8 @@ def capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], read
         args: example arguments. Sizes of dynamic dims must be at least 2, and differ where they may differ.
         consume: called once with the graph.
         reads: receives the source of every Python object that the trace depends on, before `consume` is called.
+        handle: the class of the opaque values that name layers.
+        specialise: let the trace assume that dynamic sizes are at least 2, as torch does by default.
 
     Returns:
         What `consume` returned.
@@ -161,7 +173,7 @@ def capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], read
         raise CaptureError(off)
     with contextlib.suppress(CaptureError):  # if no module can be traced, the capture itself says why
         _check_names()
-    return _capture(fn, args, consume, reads)
+    return _capture(fn, args, consume, reads, handle, specialise)
 
 
 @functools.cache
@@ -176,8 +188,15 @@ def _check_names() -> None:
     model.check([entry.source for entry in inputs], reads)
 
 
-def _capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], reads: set[str] | None) -> T:
-    job = _Capture(consume, reads)
+def _capture(
+    fn: Any,
+    args: Sequence[Any],
+    consume: Callable[[Captured], T],
+    reads: set[str] | None,
+    handle: type = LayerHandle,
+    specialise: bool = False,
+) -> T:
+    job = _Capture(consume, reads, handle)
     # Dynamo caches by code object, so each capture gets a fresh one.
     fresh = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     compiled = torch.compile(fresh, backend=job.backend, fullgraph=True, dynamic=False)
@@ -185,8 +204,8 @@ def _capture(fn: Any, args: Sequence[Any], consume: Callable[[Captured], T], rea
         tracing_lock,
         torch.inference_mode(False),
         torch.no_grad(),
-        # Don't specialise sizes 0 and 1, so that the trace records each of its assumptions on sizes.
-        symbolic_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        # Unless told otherwise, don't specialise sizes 0 and 1, so that the trace records its assumptions on sizes.
+        symbolic_config.patch(backed_size_oblivious=not specialise),  # type: ignore[attr-defined]
         torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
         _default_stance(),
     ):

@@ -219,6 +219,30 @@ def lies_in(text: str, stack: str) -> bool:
     return any(one == name for one, _ in pairwise(passed)) if name else bool(passed)
 
 
+def in_layer(text: str, stack: str) -> tuple[int, str] | None:
+    """The index of the layer of a module list in which a source lies, and the rest of the source, for `at`; None
+    outside the list."""
+    source = parse(text)
+    parts = [part for part in stack.split(".") if part]
+    if source is None or source.is_global or source.size is not None:
+        return None
+    head = [access for part in parts for access in (_MODULES, Access("item", part))]
+    after = source.path[len(head) :]
+    if list(source.path[: len(head)]) != head or after[:1] != (_MODULES,) or not str(after[1].name).isdigit():
+        return None
+    if any(access.by == "call" for access in after):
+        return None
+    rest = (f".{access.name}" if access.by == "attribute" else f"[{access.name!r}]" for access in after[2:])
+    return int(after[1].name), "".join(rest)
+
+
+def at(owner: Any, rest: str) -> Any:
+    """The object at the rest of a source, see `in_layer`; raises LookupError if there is none."""
+    source = parse(f"L['owner']{rest}")
+    assert source is not None
+    return source.value({"owner": owner})
+
+
 def module_path(text: str) -> str:
     """The qualified name of a module that an `nn_module_stack` calls, for example, `L['model'].layers.0`."""
     return text.removeprefix("L['model'].")

@@ -66,19 +66,30 @@ class OpStep:
 Step = Piece | OpStep
 LayerOf = Callable[[fx.Node], int | None]
 """The layer of a stack in which a node was traced; None outside the stack."""
+Cuts = Callable[[fx.Node], bool]
+"""Whether to cut around a node, so that it is a piece by itself."""
 
 
 @dataclass
 class _Segment:
-    """The nodes of a future piece, or a splitting op with the nodes that unpack its result."""
+    """The nodes of a future piece, or a splitting op with the nodes that unpack its result.
+
+    Attributes:
+        op: the splitting op, if it is a layer op.
+        is_cut: whether it is a splitting op.
+    """
 
     op: LayerOp | None = None
+    is_cut: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
     layer: int | None = None
 
 
 def split(
-    captured: Captured, bound: Collection[str] | None = None, layer_of: LayerOf | None = None
+    captured: Captured,
+    bound: Collection[str] | None = None,
+    layer_of: LayerOf | None = None,
+    cuts: Cuts | None = None,
 ) -> tuple[list[Step], tuple[str, ...]]:
     """Cut the graph.
 
@@ -87,6 +98,7 @@ def split(
         bound: graph inputs that do not change from call to call. None: parameters, buffers and handles.
         layer_of: if given, the graph is also cut where its result changes. Nodes between two layers belong to the
             first of them; nodes after the last layer are a step of their own.
+        cuts: finds splitting ops that are no layer ops. Each becomes a piece.
 
     Returns:
         The steps in the order of execution, and the names of the graph's outputs.
@@ -98,14 +110,14 @@ def split(
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     if bound is None:
         bound = {entry.node for entry in captured.inputs if entry.type == "handle" or is_weight(entry.source)}
-    segments = _segments(gm, layer_of)
+    segments = _segments(gm, layer_of, cuts)
     home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
     wanted = _wanted_later(segments, home, output)
     steps: list[Step] = []
     for index, segment in enumerate(segments):
         if segment.op is not None:
             steps.append(replace(_op_step(segment, wanted[index]), layer=segment.layer))
-        elif wanted[index] or any(may_mutate(node) for node in segment.nodes):
+        elif segment.is_cut or wanted[index] or any(may_mutate(node) for node in segment.nodes):
             steps.append(replace(_piece(gm, segment.nodes, wanted[index], bound), layer=segment.layer))
     return steps, _names(output.args[0])
 
@@ -118,7 +130,7 @@ def _names(outputs: Any) -> tuple[str, ...]:
     return tuple(node.name for node in outputs)
 
 
-def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
+def _segments(gm: fx.GraphModule, layer_of: LayerOf | None, cuts: Cuts | None) -> list[_Segment]:
     segments = [_Segment()]
     unpacked: dict[fx.Node, _Segment] = {}
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
@@ -129,8 +141,8 @@ def _segments(gm: fx.GraphModule, layer_of: LayerOf | None) -> list[_Segment]:
         if layer != segments[-1].layer and not (node.target is operator.getitem and node.args[0] in unpacked):
             segments.append(_Segment(layer=layer))
         op = find_layer_op(node.target) if node.op == "call_function" else None
-        if op is not None and op.splitting:
-            segment = _Segment(op, [node], layer)
+        if (op is not None and op.splitting) or (cuts is not None and cuts(node)):
+            segment = _Segment(op, True, [node], layer)
             if layer_of is None:
                 _close_gap(segments)
             segments += [segment, _Segment(layer=layer)]
@@ -149,10 +161,9 @@ def _close_gap(segments: list[_Segment]) -> None:
     if len(segments) < 3:
         return
     *_, before, op, gap = segments
-    writes = getattr(op.nodes[0].target, "_schema", None)
     if (
-        before.op is None
-        and not (writes is not None and writes.is_mutable)
+        not before.is_cut
+        and not may_mutate(op.nodes[0])
         and not any(
             may_mutate(node) or any(parent in op.nodes for parent in node.all_input_nodes) for node in gap.nodes
         )
@@ -165,6 +176,9 @@ def may_mutate(node: fx.Node) -> bool:
     """Whether the node may write to one of its inputs, or to anything else."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    packet = getattr(node.target, "_schemas", None)
+    if packet and any(schema.is_mutable for schema in packet.values()):  # an op packet: the overload is not known yet
+        return True
     return "out" in node.kwargs or node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
 
 

@@ -2,13 +2,13 @@
 
 A **unit** is the steps from the first op of one layer up to the first op of the next: the back of a layer and the front
 of the next one. If the graph was cut at its layers, a unit is one layer. The steps before the first unit are the
-**head**. A unit may read its own values, those of the unit before it, and values from outside the stack. If it reads
-anything else, the model can't be stamped.
+**head**. A unit may read its own values, those of the unit before it, values from outside the stack, and values that
+one unit made for all later ones. If it reads anything else, the model can't be stamped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,22 @@ class Previous:
 
 
 @dataclass(frozen=True)
+class Once:
+    """An output of a step of one unit of the template, which every later unit reads."""
+
+    unit: int
+    step: int
+    output: int
+
+
+@dataclass(frozen=True)
 class Outside:
     """A value computed before the stack, an argument of the program, or a weight outside the stack, by graph name."""
 
     name: str
 
 
-Reference = Own | Local | Previous | Outside
+Reference = Own | Local | Previous | Once | Outside
 
 
 @dataclass(frozen=True)
@@ -162,16 +171,18 @@ def stamp(
     nodes = {node.name: node for node in captured.gm.graph.nodes}
     starts = _starts(steps, locations, len(template))
     head = tuple(steps[: starts[0]])
-    reader = _Reader(nodes, locations, head)
+    bounds = list(zip(starts, [*starts[1:], len(steps)], strict=True))
+    reader = _Reader(nodes, locations, head, _made_once([steps[start:stop] for start, stop in bounds]))
     units = []
-    for layer, (start, stop) in enumerate(zip(starts, [*starts[1:], len(steps)], strict=True)):
+    for layer, (start, stop) in enumerate(bounds):
         units.append(reader.unit(layer, steps[start:stop], fingerprints[start:stop]))
     sequence = _sequence(template, kinds, units)
-    _check_alike(units, template)
+    _check_once(reader.once, sequence)
+    _check_alike(units, template, reader.once.values())
     _check_joints(units, sequence)
     last = len(units) - 1
     returned = tuple(reader.reference(last, name) for name in outputs)
-    if any(isinstance(ref, (Previous, Own)) for ref in returned):
+    if any(isinstance(ref, (Previous, Once, Own)) for ref in returned):
         raise NotStampableError("the model returns a value of a layer before its last")
     return Stamped(head, tuple(units), sequence, returned)
 
@@ -204,12 +215,33 @@ def _called_for(step: Step, locations: Locations) -> int | None:
     return where[0] if where is not None else None
 
 
+def _made_once(units: Sequence[Sequence[Step]]) -> dict[str, int]:
+    """The values that all units after the one that made them read -> that unit. At least three units must show it."""
+    made = {name: unit for unit, steps in enumerate(units) for step in steps for name in step.outputs if name}
+    readers: dict[str, set[int]] = {}
+    for unit, steps in enumerate(units):
+        for name in {name for step in steps for name in reads(step) if made.get(name, unit) != unit}:
+            readers.setdefault(name, set()).add(unit)
+    depth = len(units)
+    return {name: made[name] for name, at in readers.items() if len(at) > 1 and at == set(range(made[name] + 1, depth))}
+
+
+def _check_once(once: Mapping[str, int], sequence: Sequence[int]) -> None:
+    """Check that a unit which makes such values runs once, at its own place."""
+    for unit in set(once.values()):
+        if sequence.count(unit) != 1 or sequence[unit] != unit:
+            raise NotStampableError(f"layer {unit} makes a value that later layers read, and runs again", (unit,))
+
+
 class _Reader:
     """Determines the origin of each value, as seen by the unit that reads it."""
 
-    def __init__(self, nodes: Mapping[str, fx.Node], locations: Locations, head: Sequence[Step]) -> None:
+    def __init__(
+        self, nodes: Mapping[str, fx.Node], locations: Locations, head: Sequence[Step], once: Mapping[str, int]
+    ) -> None:
         self.nodes = nodes
         self.locations = locations
+        self.once = once
         self.produced: dict[str, tuple[int, int, int]] = {}
         self.head = {name for step in head for name in step.outputs if name is not None}
         self.of_stack: dict[fx.Node, bool] = {}
@@ -231,6 +263,8 @@ class _Reader:
             unit, step, output = self.produced[name]
             if unit == layer:
                 return Local(step, output)
+            if name in self.once:
+                return Once(unit, step, output)
             if unit == layer - 1:
                 return Previous(step, output)
             raise NotStampableError(f"layer {layer} or {layer + 1} reads a value that layer {unit} made", (unit, layer))
@@ -298,13 +332,13 @@ def _fits(units: Sequence[Unit], before: int, unit: int) -> bool:
     return before == unit - 1 or units[before].code == units[unit - 1].code
 
 
-def _check_alike(units: Sequence[Unit], template: Sequence[int]) -> None:
+def _check_alike(units: Sequence[Unit], template: Sequence[int], makers: Collection[int]) -> None:
     """Check that layers of equal kinds between equal kinds gave equal units. This detects a layer that looks like
     another but computes something else. The first unit is exempt: it runs only the first layer, and it may read less
-    than the others, which also read values of the unit before them."""
+    than the others, which also read values of the unit before them. So are the `makers` of values for later units."""
     by_pair: dict[tuple[int, ...], int] = {}
     by_triple: dict[tuple[int, ...], int] = {}
-    for layer in range(1, len(units) - 1):
+    for layer in (layer for layer in range(1, len(units) - 1) if layer not in makers):
         first = by_pair.setdefault(tuple(template[layer : layer + 2]), layer)
         if units[layer].code != units[first].code or units[layer].owned != units[first].owned:
             raise NotStampableError(

@@ -11,6 +11,7 @@ import enum
 import functools
 import hashlib
 import itertools
+import re
 import types
 import weakref
 from collections import deque
@@ -45,6 +46,9 @@ class Describer:
         known: id of an object -> the object and its text, for objects that refer to nothing below the root.
             Describers may share it.
         skip: names of attributes to leave out.
+        own: the root's qualified name in the model. Given one, strings that contain it are described relative to it,
+            and tensors and objects without content by their form and not their identity: for a front end that binds
+            tensors wherever they are, and compares every layer with eager.
     """
 
     by_identity = True
@@ -56,10 +60,12 @@ class Describer:
         model: Collection[int] = (),
         known: dict[int, tuple[Any, str]] | None = None,
         skip: Collection[str] = MARKS,
+        own: str = "",
     ) -> None:
         self._places = {id(module): path for path, module in root.named_modules()}
         self._model = model
         self._skip = skip
+        self._own = re.compile(rf"(?<![^.]){re.escape(own)}(?![^.])") if own else None
         self._known: dict[int, tuple[Any, str]] = known if known is not None else {}
         self._mine: dict[int, tuple[Any, str]] = {}
         self._open: dict[int, int] = {}
@@ -70,7 +76,8 @@ class Describer:
     def text(self, value: Any) -> str:
         """A value as text. Code below the root can't tell values with equal texts apart."""
         if type(value) in PLAIN:
-            return repr(value)
+            relative = self._own is not None and type(value) is str
+            return repr(self._own.sub("<layer>", value)) if relative else repr(value)  # type: ignore[union-attr]
         if not self._open:
             self._count, self._lowest = 0, _LARGEST
             try:
@@ -91,11 +98,14 @@ class Describer:
         return _identity(value)
 
     def tensor(self, tensor: torch.Tensor) -> str:
-        """Describe a tensor that is no module's attribute. A program can't bind it, so its identity counts."""
-        return f"tensor {id(tensor)} {layout_text(tensor)}"
+        """Describe a tensor that is no module's attribute. If a program can't bind it, its identity counts."""
+        return f"tensor {'' if self._own is not None else id(tensor)} {layout_text(tensor)}"
 
     def function(self, function: types.FunctionType) -> str:
         """Describe a function by its code and its environment."""
+        compiled = getattr(function, "_torchdynamo_orig_callable", None)
+        if compiled is not None:  # a trace looks through `torch.compile`
+            return f"compiled {self.text(compiled)}"
         text = self.environment(function)
         return f"{function.__qualname__} {id(function.__code__)} {id(function.__globals__)} {text}"
 
@@ -198,7 +208,11 @@ class Describer:
         """Describe an object by its class, its items and its attributes."""
         attributes = attributes_of(value) or {}
         kept = self.arrange([self.attribute(name, item) for name, item in attributes.items() if name not in self._skip])
-        if self.by_identity and not (items or kept or callable(value) or isinstance(value, _CONTAINERS)):
+        if (
+            self.by_identity
+            and self._own is None
+            and not (items or kept or callable(value) or isinstance(value, _CONTAINERS))
+        ):
             return _identity(value)  # code can only compare it with another object
         return f"{self.named(type(value))}({', '.join([*items, *kept])})"
 

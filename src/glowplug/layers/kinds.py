@@ -65,6 +65,7 @@ class LayerFacts:
         model: ids of the model's modules.
         strict: whether no trace will show what the layers read.
         caches: whether the layers may pass attributes that name the layer to caches.
+        stack: the stack's qualified name, if the front end binds the names of layers, see `Describer`.
     """
 
     layers: Sequence[nn.Module]
@@ -72,13 +73,15 @@ class LayerFacts:
     model: Collection[int] = ()
     strict: bool = False
     caches: bool = True
+    stack: str | None = None
     _known: dict[int, tuple[Any, str]] = field(default_factory=dict)
     _computed: dict[tuple[Any, ...], frozenset[str]] = field(default_factory=dict)
 
     def of(self, index: int) -> Facts:
         """Everything a layer's forward can read, except weights' values and attributes that merely name the layer."""
         layer = self.layers[index]
-        describer = Describer(layer, self.model, self._known)
+        own = ".".join(filter(None, (self.stack, str(index)))) if self.stack is not None else ""
+        describer = Describer(layer, self.model, self._known, own=own)
         columns = ((place, column[index]) for place, column in self.columns.items())
         facts = {place: replace(fact, text=describer.text(fact.value)) for place, fact in columns}
         for path, module in layer.named_modules(remove_duplicate=False):

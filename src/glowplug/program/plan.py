@@ -6,16 +6,28 @@ import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.split import OpStep, Step
-from glowplug.graph.stamp import Local, Outside, Own, Reference, Stamped, reads
+from glowplug.graph.stamp import Local, Once, Outside, Own, Reference, Stamped, reads
 from glowplug.layers.registry import LayerRegistry
 from glowplug.program.program import Program, StepOutline
-from glowplug.program.write import DeepStep, Key, Slots, write_program
+from glowplug.program.write import DeepStep, Key, Slots, Wrap, write_program
+
+
+class Binds(Protocol):
+    """Finds what a stamped program needs in the layers of a model."""
+
+    def find(self, layer: int, own: Own) -> Any:
+        """The object that a layer has at a path."""
+        ...
+
+    def name_of(self, layer: int, own: Own) -> str:
+        """The qualified name of the object that `find` returns."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,16 +116,19 @@ class Plan:
         sources = [*self.returned, *(source for step in self.deep for source in step.inputs.values())]
         return frozenset(source for source in sources if isinstance(source, str))
 
-    def write(self, slots: Slots, values: Mapping[str, Any], binder: Binder | None = None) -> Program:
+    def write(
+        self, slots: Slots, values: Mapping[str, Any], binder: Binds | None = None, wrap: Wrap | None = None
+    ) -> Program:
         """Write the program.
 
         Args:
             slots: the callable of each distinct piece.
             values: graph value -> object, for bound objects outside the stack.
             binder: finds the objects inside the stack of a stamped model.
+            wrap: makes the callable of each step, see `Wrap`.
         """
         find = binder.find if binder is not None else None
-        program = write_program(self.deep, self.returned, self.arguments, slots, values, find)
+        program = write_program(self.deep, self.returned, self.arguments, slots, values, find, wrap)
         outline = list(self.outline)
         for deep in self.deep:
             if binder is not None and deep.layer is not None:
@@ -128,6 +143,8 @@ def _source(ref: Reference, layer: int) -> Key | Own:
         return ref
     if isinstance(ref, Outside):
         return ref.name
+    if isinstance(ref, Once):
+        return ref.unit, ref.step, ref.output
     return (layer if isinstance(ref, Local) else layer - 1, ref.step, ref.output)
 
 

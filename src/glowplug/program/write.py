@@ -32,6 +32,9 @@ Slots = Mapping[Fingerprint, Callable[..., Any]]
 """The callable of each distinct piece."""
 Find = Callable[[int, Own], Any]
 """`find(layer, own)`: the object that a layer of the deep model has at a path."""
+Wrap = Callable[[int, Callable[..., Any]], Callable[..., Any]]
+"""`wrap(index, run)`: what the step at an index calls in the place of its slot's callable, for what belongs to a single
+step, such as a CUDA graph. The program then does not read its slots."""
 Key = str | tuple[int, int, int]
 """A value computed at run time: its graph name, or for a layer's value (layer, step, index of the output)."""
 
@@ -62,15 +65,20 @@ def write_program(
     slots: Slots,
     values: Mapping[str, Any],
     find: Find | None,
+    wrap: Wrap | None = None,
 ) -> Program:
     """Write the program that runs `steps` and returns `outputs`; other arguments as for `Plan.write`."""
     distinct = list(dict.fromkeys(deep.slot for deep in steps if deep.slot is not None))
     pieces = {slot: piece_name(number) for number, slot in enumerate(distinct)}
-    writer = _Writer(steps, outputs, pieces, values, find)
+    wrapped = {}
+    if wrap is not None:
+        pairs = ((index, deep.slot) for index, deep in enumerate(steps))
+        wrapped = {index: wrap(index, slots[slot]) for index, slot in pairs if slot is not None}
+    writer = _Writer(steps, outputs, pieces, values, find, wrapped)
     parameters = [writer.hold(name, writer.place(name, name)) for name in arguments]
     body = writer.layers(steps, [writer.step(index, deep) for index, deep in enumerate(steps)])
     returned = [writer.local[key] if key in writer.local else writer.outside(str(key)) for key in outputs]
-    if pieces:
+    if pieces and wrap is None:
         body.insert(0, f"{_targets(list(pieces.values()))} = slots")
     head = f"def run({', '.join(['slots', *parameters])}):"
     text = "\n    ".join([head, *body, f"return {_targets(returned) or '()'}"]) + "\n"
@@ -123,10 +131,11 @@ class _Writer:
         pieces: Mapping[Fingerprint, str],
         values: Mapping[str, Any],
         find: Find | None,
+        wrapped: Mapping[int, Callable[..., Any]],
     ) -> None:
         self.bound: dict[str, Any] = {}
         self.local: dict[Key | Own | None, str] = {}
-        self._pieces, self._values, self._find = pieces, values, find
+        self._pieces, self._values, self._find, self._wrapped = pieces, values, find, wrapped
         self._holds: dict[str, Key] = {}
         self._places: dict[Any, str] = {}
         self._globals: dict[Any, str] = {}
@@ -180,7 +189,10 @@ class _Writer:
     def step(self, index: int, deep: DeepStep) -> _Lines:
         """The lines of the step at `index`."""
         objects: list[_Object] = []
-        call = self._call_op(deep, deep.step, objects) if isinstance(deep.step, OpStep) else self._call(deep, objects)
+        if isinstance(deep.step, OpStep):
+            call = self._call_op(deep, deep.step, objects)
+        else:
+            call = self._call(index, deep, objects)
         lines: list[str] = []
         targets: list[str] = []
         for key, name in zip(deep.outputs, deep.step.outputs, strict=True):
@@ -213,9 +225,13 @@ class _Writer:
         lines = self._vacate(spare, index)
         return [*lines, f"{self.hold(value, spare)} = {local}"]
 
-    def _call(self, deep: DeepStep, objects: list[_Object]) -> str:
+    def _call(self, index: int, deep: DeepStep, objects: list[_Object]) -> str:
         """The call of a piece, with adjacent bound objects unpacked from one tuple."""
         assert deep.slot is not None
+        piece = self._pieces[deep.slot]
+        if index in self._wrapped:
+            objects.append(_Object(self._wrapped[index], piece, index))
+            piece = _HOLE
         arguments: list[str] = []
         for is_local, group in itertools.groupby(deep.inputs.values(), self.local.__contains__):
             if is_local:
@@ -224,7 +240,7 @@ class _Writer:
                 weights = tuple([self._fixed(deep, source) for source in group])
                 objects.append(_Object(weights, "weights", tuple(map(id, weights))))
                 arguments.append(f"*{_HOLE}")
-        return f"{self._pieces[deep.slot]}({', '.join(arguments)})"
+        return f"{piece}({', '.join(arguments)})"
 
     def _call_op(self, deep: DeepStep, step: OpStep, objects: list[_Object]) -> str:
         """The call of an op's function on its layer object. A stamped program is bound to the object; a full trace

@@ -1,0 +1,12 @@
+"""The logger of the plug-in: one of vLLM's, so that its lines look and go as vLLM's do."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+
+@functools.cache
+def logger() -> logging.Logger:
+    """A child of vLLM's logger, which vLLM has set up."""
+    return logging.getLogger("vllm.glowplug")

@@ -1,0 +1,71 @@
+"""The plug-in, which vLLM loads in each of its processes as an entry point of the group `vllm.general_plugins`.
+
+It wraps one method: the constructor by which vLLM prepares a decoder for compilation. A decoder that glowplug may serve
+gets a callable in the attribute under which vLLM keeps a compiled function (`aot_compiled_fn`), and vLLM calls that. A
+decoder that is left alone is compiled by vLLM as ever, and one log line says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from glowplug.frontends.vllm.private import UnsupportedVllmError, vllm
+
+VARIABLE = "GLOWPLUG_VLLM"
+"""The environment variable that switches the plug-in off."""
+_OFF = ("0", "off", "false", "no")
+_MARK = "_glowplug_wrapped"
+
+
+def register() -> None:
+    """Install the plug-in in this process. Does nothing the second time, or if `GLOWPLUG_VLLM=0`. Never raises."""
+    if os.environ.get(VARIABLE, "").lower() in _OFF:
+        return
+    try:
+        wrapper = vllm().TorchCompileWithNoGuardsWrapper
+    except UnsupportedVllmError as exc:
+        _log(f"vLLM compiles without it: {exc}")
+        return
+    except Exception as exc:  # a plug-in must not keep vLLM from starting
+        _log(f"vLLM compiles without it: {type(exc).__name__}: {exc}")
+        return
+    if hasattr(wrapper.__init__, _MARK):
+        return
+    own = wrapper.__init__
+
+    @functools.wraps(own)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        try:
+            _offer(self)
+        except Exception as exc:  # vLLM can compile without it
+            _log(f"{type(self).__name__} is left to vLLM: {type(exc).__name__}: {exc}")
+
+    setattr(prepare, _MARK, own)
+    wrapper.__init__ = prepare
+
+
+def unregister() -> None:
+    """Take the plug-in out of this process: decoders that are made from now on are compiled by vLLM."""
+    wrapper = vllm().TorchCompileWithNoGuardsWrapper
+    wrapper.__init__ = getattr(wrapper.__init__, _MARK, wrapper.__init__)
+
+
+def _offer(decoder: Any) -> None:
+    """Serve a decoder, or say why it is left to vLLM."""
+    from glowplug.frontends.vllm.decoder import Decoder
+    from glowplug.frontends.vllm.fitness import why_left_alone
+
+    reason = why_left_alone(decoder)
+    if reason is not None:
+        _log(f"{type(decoder).__name__} is left to vLLM: {reason}")
+        return
+    decoder.aot_compiled_fn = Decoder()
+
+
+def _log(message: str) -> None:
+    from glowplug.frontends.vllm.log import logger
+
+    logger().info("glowplug: %s", message)
