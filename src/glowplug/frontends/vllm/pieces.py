@@ -129,7 +129,7 @@ class PiecewiseCompiler:
             ((at, dim) for at, value in enumerate(sizes) for dim in _symbolic_dims(value)),
             None,
         )
-        with _storable():
+        with _storable(), in_parallel(self.config):
             # Index 1 of 3: neither the first nor the last, which log and end what vLLM compiles as a whole.
             inner = vllm().PiecewiseBackend(piece, self.config, 1, 3, [], self.backend, True, submod_name="piece")
         return _Ranges(inner, place)
@@ -194,6 +194,25 @@ def _symbolic_dims(value: Any) -> Iterator[int]:
     """The dims of a tensor whose size is a symbol, and so the number of tokens."""
     if isinstance(value, torch.Tensor):
         yield from (dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+
+
+@contextlib.contextmanager
+def in_parallel(config: Any) -> Iterator[None]:
+    """Let Inductor compile the kernels of a piece in several processes; vLLM limits it to one. The processes are
+    children of a helper that Inductor starts, so that they inherit nothing of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = config.parallel_config.tensor_parallel_size
+    with torch._inductor.config.patch(compile_threads=max(1, min(16, cores // ranks))):
+        yield
+
+
+def warm_up(config: Any) -> None:
+    """Start Inductor's one-off work while the weights load: its imports, and its processes for kernels."""
+    from torch._inductor import compile_fx  # noqa: F401
+    from torch._inductor.async_compile import AsyncCompile
+
+    with in_parallel(config):
+        AsyncCompile.use_process_pool()
 
 
 @contextlib.contextmanager

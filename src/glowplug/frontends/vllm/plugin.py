@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from typing import Any
 
 from glowplug.frontends.vllm.private import UnsupportedVllmError, vllm
@@ -17,6 +18,7 @@ VARIABLE = "GLOWPLUG_VLLM"
 """The environment variable that switches the plug-in off."""
 _OFF = ("0", "off", "false", "no")
 _MARK = "_glowplug_wrapped"
+_warmed_up = threading.Event()
 
 
 def register() -> None:
@@ -63,6 +65,17 @@ def _offer(decoder: Any) -> None:
         _log(f"{type(decoder).__name__} is left to vLLM: {reason}")
         return
     decoder.aot_compiled_fn = Decoder()
+    _warm_up(decoder.vllm_config)
+
+
+def _warm_up(config: Any) -> None:
+    """Start the compiler's one-off work once per process, while the weights load."""
+    from glowplug.frontends.vllm.pieces import warm_up
+    from glowplug.runtime.forks import begin_thread
+
+    if config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE and not _warmed_up.is_set():
+        _warmed_up.set()
+        begin_thread(lambda: warm_up(config), "glowplug-warm-up")
 
 
 def _log(message: str) -> None:

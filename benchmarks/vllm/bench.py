@@ -1,0 +1,92 @@
+"""Starts of vLLM with and without glowplug's plug-in, on dummy weights at real width.
+
+    python benchmarks/vllm/bench.py glm-4.7 qwen3-30b-a3b gpt-oss-120b --json benchmarks/vllm/h100.json
+
+Each start is a fresh process: "cold" with empty caches, "warm" with the caches of the cold start before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from models import write_folder
+
+HERE = Path(__file__).parent
+LINES = {
+    "dynamo_s": r"Dynamo bytecode transform time: ([\d.]+) s",
+    "compile_s": r"torch\.compile took ([\d.]+) s in total",
+    "graph_compile_s": r"Compiling a graph for compile range .* takes ([\d.]+) s",
+    "capture_s": r"Graph capturing finished in ([\d.]+) secs",
+    "capture_gib": r"Graph capturing finished in [\d.]+ secs, took (-?[\d.]+) GiB",
+    "kv_cache_tokens": r"GPU KV cache size: ([\d,]+) tokens",
+    "engine_s": r"init engine .* took ([\d.]+) s",
+}
+SAID = re.compile(r"glowplug: .*")
+
+
+def start(folder: Path, caches: Path, *, plugin: bool, settings: dict[str, Any], log: Path) -> dict[str, Any]:
+    """One start in a fresh process."""
+    environment = os.environ | {
+        "GLOWPLUG_VLLM": "1" if plugin else "0",
+        "VLLM_CACHE_ROOT": str(caches / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+    }
+    command = [sys.executable, str(HERE / "worker.py"), str(folder), json.dumps(settings)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log.write_text(done.stdout)
+    record: dict[str, Any] = {"plugin": plugin, "process_s": round(time.perf_counter() - begin, 1)}
+    for name, pattern in LINES.items():
+        found = re.findall(pattern, done.stdout)
+        if found:
+            record[name] = float(found[-1].replace(",", ""))
+    record["said"] = SAID.findall(done.stdout)
+    result = re.findall(r"^RECORD (.*)$", done.stdout, re.MULTILINE)
+    if not result:
+        return record | {"failed": done.stdout[-1500:]}
+    return record | json.loads(result[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="+", help="glm-4.7, qwen3-30b-a3b, gpt-oss-120b or gpt-oss-20b")
+    parser.add_argument("--depth", type=int, help="number of layers, in the place of the preset's")
+    parser.add_argument("--ways", default="cold,warm", help="cold, warm, or both")
+    parser.add_argument("--plugin", default="0,1", help="0 for vLLM alone, 1 with the plug-in")
+    parser.add_argument("--settings", default="{}", help="JSON of further engine arguments")
+    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--logs", type=Path, help="folder for the logs")
+    args = parser.parse_args()
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        logs = args.logs or Path(temporary)
+        logs.mkdir(parents=True, exist_ok=True)
+        for preset in args.presets:
+            folder = write_folder(preset, args.depth, Path(temporary))
+            for choice in args.plugin.split(","):
+                caches = Path(temporary) / f"{preset}-{choice}"
+                for way in args.ways.split(","):
+                    log = logs / f"{preset}-{choice}-{way}.log"
+                    settings = json.loads(args.settings)
+                    record = start(folder, caches, plugin=choice == "1", settings=settings, log=log)
+                    records.append({"preset": preset, "way": way, **record})
+                    print(json.dumps(records[-1]), flush=True)
+                    if args.json is not None:
+                        args.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
