@@ -254,7 +254,8 @@ class _Compilation:
 
     def _guards(self) -> Sequence[Any]:
         """The guards on sizes that the capture has collected so far."""
-        return self.captured.fake_mode.shape_env.guards if self.captured.fake_mode.shape_env else []
+        environment = self.captured.fake_mode.shape_env
+        return environment.guards if environment and not getattr(self.compiler, "drops_guards", False) else []
 
     # -- in forks --------------------------------------------------------------------------------------------
 

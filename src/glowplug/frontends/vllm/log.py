@@ -10,3 +10,11 @@ import logging
 def logger() -> logging.Logger:
     """A child of vLLM's logger, which vLLM has set up."""
     return logging.getLogger("vllm.glowplug")
+
+
+def share_handlers() -> None:
+    """Let what the rest of glowplug says go where vLLM's lines go."""
+    rest, own = logging.getLogger("glowplug"), logging.getLogger("vllm")
+    if not rest.handlers:
+        for handler in own.handlers:
+            rest.addHandler(handler)

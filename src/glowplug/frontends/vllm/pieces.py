@@ -16,6 +16,7 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.inductor import InductorCompiler
+from glowplug.frontends.vllm.gpu_forks import Gpu, note_gpu
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 
@@ -61,6 +62,9 @@ class DecoderCompiler:
         inner: compiles what lies between splitting ops.
         ops: the splitting ops.
     """
+
+    drops_guards = True
+    """vLLM runs compiled code for every size, whatever its compilation assumed."""
 
     def __init__(self, inner: StoringCompiler, ops: SplittingOps) -> None:
         self.inner = inner
@@ -118,6 +122,10 @@ class PiecewiseCompiler:
         with _storable():
             self.backend.configure_post_pass()
             self.backend.compiler_manager.initialize_cache(self.folder.name, True, prefix)
+        # Kernels are tuned when they first run, on the whole dummy batch: forks can't run them.
+        self.backend.inductor_config["triton.autotune_at_compile_time"] = False
+        self._process = os.getpid()
+        self._gpu: Gpu | None = None
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         """See `PieceCompiler.compile`."""
@@ -129,7 +137,7 @@ class PiecewiseCompiler:
             ((at, dim) for at, value in enumerate(sizes) for dim in _symbolic_dims(value)),
             None,
         )
-        with _storable(), in_parallel(self.config):
+        with _storable(), kernels_in_parallel(1 if self._in_fork else _processes(self.config)):
             # Index 1 of 3: neither the first nor the last, which log and end what vLLM compiles as a whole.
             inner = vllm().PiecewiseBackend(piece, self.config, 1, 3, [], self.backend, True, submod_name="piece")
         return _Ranges(inner, place)
@@ -139,12 +147,21 @@ class PiecewiseCompiler:
         return repr([*vllm_facts(self.config), self.backend.compiler_manager.compute_hash(self.config)])
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
-        """See `StoringCompiler.forks`: vLLM's backend has a state of its own."""
-        return False
+        """See `StoringCompiler.forks`."""
+        if self._gpu is None:
+            self._gpu = note_gpu()
+        return self._gpu is not None
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
+        if self._gpu is not None and self._in_fork:
+            self._gpu.stand_in()
+            self._gpu = None
         return self.compile_and_store(piece, inputs)[1]
+
+    @property
+    def _in_fork(self) -> bool:
+        return os.getpid() != self._process
 
     def compile_and_store(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
         """See `StoringCompiler.compile_and_store`."""
@@ -196,22 +213,25 @@ def _symbolic_dims(value: Any) -> Iterator[int]:
         yield from (dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
 
 
-@contextlib.contextmanager
-def in_parallel(config: Any) -> Iterator[None]:
-    """Let Inductor compile the kernels of a piece in several processes; vLLM limits it to one. The processes are
-    children of a helper that Inductor starts, so that they inherit nothing of this process."""
+def kernels_in_parallel(processes: int) -> Any:
+    """Let Inductor compile kernels in several processes; vLLM limits it to one. They are children of a helper process
+    that Inductor starts, so that they inherit nothing of this one."""
+    return torch._inductor.config.patch(compile_threads=processes)
+
+
+def _processes(config: Any) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = config.parallel_config.tensor_parallel_size
-    with torch._inductor.config.patch(compile_threads=max(1, min(16, cores // ranks))):
-        yield
+    return max(1, min(16, cores // int(config.parallel_config.tensor_parallel_size)))
 
 
 def warm_up(config: Any) -> None:
     """Start Inductor's one-off work while the weights load: its imports, and its processes for kernels."""
     from torch._inductor import compile_fx  # noqa: F401
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import torch_key
 
-    with in_parallel(config):
+    torch_key()
+    with kernels_in_parallel(_processes(config)):
         AsyncCompile.use_process_pool()
 
 

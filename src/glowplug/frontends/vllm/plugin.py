@@ -12,6 +12,7 @@ import os
 import threading
 from typing import Any
 
+from glowplug.frontends.vllm.log import logger, share_handlers
 from glowplug.frontends.vllm.private import UnsupportedVllmError, vllm
 
 VARIABLE = "GLOWPLUG_VLLM"
@@ -35,6 +36,7 @@ def register() -> None:
         return
     if hasattr(wrapper.__init__, _MARK):
         return
+    share_handlers()
     own = wrapper.__init__
 
     @functools.wraps(own)
@@ -79,6 +81,4 @@ def _warm_up(config: Any) -> None:
 
 
 def _log(message: str) -> None:
-    from glowplug.frontends.vllm.log import logger
-
     logger().info("glowplug: %s", message)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from glowplug.errors import AttributesReadError, NotStampableError
-from glowplug.frontends.vllm.calls import MODEL, DecoderCall, argument
+from glowplug.frontends.vllm.calls import MODEL, DecoderCall, argument, readers
 from glowplug.frontends.vllm.check import compare
 from glowplug.frontends.vllm.layers import SourceBinder, assign_layers, choose, locate, short_decoder
 from glowplug.frontends.vllm.log import logger
@@ -68,8 +68,15 @@ class Start:
             stored = candidate.stored
             if self._agree is not None:
                 stored = self._agree("stored" if stored else None) is not None
-            with self._phase("check"):
-                reason, returns = compare(self._decoder, self._call, self._ops, candidate, self._agree)
+            returns: Any = None
+            try:
+                with self._phase("tune"):
+                    self._tune(candidate)
+                with self._phase("check"):
+                    reason, returns = compare(self._decoder, self._call, self._ops, candidate, self._agree)
+            except Exception as exc:  # whatever a program does, vLLM can compile without it
+                logger().debug("glowplug: the program failed", exc_info=True)
+                reason = f"it raises {why(exc)}"
             if reason is None:
                 with self._phase("keep"):
                     self._keep(candidate)
@@ -79,6 +86,12 @@ class Start:
             if not stored:
                 break
         return f"the stamped program is not equal to its own forward: {reason}"
+
+    def _tune(self, candidate: Stamped) -> None:
+        """Run the program on the whole dummy batch, on which Triton tunes the kernels that it has not tuned before."""
+        if self._config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE:
+            program = candidate.write(self._decoder)
+            program.run(*[read(self._call.tensors) for read in readers(program.arguments, self._decoder)])
 
     def _candidate(self, from_store: bool) -> Stamped | str:
         """A program that serves once it was compared; or why there is none."""

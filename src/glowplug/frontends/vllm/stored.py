@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,11 @@ class Stored:
         if vllm().envs.VLLM_DISABLE_COMPILE_CACHE or torch._inductor.config.force_disable_caches:
             return None
         config, stack = decoder.vllm_config, template.stack
+        folder = Path(vllm().envs.VLLM_CACHE_ROOT).joinpath(*FOLDER)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor_cache")  # as vLLM does; it has kernels' tuning
         name = type(decoder).__name__
         try:
-            store = ArtifactStore(Path(vllm().envs.VLLM_CACHE_ROOT).joinpath(*FOLDER))
+            store = ArtifactStore(folder)
             environment = compiler.environment(next(decoder.parameters()).device)
             facts = {
                 "environment": environment,

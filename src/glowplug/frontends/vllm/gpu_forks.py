@@ -1,0 +1,114 @@
+"""Compiles pieces for a GPU in forks of a process that already uses it. A fork must not call the GPU's driver.
+
+Compilation only asks torch and Triton about the GPU, so a fork answers from what its parent noted (`Gpu`). What would
+run on the GPU is done before the fork (Inductor's patterns) or after it (loading and tuning kernels). If a fork calls
+the driver nonetheless, it fails, and the parent compiles the piece. Uses private parts of torch and Triton; checked on
+torch 2.11 with Triton 3.6.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What compilation asks about the GPUs of a process.
+
+    Attributes:
+        current: the index of the current one.
+        properties: those of each GPU.
+        capabilities: the compute capability of each.
+        names: the name of each.
+        target: Triton's description of the current one.
+    """
+
+    current: int
+    properties: tuple[Any, ...]
+    capabilities: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    target: Any
+
+    @classmethod
+    def note(cls) -> Gpu:
+        """Note what compilation asks about this process's GPUs, and do what it would run on them."""
+        from torch._inductor.fx_passes import joint_graph, post_grad
+        from torch._inductor.runtime.hints import DeviceProperties
+        from torch.utils._triton import has_triton, triton_hash_with_backend
+        from triton.runtime.driver import driver
+
+        current, count = torch.cuda.current_device(), torch.cuda.device_count()
+        device = torch.device("cuda", current)
+        joint_graph.lazy_init(device)
+        post_grad.lazy_init()
+        DeviceProperties.create(device)
+        has_triton()
+        triton_hash_with_backend()
+        return cls(
+            current,
+            tuple(map(torch.cuda.get_device_properties, range(count))),
+            tuple(map(torch.cuda.get_device_capability, range(count))),
+            tuple(map(torch.cuda.get_device_name, range(count))),
+            driver.active.get_current_target(),
+        )
+
+    def stand_in(self) -> None:
+        """In a fork: let torch and Triton answer from these notes, for as long as the fork lives."""
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from torch._subclasses import fake_tensor
+        from triton.runtime.driver import driver
+
+        state = torch.zeros(16, dtype=torch.uint8)
+        for module in (torch.cuda, torch.cuda.random):
+            vars(module).update(
+                current_device=lambda: self.current,
+                get_rng_state=lambda device="cuda": state,
+                set_rng_state=lambda new_state, device="cuda": None,
+            )
+        vars(torch.cuda).update(
+            _is_in_bad_fork=lambda: False,
+            _lazy_init=lambda: None,
+            _exchange_device=lambda index: self.current,
+            _maybe_exchange_device=lambda index: self.current,
+            is_available=lambda: True,
+            is_initialized=lambda: True,
+            device_count=lambda: len(self.names),
+            synchronize=lambda device=None: None,
+            get_device_properties=lambda device=None: self.properties[self._index(device)],
+            get_device_capability=lambda device=None: self.capabilities[self._index(device)],
+            get_device_name=lambda device=None: self.names[self._index(device)],
+        )
+        vars(fake_tensor).update(init_gpu_context=lambda device: None)
+        vars(driver.active).update(
+            get_current_target=lambda: self.target,
+            get_current_device=lambda: self.current,
+            get_device_capability=lambda device=None: self.capabilities[self._index(device)],
+        )
+        own = CachingAutotuner.precompile
+
+        @functools.wraps(own)
+        def precompile(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+            """Compile a kernel without loading it."""
+            return own(tuner, warm_cache_only=True)
+
+        CachingAutotuner.precompile = precompile
+
+    def _index(self, device: Any) -> int:
+        if isinstance(device, int):
+            return device
+        index = torch.device(device).index if device is not None else None
+        return self.current if index is None else int(index)
+
+
+def note_gpu() -> Gpu | None:
+    """See `Gpu.note`; None if this process uses no GPU, or if torch or Triton lack something that forks need."""
+    if not torch.cuda.is_initialized():
+        return None
+    with contextlib.suppress(Exception):
+        return Gpu.note()
+    return None
