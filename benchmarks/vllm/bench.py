@@ -23,8 +23,8 @@ from models import write_folder
 HERE = Path(__file__).parent
 LINES = {
     "dynamo_s": r"Dynamo bytecode transform time: ([\d.]+) s",
-    "compile_s": r"torch\.compile took ([\d.]+) s in total",
     "graph_compile_s": r"Compiling a graph for compile range .* takes ([\d.]+) s",
+    "profiling_run_s": r"Initial profiling/warmup run took ([\d.]+) s",
     "capture_s": r"Graph capturing finished in ([\d.]+) secs",
     "capture_gib": r"Graph capturing finished in [\d.]+ secs, took (-?[\d.]+) GiB",
     "kv_cache_tokens": r"GPU KV cache size: ([\d,]+) tokens",

@@ -20,11 +20,11 @@ SCALE = 0.03
 
 
 def give_weights(own: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-    """vLLM's dummy weights, but larger, with norms of 1 and biases of 0."""
+    """vLLM's dummy weights, but larger, and norms of 1."""
     own(module, *args, low=-SCALE, high=SCALE, **kwargs)
     for name, weight in module.named_parameters():
-        if weight.dim() == 1 and weight.is_floating_point():
-            weight.data.fill_(1.0 if "norm" in name else 0.0)
+        if weight.dim() == 1 and weight.is_floating_point() and name.endswith("weight"):
+            weight.data.fill_(1.0)
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def main() -> None:
     batch = min(seconds(several, 64) for _ in range(3))
     compilation = llm.llm_engine.vllm_config.compilation_config
     record = {
+        "compile_s": round(compilation.compilation_time, 2),
         "import_s": round(imported - begin, 2),
         "ready_s": round(ready - imported, 2),
         "first_two_tokens_s": round(first, 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -27,6 +28,8 @@ from glowplug.report import Report
 from glowplug.runtime.forks import make_lock
 from glowplug.runtime.progress import piece_progress
 from glowplug.store.store import LOCK_TIMEOUT_S
+
+logger = logging.getLogger("glowplug")
 
 _PATIENCE_S = 60.0
 """How much longer than this process a fork may take before its pieces are compiled here."""
@@ -184,6 +187,9 @@ class _Compilation:
                 for job in jobs:
                     job.stop()
             self._compile_free(pieces, channel or self.cache.store, LOCK_TIMEOUT_S, advance)
+        for job in jobs:
+            if (outcome := job.outcome()) is not None and outcome.reason is not None:
+                logger.debug("glowplug: pieces were not compiled in a fork: %s", outcome.reason)
         ours = sum(len(outcome.facts.get("compiled", ())) for job in jobs if (outcome := job.outcome()))
         self.cache.count += ours
         if channel is not None:

@@ -13,11 +13,7 @@ from glowplug.frontends.vllm.calls import DecoderCall, read_call, readers
 from glowplug.frontends.vllm.log import logger
 from glowplug.frontends.vllm.private import vllm
 from glowplug.frontends.vllm.stamped import Stamped
-from glowplug.frontends.vllm.start import Start
-
-
-class _LeftError(Exception):
-    """A decoder is left to vLLM; the message has the reason."""
+from glowplug.frontends.vllm.start import FIRST_RUN, LeftToVllmError, Start
 
 
 class Decoder:
@@ -37,12 +33,11 @@ class Decoder:
         if reason is None:
             try:
                 served = self._start(decoder, args, kwargs)
-            except _LeftError as exc:
+            except LeftToVllmError as exc:
                 reason = str(exc)
         if served is not None:
             self._served[key] = served
-            with vllm().monitor_profiling_run():
-                return served((*args, *kwargs.values()))
+            return served((*args, *kwargs.values()))
         if not self._served:
             logger().info("glowplug: %s is left to vLLM: %s", type(decoder).__name__, reason)
             decoder.aot_compiled_fn = None
@@ -56,21 +51,13 @@ class Decoder:
     def _start(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Served:
         call = read_call(decoder, args, kwargs)
         if isinstance(call, str):
-            raise _LeftError(call)
-        with vllm().monitor_torch_compile(decoder.vllm_config):
-            start = Start(decoder, call)
-            stamped = start.run()
-            if isinstance(stamped, str):
-                raise _LeftError(stamped)
-            served = Served(decoder, call, stamped, (*args, *kwargs.values()))
+            raise LeftToVllmError(call)
+        start = Start(decoder, call)
+        stamped = start.run()
+        served = Served(decoder, call, stamped, (*args, *kwargs.values()))
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.seconds.items())
-        logger().info(
-            "glowplug: %s, stamped %d layers; %.1f s (%s)",
-            stamped.how,
-            stamped.depth,
-            sum(start.seconds.values()),
-            parts,
-        )
+        total = sum(seconds for name, seconds in start.seconds.items() if name != FIRST_RUN)
+        logger().info("glowplug: %s, stamped %d layers; %.1f s (%s)", stamped.how, stamped.depth, total, parts)
         return served
 
 

@@ -8,12 +8,13 @@ torch 2.11 with Triton 3.6.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from glowplug.frontends.vllm.log import logger
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def note_gpu() -> Gpu | None:
     """See `Gpu.note`; None if this process uses no GPU, or if torch or Triton lack something that forks need."""
     if not torch.cuda.is_initialized():
         return None
-    with contextlib.suppress(Exception):
+    try:
         return Gpu.note()
-    return None
+    except Exception:
+        logger().debug("glowplug: pieces can't be compiled in forks", exc_info=True)
+        return None

@@ -36,6 +36,14 @@ from glowplug.reasons import why
 from glowplug.store.record import Place
 
 
+FIRST_RUN = "first run"
+"""The phase that vLLM's own start has, too, and that counts for no compilation."""
+
+
+class LeftToVllmError(Exception):
+    """A decoder is left to vLLM; the message has the reason, in one sentence."""
+
+
 class Start:
     """One start of one decoder.
 
@@ -57,41 +65,58 @@ class Start:
         self._stored: Stored | None = None
         self._traced: tuple[set[str], frozenset[str]] | None = None
 
-    def run(self) -> Stamped | str:
-        """What serves the decoder; or why it is left to vLLM, in one sentence. Ranks that run it together agree."""
+    def run(self) -> Stamped:
+        """What serves the decoder. Ranks that run it together agree.
+
+        Raises:
+            LeftToVllmError: nothing does; the message has the reason.
+        """
+        reason: str | None = None
         for from_store in (True, False):
-            candidate = self._candidate(from_store)
-            reason = candidate if isinstance(candidate, str) else None
-            reason = self._agree(reason) if self._agree is not None else reason
-            if reason is not None or isinstance(candidate, str):
-                return str(reason)
-            stored = candidate.stored
-            if self._agree is not None:
-                stored = self._agree("stored" if stored else None) is not None
-            returns: Any = None
-            try:
-                with self._phase("tune"):
-                    self._tune(candidate)
-                with self._phase("check"):
-                    reason, returns = compare(self._decoder, self._call, self._ops, candidate, self._agree)
-            except Exception as exc:  # whatever a program does, vLLM can compile without it
-                logger().debug("glowplug: the program failed", exc_info=True)
-                reason = f"it raises {why(exc)}"
+            with vllm().monitor_torch_compile(self._config):
+                candidate, any_stored = self._agreed(self._candidate(from_store))
+            reason, returns = self._compare(candidate)
             if reason is None:
                 with self._phase("keep"):
                     self._keep(candidate)
                 return replace(candidate, returns=returns)
             if self._stored is not None and candidate.stored:
                 self._stored.drop(reason)
-            if not stored:
+            if not any_stored:
                 break
-        return f"the stamped program is not equal to its own forward: {reason}"
+        raise LeftToVllmError(f"the stamped program is not equal to its own forward: {reason}")
+
+    def _agreed(self, candidate: Stamped | str) -> tuple[Stamped, bool]:
+        """The candidate of this rank, and whether that of any rank was stored, if each rank has one."""
+        reason = candidate if isinstance(candidate, str) else None
+        reason = self._agree(reason) if self._agree is not None else reason
+        if reason is not None or isinstance(candidate, str):
+            raise LeftToVllmError(str(reason))
+        if self._agree is None:
+            return candidate, candidate.stored
+        return candidate, self._agree("stored" if candidate.stored else None) is not None
+
+    def _compare(self, candidate: Stamped) -> tuple[str | None, Any]:
+        """Why a program must not serve, or None; and the structure of what it returns."""
+        compilation = self._config.compilation_config
+        is_piecewise = compilation.mode == vllm().CompilationMode.VLLM_COMPILE
+        try:
+            if is_piecewise:
+                with vllm().monitor_profiling_run(), self._phase(FIRST_RUN):
+                    self._tune(candidate)
+            with self._phase("check"):
+                compared = compare(self._decoder, self._call, self._ops, candidate, self._agree)
+        except Exception as exc:  # whatever a program does, vLLM can compile without it
+            logger().debug("glowplug: the program failed", exc_info=True)
+            return f"it raises {why(exc)}", None
+        if is_piecewise:
+            compilation.compilation_time += self.seconds["check"]
+        return compared
 
     def _tune(self, candidate: Stamped) -> None:
         """Run the program on the whole dummy batch, on which Triton tunes the kernels that it has not tuned before."""
-        if self._config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE:
-            program = candidate.write(self._decoder)
-            program.run(*[read(self._call.tensors) for read in readers(program.arguments, self._decoder)])
+        program = candidate.write(self._decoder)
+        program.run(*[read(self._call.tensors) for read in readers(program.arguments, self._decoder)])
 
     def _candidate(self, from_store: bool) -> Stamped | str:
         """A program that serves once it was compared; or why there is none."""
