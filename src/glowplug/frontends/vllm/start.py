@@ -35,7 +35,6 @@ from glowplug.program.template import Template
 from glowplug.reasons import why
 from glowplug.store.record import Place
 
-
 FIRST_RUN = "first run"
 """The phase that vLLM's own start has, too, and that counts for no compilation."""
 
