@@ -64,7 +64,7 @@ class Gpu:
         from torch._subclasses import fake_tensor
         from triton.runtime.driver import driver
 
-        state = torch.zeros(16, dtype=torch.uint8)
+        state = torch.zeros(16, dtype=torch.uint8, device="cpu")
         for module in (torch.cuda, torch.cuda.random):
             vars(module).update(
                 current_device=lambda: self.current,
@@ -90,6 +90,7 @@ class Gpu:
             get_current_device=lambda: self.current,
             get_device_capability=lambda device=None: self.capabilities[self._index(device)],
         )
+        _index_without_guard()
         own = CachingAutotuner.precompile
 
         @functools.wraps(own)
@@ -104,6 +105,35 @@ class Gpu:
             return device
         index = torch.device(device).index if device is not None else None
         return self.current if index is None else int(index)
+
+
+def _index_without_guard() -> None:
+    """Index tensors by the ops that torch's own indexing comes down to: that one asks the driver for the device."""
+    own = torch.Tensor.__getitem__
+
+    def getitem(tensor: Any, index: Any) -> Any:
+        items = list(index) if isinstance(index, tuple) else [index]
+        plain = (int, torch.SymInt, slice, type(None), type(Ellipsis))
+        if not all(isinstance(item, plain) and not isinstance(item, bool) for item in items):
+            return own(tensor, index)
+        if Ellipsis in items:
+            at = items.index(Ellipsis)
+            missing = tensor.dim() - sum(item is not None and item is not Ellipsis for item in items)
+            items[at : at + 1] = [slice(None)] * missing
+        dim = 0
+        for item in items:
+            if item is None:
+                tensor = tensor.unsqueeze(dim)
+            elif isinstance(item, slice):
+                if item != slice(None):
+                    tensor = torch.ops.aten.slice.Tensor(tensor, dim, item.start, item.stop, item.step or 1)
+            else:
+                tensor = tensor.select(dim, item)
+                dim -= 1
+            dim += 1
+        return tensor
+
+    torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign,assignment]
 
 
 def note_gpu() -> Gpu | None:
