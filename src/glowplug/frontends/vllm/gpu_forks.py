@@ -116,8 +116,8 @@ def _index_without_guard() -> None:
         plain = (int, torch.SymInt, slice, type(None), type(Ellipsis))
         if not all(isinstance(item, plain) and not isinstance(item, bool) for item in items):
             return own(tensor, index)
-        if Ellipsis in items:
-            at = items.index(Ellipsis)
+        at = next((place for place, item in enumerate(items) if item is Ellipsis), None)
+        if at is not None:
             missing = tensor.dim() - sum(item is not None and item is not Ellipsis for item in items)
             items[at : at + 1] = [slice(None)] * missing
         dim = 0
@@ -133,7 +133,7 @@ def _index_without_guard() -> None:
             dim += 1
         return tensor
 
-    torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign,assignment]
+    torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
 
 
 def note_gpu() -> Gpu | None:
