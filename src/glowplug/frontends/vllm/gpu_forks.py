@@ -113,25 +113,31 @@ def _index_without_guard() -> None:
 
     def getitem(tensor: Any, index: Any) -> Any:
         items = list(index) if isinstance(index, tuple) else [index]
-        plain = (int, torch.SymInt, slice, type(None), type(Ellipsis))
-        if not all(isinstance(item, plain) and not isinstance(item, bool) for item in items):
+        plain = (int, torch.SymInt, slice, type(None), type(Ellipsis), torch.Tensor)
+        masks = (torch.bool, torch.uint8)
+        if not all(isinstance(item, plain) and getattr(item, "dtype", None) not in masks for item in items):
             return own(tensor, index)
         at = next((place for place, item in enumerate(items) if item is Ellipsis), None)
         if at is not None:
             missing = tensor.dim() - sum(item is not None and item is not Ellipsis for item in items)
             items[at : at + 1] = [slice(None)] * missing
         dim = 0
+        chosen: dict[int, Any] = {}
         for item in items:
             if item is None:
                 tensor = tensor.unsqueeze(dim)
             elif isinstance(item, slice):
                 if item != slice(None):
                     tensor = torch.ops.aten.slice.Tensor(tensor, dim, item.start, item.stop, item.step or 1)
+            elif isinstance(item, torch.Tensor):
+                chosen[dim] = item
             else:
                 tensor = tensor.select(dim, item)
                 dim -= 1
             dim += 1
-        return tensor
+        if not chosen:
+            return tensor
+        return torch.ops.aten.index.Tensor(tensor, [chosen.get(at) for at in range(max(chosen) + 1)])
 
     torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
 
