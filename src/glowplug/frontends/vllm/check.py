@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,7 +122,7 @@ def compare(
     short = call.first(min(_TOKENS, call.tokens))
     with torch.no_grad(), _context_of(short.tokens, call.tokens):
         own = _Calls(ops)
-        with own:
+        with own, _unchanged(decoder):
             output = type(decoder).forward(decoder, **short.arguments())
         expected, form = pytree.tree_flatten(output)
         graphs = stamped.graphs()
@@ -168,6 +168,19 @@ def _filled(run: Callable[..., Any], outputs: Sequence[int]) -> Callable[..., An
         return returned
 
     return filled
+
+
+@contextlib.contextmanager
+def _unchanged(decoder: nn.Module) -> Iterator[None]:
+    """Give the decoder's modules back what they held: an uncompiled forward may replace a buffer by one of another
+    dtype, and compiled code would read it wrongly."""
+    tables = [table for m in decoder.modules() for table in (m._parameters, m._buffers, m.__dict__)]
+    held = [(table, dict(table)) for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in held:
+            table.update(before)
 
 
 @contextlib.contextmanager

@@ -27,23 +27,23 @@ class Decoder:
         """The decoder's forward."""
         key = (len(args), *kwargs, *map(_form, args), *map(_form, kwargs.values()))
         served = self._served.get(key)
+        if served is None:
+            reason = self._refused.get(key)
+            if reason is None:
+                try:
+                    served = self._served[key] = self._start(decoder, args, kwargs)
+                except LeftToVllmError as exc:
+                    reason = str(exc)
+            if reason is not None and not self._served:
+                logger().info("glowplug: %s is left to vLLM: %s", type(decoder).__name__, reason)
+                decoder.aot_compiled_fn = None
+                return type(decoder).__call__(decoder, *args, **kwargs)
+        elif not served.is_valid():
+            served, reason = None, "a weight was replaced by one of another form"
         if served is not None:
             return served((*args, *kwargs.values()))
-        reason = self._refused.get(key)
-        if reason is None:
-            try:
-                served = self._start(decoder, args, kwargs)
-            except LeftToVllmError as exc:
-                reason = str(exc)
-        if served is not None:
-            self._served[key] = served
-            return served((*args, *kwargs.values()))
-        if not self._served:
-            logger().info("glowplug: %s is left to vLLM: %s", type(decoder).__name__, reason)
-            decoder.aot_compiled_fn = None
-            return type(decoder).__call__(decoder, *args, **kwargs)
         # vLLM would compile for seconds while it serves.
-        if key not in self._refused:
+        if self._refused.get(key) != reason:
             logger().warning("glowplug: some calls of %s run uncompiled: %s", type(decoder).__name__, reason)
             self._refused[key] = str(reason)
         return decoder.forward(*args, **kwargs)
@@ -88,6 +88,7 @@ class Served:
         steps = [index for index, deep in enumerate(stamped.plan.deep) if deep.slot not in stamped.ops]
         self._first, self._last = steps[0], steps[-1]
         self._bind()
+        self._layouts = self._bound.layouts()
 
     def _bind(self) -> None:
         """Write the program for what the decoder holds now."""
@@ -96,6 +97,17 @@ class Served:
         self._run = functools.partial(program.code, None)
         self._read = readers(program.arguments, decoder)
         self._bound = stamped.bound(decoder)
+
+    def is_valid(self) -> bool:
+        """Whether the program serves the decoder as it is now: whether all tensors have the layout that compiled code
+        relies on. Binds the program to tensors that were replaced."""
+        if self._bound.is_current():
+            return True
+        bound = self._stamped.bound(self._decoder)
+        if bound.layouts() != self._layouts:
+            return False
+        self._bind()
+        return True
 
     def _wrap(self, index: int, run: Callable[..., Any]) -> Callable[..., Any]:
         """What the step at an index calls: splitting ops as they are, pieces in a CUDA graph of their own."""
@@ -111,8 +123,6 @@ class Served:
 
     def __call__(self, values: Sequence[Any]) -> Any:
         """The decoder's forward on arguments in the order of its first call."""
-        if not self._bound.is_current():
-            self._bind()
         tensors = [values[number] for number in self._tensors]
         outputs = self._run(*[read(tensors) for read in self._read])
         return outputs[0] if self._form is None else pytree.tree_unflatten(list(outputs), self._form)

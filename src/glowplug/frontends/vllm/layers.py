@@ -15,6 +15,7 @@ from glowplug.graph.capture import Captured, GraphInput
 from glowplug.graph.sources import Source, at, in_layer, module_path, named
 from glowplug.graph.split import Piece, Step
 from glowplug.graph.stamp import Locations, Own
+from glowplug.layers.describe import layout_text
 from glowplug.layers.stack import LayerStack, find_repetition
 from glowplug.program import template as templates
 from glowplug.program.template import Template
@@ -245,6 +246,11 @@ class Bound:
     def is_current(self) -> bool:
         """Whether all of it is what it was."""
         return all(table.get(name) is value for table, name, value in self._checks.values())
+
+    def layouts(self) -> list[str]:
+        """The layout of each tensor, which compiled code relies on."""
+        values = [value for _, _, value in self._checks.values()]
+        return [layout_text(value) for value in values if isinstance(value, torch.Tensor)]
 
 
 def _first_data(path: Sequence[Any]) -> int:
