@@ -83,7 +83,8 @@ def main() -> None:
                     settings = json.loads(args.settings)
                     record = start(folder, caches, plugin=choice == "1", settings=settings, log=log)
                     records.append({"preset": preset, "way": way, **record})
-                    print(json.dumps(records[-1]), flush=True)
+                    shown = {name: value for name, value in records[-1].items() if name != "tokens_of_prompts"}
+                    print(json.dumps(shown), flush=True)
                     if args.json is not None:
                         args.json.write_text(json.dumps(records, indent=1) + "\n")
 

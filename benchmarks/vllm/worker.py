@@ -74,7 +74,7 @@ def main() -> None:
         "ms_a_token": round(1e3 * each, 3),
         "tokens_a_second_16": round(16 * 64 / batch, 1),
         "tokens": hashlib.sha256(repr(tokens).encode()).hexdigest()[:16],
-        "first_tokens": [row[:12] for row in tokens],
+        "tokens_of_prompts": tokens,
         "distinct_tokens": len({token for row in tokens for token in row}),
         "mode": str(compilation.mode),
         "cudagraph_mode": str(compilation.cudagraph_mode),
