@@ -89,7 +89,9 @@ class DecoderCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        return self.compile_and_store(piece, inputs)[1]
+        if self.ops.is_in(piece):
+            return pickle.dumps((True, graph_to_bytes(piece)))
+        return pickle.dumps((False, self.inner.compile_to_bytes(piece, inputs)))
 
     def compile_and_store(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
         """See `StoringCompiler.compile_and_store`."""
