@@ -61,10 +61,10 @@ def main() -> None:
     several = [[(7 * i + j) % 1000 + 10 for j in range(64)] for i in range(16)]
     first = seconds(one, 2)
     tokens = generate(one, 64) + generate([prompt[: 8 + 4 * i] for i, prompt in enumerate(several[:8])], 48)
-    seconds(one, 40)
-    each = min((seconds(one, 240) - seconds(one, 40)) / 200 for _ in range(3))
+    seconds(one, 20)
+    each = min((seconds(one, 140) - seconds(one, 20)) / 120 for _ in range(2))
     seconds(several, 24)
-    batch = min(seconds(several, 64) for _ in range(3))
+    batch = min(seconds(several, 64) for _ in range(2))
     compilation = llm.llm_engine.vllm_config.compilation_config
     record = {
         "compile_s": round(compilation.compilation_time, 2),
