@@ -8,7 +8,6 @@ torch 2.11 with Triton 3.6.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,20 +90,24 @@ class Gpu:
             get_device_capability=lambda device=None: self.capabilities[self._index(device)],
         )
         _index_without_guard()
-        own = CachingAutotuner.precompile
-
-        @functools.wraps(own)
-        def precompile(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-            """Compile a kernel without loading it."""
-            return own(tuner, warm_cache_only=True)
-
-        CachingAutotuner.precompile = precompile
+        CachingAutotuner.precompile = _compile_only
 
     def _index(self, device: Any) -> int:
         if isinstance(device, int):
             return device
         index = torch.device(device).index if device is not None else None
         return self.current if index is None else int(index)
+
+
+def _compile_only(
+    tuner: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
+) -> None:
+    """In place of `CachingAutotuner.precompile`: compile a kernel and bundle it with its piece, without loading it."""
+    from torch._inductor.triton_bundler import TritonBundler
+
+    tuner._precompile_worker()
+    if static_triton_bundle_key is not None and tuner.is_statically_launchable():
+        TritonBundler.put_static_autotuner(static_triton_bundle_key, tuner)
 
 
 def _index_without_guard() -> None:

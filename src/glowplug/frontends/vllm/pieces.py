@@ -124,8 +124,8 @@ class PiecewiseCompiler:
         with _storable():
             self.backend.configure_post_pass()
             self.backend.compiler_manager.initialize_cache(self.folder.name, True, prefix)
-        # Forks can't run kernels. They are tuned when they first run, on the whole dummy batch; and kernels that Inductor
-        # may combine are combined without a benchmark, after which it combines all that run for less than 0.3 ms.
+        # Forks can't run kernels. They are tuned when they first run, on the whole dummy batch; and what Inductor
+        # may combine is combined without a benchmark, after which it combines all that run for less than 0.3 ms.
         self.backend.inductor_config["triton.autotune_at_compile_time"] = False
         self.backend.inductor_config["benchmark_combo_kernel"] = False
         self._process = os.getpid()
