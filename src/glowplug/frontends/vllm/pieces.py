@@ -212,9 +212,10 @@ class _Ranges:
 
 
 def _symbolic_dims(value: Any) -> Iterator[int]:
-    """The dims of a tensor whose size is a symbol, and so the number of tokens."""
-    if isinstance(value, torch.Tensor):
-        yield from (dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+    """The dims of a tensor whose size is a plain symbol, and so the number of tokens."""
+    for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else ():
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            yield dim
 
 
 def kernels_in_parallel(processes: int) -> Any:
