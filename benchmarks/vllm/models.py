@@ -66,7 +66,26 @@ def config(name: str, depth: int | None) -> tuple[Any, str]:
             "max_position_embeddings": 4096,
         }
         return Qwen3MoeConfig(**settings, **COMMON), "Qwen3MoeForCausalLM"
-    raise SystemExit(f"unknown preset {name!r}; choose gpt-oss-20b, gpt-oss-120b, glm-4.7 or qwen3-30b-a3b")
+    if name == "qwen3-moe-tiny":
+        settings = {
+            "num_hidden_layers": depth or 36,
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "max_position_embeddings": 512,
+        }
+        return Qwen3MoeConfig(**settings, **COMMON), "Qwen3MoeForCausalLM"
+    raise SystemExit(
+        f"unknown preset {name!r}; choose gpt-oss-20b, gpt-oss-120b, glm-4.7, qwen3-30b-a3b or qwen3-moe-tiny"
+    )
 
 
 def write_folder(name: str, depth: int | None, parent: Path) -> Path:
