@@ -4,7 +4,7 @@
     python benchmarks/vllm/bench.py qwen3-moe-tiny --starts vllm,glowplug,eager --settings \
         '{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "gpu_memory_utilization": 0.2}'
 
-Each start is a fresh process: "cold" with empty caches, "warm" with the caches of the cold start before it. On a CPU vLLM
+Each start is a fresh process: "cold" with empty caches, "warm" with those of the cold start before it. On a CPU vLLM
 does not say how long it compiled: take the difference of `ready_s` and that of the eager start.
 """
 

@@ -89,9 +89,9 @@ def read_call(decoder: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> D
     _, *given = bound.arguments.items()
     tensors: list[tuple[str, Tensor]] = []
     constants: dict[str, Any] = {}
-    kinds = bound.signature.parameters
+    declared = bound.signature.parameters
     for name, value in given:
-        if kinds[name].kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+        if declared[name].kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
             if value:
                 return f"it is called with further arguments, such as {next(iter(value))!r}"
         elif isinstance(value, Tensor):

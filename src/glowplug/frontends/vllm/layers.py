@@ -264,8 +264,4 @@ def _first_data(path: Sequence[Any]) -> int:
 def tensors_text(decoder: nn.Module) -> list[str]:
     """The layout of every parameter and buffer, by name."""
     both = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
-    return [f"{name} {tuple(t.shape)} {t.stride()} {t.dtype} {_device(t)}" for name, t in both]
-
-
-def _device(tensor: torch.Tensor) -> str:
-    return str(tensor.device)
+    return [f"{name} {tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" for name, t in both]
