@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
+from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.frontends.vllm.gpu_forks import Gpu, note_gpu
 from glowplug.frontends.vllm.private import vllm
@@ -141,14 +142,15 @@ class PiecewiseCompiler:
             ((at, dim) for at, value in enumerate(sizes) for dim in _symbolic_dims(value)),
             None,
         )
-        with _storable(), kernels_in_parallel(1 if self._in_fork else _processes(self.config)):
+        with _storable():
             # Index 1 of 3: neither the first nor the last, which log and end what vLLM compiles as a whole.
             inner = vllm().PiecewiseBackend(piece, self.config, 1, 3, [], self.backend, True, submod_name="piece")
         return _Ranges(inner, place)
 
     def environment(self, device: torch.device) -> str:
         """See `StoringCompiler.environment`."""
-        return repr([*vllm_facts(self.config), self.backend.compiler_manager.compute_hash(self.config)])
+        own = self.backend.compiler_manager.compute_hash(self.config)
+        return repr([describe_environment(device, {}, 0), own, *vllm_facts(self.config)])
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`."""
@@ -158,14 +160,10 @@ class PiecewiseCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        if self._gpu is not None and self._in_fork:
+        if self._gpu is not None and os.getpid() != self._process:
             self._gpu.stand_in()
             self._gpu = None
         return self.compile_and_store(piece, inputs)[1]
-
-    @property
-    def _in_fork(self) -> bool:
-        return os.getpid() != self._process
 
     def compile_and_store(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
         """See `StoringCompiler.compile_and_store`."""
@@ -218,26 +216,12 @@ def _symbolic_dims(value: Any) -> Iterator[int]:
             yield dim
 
 
-def kernels_in_parallel(processes: int) -> Any:
-    """Let Inductor compile kernels in several processes; vLLM limits it to one. They are children of a helper process
-    that Inductor starts, so that they inherit nothing of this one."""
-    return torch._inductor.config.patch(compile_threads=processes)
-
-
-def _processes(config: Any) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(config.parallel_config.tensor_parallel_size)))
-
-
-def warm_up(config: Any) -> None:
-    """Start Inductor's one-off work while the weights load: its imports, and its processes for kernels."""
+def warm_up() -> None:
+    """Do Inductor's one-off work that needs no GPU, while the weights load: its imports, and a hash of torch."""
     from torch._inductor import compile_fx  # noqa: F401
-    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import torch_key
 
     torch_key()
-    with kernels_in_parallel(_processes(config)):
-        AsyncCompile.use_process_pool()
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def _warm_up(config: Any) -> None:
 
     if config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE and not _warmed_up.is_set():
         _warmed_up.set()
-        begin_thread(lambda: warm_up(config), "glowplug-warm-up")
+        begin_thread(warm_up, "glowplug-warm-up")
 
 
 def _log(message: str) -> None:
