@@ -48,13 +48,23 @@ class DecoderCall:
         pairs = zip(self.tensors, self.dynamic, strict=True)
         return [tensor.shape[dim] for tensor, dims in pairs for dim in dims]
 
-    def first(self, tokens: int) -> DecoderCall:
-        """The same call for the first few tokens."""
+    def distinct(self, tokens: int, stride: int) -> DecoderCall:
+        """The same call for a few tokens that all differ: whole numbers, such as token ids and positions, count up by
+        `stride`, and other numbers are noise. In a dummy batch all tokens may be equal, or at position 0."""
         tensors = []
-        for tensor, dims in zip(self.tensors, self.dynamic, strict=True):
+        for number, (tensor, dims) in enumerate(zip(self.tensors, self.dynamic, strict=True)):
             for dim in dims:
                 tensor = tensor.narrow(dim, 0, tokens)
-            tensors.append(tensor)
+            generator = torch.Generator(tensor.device).manual_seed(number)
+            if not dims:
+                tensors.append(tensor.clone())
+            elif tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
+                tensors.append(noise.to(tensor.dtype))
+            else:
+                steps = torch.arange(tokens, device=tensor.device, dtype=tensor.dtype) * stride
+                shape = [tokens if dim == dims[0] else 1 for dim in range(tensor.dim())]
+                tensors.append(steps.view(shape).expand(tensor.shape).clone())
         return DecoderCall(self.names, tuple(tensors), self.constants, self.dynamic)
 
     def arguments(self) -> dict[str, Any]:

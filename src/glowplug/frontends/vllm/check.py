@@ -1,6 +1,6 @@
-"""Compares a stamped program with the decoder's own forward on a few tokens of vLLM's dummy batch.
+"""Compares a stamped program with the decoder's own forward on a few distinct tokens, in vLLM's profiling run.
 
-On that batch attention returns zeros, so that weights before and after it would not count. So each splitting op is
+In that run attention returns zeros, so that weights before and after it would not count. So each splitting op is
 watched: both must call the same ops with the same layer names and equal inputs, in the same order; and instead of what
 the op returned, both go on with the same noise.
 """
@@ -27,6 +27,8 @@ from glowplug.verify.check import Agree, Case, why_wrong
 from glowplug.verify.closeness import EXACT, difference
 
 _TOKENS = 16
+_STRIDE = 7
+"""Distance of their ids and positions, where the vocabulary and the longest sequence allow it."""
 
 
 @dataclass(eq=False)
@@ -119,7 +121,10 @@ def compare(
     Returns:
         Why the program must not serve, or None; and the structure of what the decoder returns, None for one tensor.
     """
-    short = call.first(min(_TOKENS, call.tokens))
+    tokens = min(_TOKENS, call.tokens)
+    model = decoder.vllm_config.model_config
+    limit = min(model.max_model_len, getattr(model.hf_text_config, "vocab_size", model.max_model_len))
+    short = call.distinct(tokens, max(1, min(_STRIDE, limit // tokens)))
     with torch.no_grad(), _context_of(short.tokens, call.tokens):
         own = _Calls(ops)
         with own, _unchanged(decoder):

@@ -14,6 +14,7 @@ from glowplug.frontends.vllm.log import logger
 from glowplug.frontends.vllm.private import vllm
 from glowplug.frontends.vllm.stamped import Stamped
 from glowplug.frontends.vllm.start import FIRST_RUN, LeftToVllmError, Start
+from glowplug.reasons import why
 
 
 class Decoder:
@@ -34,12 +35,15 @@ class Decoder:
                     served = self._served[key] = self._start(decoder, args, kwargs)
                 except LeftToVllmError as exc:
                     reason = str(exc)
+                except Exception as exc:  # vLLM can compile without glowplug
+                    logger().debug("glowplug: the start failed", exc_info=True)
+                    reason = why(exc)
             if reason is not None and not self._served:
                 logger().info("glowplug: %s is left to vLLM: %s", type(decoder).__name__, reason)
                 decoder.aot_compiled_fn = None
                 return type(decoder).__call__(decoder, *args, **kwargs)
         elif not served.is_valid():
-            served, reason = None, "a weight was replaced by one of another form"
+            served, reason = None, "a weight or module was replaced by one of another form"
         if served is not None:
             return served((*args, *kwargs.values()))
         # vLLM would compile for seconds while it serves.
@@ -88,7 +92,7 @@ class Served:
         steps = [index for index, deep in enumerate(stamped.plan.deep) if deep.slot not in stamped.ops]
         self._first, self._last = steps[0], steps[-1]
         self._bind()
-        self._layouts = self._bound.layouts()
+        self._forms = self._bound.forms()
 
     def _bind(self) -> None:
         """Write the program for what the decoder holds now."""
@@ -99,12 +103,15 @@ class Served:
         self._bound = stamped.bound(decoder)
 
     def is_valid(self) -> bool:
-        """Whether the program serves the decoder as it is now: whether all tensors have the layout that compiled code
-        relies on. Binds the program to tensors that were replaced."""
+        """Whether the program serves the decoder as it is now: whether tensors and modules have the form that compiled
+        code relies on. Binds the program to those that were replaced."""
         if self._bound.is_current():
             return True
-        bound = self._stamped.bound(self._decoder)
-        if bound.layouts() != self._layouts:
+        try:
+            bound = self._stamped.bound(self._decoder)
+        except LookupError:
+            return False
+        if bound.forms() != self._forms:
             return False
         self._bind()
         return True

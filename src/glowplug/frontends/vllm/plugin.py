@@ -28,11 +28,9 @@ def register() -> None:
         return
     try:
         wrapper = vllm().TorchCompileWithNoGuardsWrapper
-    except UnsupportedVllmError as exc:
-        _log(f"vLLM compiles without it: {exc}")
-        return
     except Exception as exc:  # a plug-in must not keep vLLM from starting
-        _log(f"vLLM compiles without it: {type(exc).__name__}: {exc}")
+        reason = str(exc) if isinstance(exc, UnsupportedVllmError) else f"{type(exc).__name__}: {exc}"
+        logger().warning("glowplug: vLLM compiles without it: %s", reason)
         return
     if hasattr(wrapper.__init__, _MARK):
         return

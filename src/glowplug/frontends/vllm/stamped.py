@@ -58,11 +58,17 @@ class Stamped:
     def write(self, decoder: nn.Module, wrap: Wrap | None = None) -> Program:
         """The program, bound to what the decoder holds now."""
         values = {name: find(decoder, place) for name, place in self.outside.items() if place is not None}
-        return self.plan.write(self.slots, values, self.binder, wrap)
+        return self.plan.write(self.slots, values, self.binder.of(decoder), wrap)
 
     def bound(self, decoder: nn.Module) -> Bound:
         """What the program is bound to now."""
         bound = Bound()
+        layers = self.binder.of(decoder).layers
+        at = "".join(f"._modules[{part!r}]" for part in self.binder.stack.split(".") if part)
+        for layer in range(len(layers)):
+            source = parse(f"L['decoder']{at}._modules['{layer}']")
+            assert source is not None
+            bound.add(decoder, source)
         for place in self.outside.values():
             source = parse(place.path) if place is not None and not place.is_handle else None
             if source is not None:
@@ -72,7 +78,7 @@ class Stamped:
                 if isinstance(own, Own) and deep.layer is not None:
                     source = parse(f"L['layer']{own.path}")
                     assert source is not None
-                    bound.add(self.binder.layers[deep.layer + own.offset], source)
+                    bound.add(layers[deep.layer + own.offset], source)
         return bound
 
 
