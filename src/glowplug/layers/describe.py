@@ -49,6 +49,7 @@ class Describer:
         own: the root's qualified name in the model. Given one, strings that contain it are described relative to it,
             and tensors and objects without content by their form and not their identity: for a front end that binds
             tensors wherever they are, and compares every layer with eager.
+        shared: classes of objects that all layers share, to be described by identity.
     """
 
     by_identity = True
@@ -61,10 +62,12 @@ class Describer:
         known: dict[int, tuple[Any, str]] | None = None,
         skip: Collection[str] = MARKS,
         own: str = "",
+        shared: tuple[type, ...] = (),
     ) -> None:
         self._places = {id(module): path for path, module in root.named_modules()}
         self._model = model
         self._skip = skip
+        self._shared = shared
         self._own = re.compile(rf"(?<![^.]){re.escape(own)}(?![^.])") if own else None
         self._known: dict[int, tuple[Any, str]] = known if known is not None else {}
         self._mine: dict[int, tuple[Any, str]] = {}
@@ -134,6 +137,8 @@ class Describer:
         if key in self._places:
             self._relative = True
             return f"its own module {self._places[key]!r}"
+        if isinstance(value, self._shared):
+            return _identity(value)
         level = len(self._open)
         if key in self._open:
             self._lowest = min(self._lowest, self._open[key])
@@ -160,8 +165,11 @@ class Describer:
         match value:
             case torch.Tensor():
                 return self.tensor(value)
+            case nn.Module() if id(value) in self._model:
+                self._relative = True  # from another root it may be one below the root
+                return _identity(value)
             case nn.Module():
-                return _identity(value) if id(value) in self._model else self._object(value, [])
+                return self._object(value, [])
             case type() | types.ModuleType() | enum.Enum() | types.CodeType():
                 return self.named(value)
             case types.FunctionType():

@@ -66,6 +66,7 @@ class LayerFacts:
         strict: whether no trace will show what the layers read.
         caches: whether the layers may pass attributes that name the layer to caches.
         stack: the stack's qualified name, if the front end binds the names of layers, see `Describer`.
+        shared: classes of objects that all layers share.
     """
 
     layers: Sequence[nn.Module]
@@ -74,6 +75,7 @@ class LayerFacts:
     strict: bool = False
     caches: bool = True
     stack: str | None = None
+    shared: tuple[type, ...] = ()
     _known: dict[int, tuple[Any, str]] = field(default_factory=dict)
     _computed: dict[tuple[Any, ...], frozenset[str]] = field(default_factory=dict)
 
@@ -81,7 +83,7 @@ class LayerFacts:
         """Everything a layer's forward can read, except weights' values and attributes that merely name the layer."""
         layer = self.layers[index]
         own = ".".join(filter(None, (self.stack, str(index)))) if self.stack is not None else ""
-        describer = Describer(layer, self.model, self._known, own=own)
+        describer = Describer(layer, self.model, self._known, own=own, shared=self.shared)
         columns = ((place, column[index]) for place, column in self.columns.items())
         facts = {place: replace(fact, text=describer.text(fact.value)) for place, fact in columns}
         for path, module in layer.named_modules(remove_duplicate=False):

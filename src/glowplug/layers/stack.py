@@ -77,7 +77,9 @@ def find_stack(
     return _describe_stack(model, path, stack, config, read, caches=True)
 
 
-def find_repetition(model: nn.Module, read: Collection[str] = (), *, binds: bool = False) -> LayerStack | None:
+def find_repetition(
+    model: nn.Module, read: Collection[str] = (), *, binds: bool = False, shared: tuple[type, ...] = ()
+) -> LayerStack | None:
     """Find the stack of an arbitrary model: the one for which a template saves tracing the most modules.
 
     If no stack has a template, returns the largest one whose layers repeat their classes, or None.
@@ -86,6 +88,7 @@ def find_repetition(model: nn.Module, read: Collection[str] = (), *, binds: bool
         model: the model.
         read: see `glowplug.layers.kinds.tell_apart`.
         binds: whether the front end binds the names of layers, and tensors wherever they are.
+        shared: classes of objects that all layers share.
     """
     candidates: list[tuple[int, int, LayerStack]] = []
     for path, module in model.named_modules():
@@ -94,7 +97,7 @@ def find_repetition(model: nn.Module, read: Collection[str] = (), *, binds: bool
         classes = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in module]
         if choose_template(classes) is None or list(module._modules) != list(map(str, range(len(module)))):
             continue
-        stack = _describe_stack(model, path, module, None, read, caches=False, binds=binds)
+        stack = _describe_stack(model, path, module, None, read, caches=False, binds=binds, shared=shared)
         length = choose_template(stack.kinds)
         sizes = [len(list(layer.modules())) for layer in stack.layers]
         candidates.append((sum(sizes[length:]) if length is not None else 0, sum(sizes), stack))
@@ -110,13 +113,14 @@ def _describe_stack(
     *,
     caches: bool,
     binds: bool = False,
+    shared: tuple[type, ...] = (),
 ) -> LayerStack:
     layers = tuple(stack)
     columns = dict(_columns("the config's ", config, len(layers))) if config is not None else {}
     columns |= _looked_up(model, path, len(layers), config)
     modules = {id(module) for module in model.modules()}
     named = path if binds else None
-    facts = LayerFacts(layers, columns, modules, strict=read is None, caches=caches, stack=named)
+    facts = LayerFacts(layers, columns, modules, strict=read is None, caches=caches, stack=named, shared=shared)
     kinds, unread = tell_apart([facts.of(index) for index in range(len(layers))], read)
     return LayerStack(path, layers, kinds, unread, facts)
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from glowplug.errors import NotStampableError
+from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.capture import Captured, GraphInput
 from glowplug.graph.sources import Source, at, in_layer, module_path, named
 from glowplug.graph.split import Piece, Step
@@ -33,7 +34,7 @@ def choose(decoder: nn.Module, read: Collection[str]) -> Template | str:
     Raises:
         NotStampableError: its layers differ too much.
     """
-    stack = find_repetition(decoder, read, binds=True)
+    stack = find_repetition(decoder, read, binds=True, shared=vllm().shared)
     if stack is None:
         return "it has no layers that repeat"
     first, end = (getattr(decoder, name, default) for name, default in ((_FIRST, 0), (_END, len(stack.layers))))

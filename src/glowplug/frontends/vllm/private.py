@@ -22,6 +22,7 @@ _NAMES = (
     "vllm.compilation.piecewise_backend.PiecewiseBackend",
     "vllm.compilation.wrapper.TorchCompileWithNoGuardsWrapper",
     "vllm.config.CompilationMode",
+    "vllm.config.VllmConfig",
     "vllm.config.set_current_vllm_config",
     "vllm.config.compilation.CompilationConfig",
     "vllm.config.compilation.DynamicShapesType",
@@ -40,7 +41,7 @@ class UnsupportedVllmError(GlowplugError):
 
 @functools.cache
 def vllm() -> Any:
-    """The names above, as attributes by their last part.
+    """The names above, as attributes by their last part; and `shared`, the classes of what all layers share.
 
     Raises:
         UnsupportedVllmError: this vLLM lacks one.
@@ -56,6 +57,7 @@ def vllm() -> Any:
                 f"vLLM {version} has no {name}, which glowplug needs; it was checked on vLLM {' and '.join(CHECKED)}"
             ) from exc
     found["version"] = found.pop("__version__")
+    found["shared"] = (found["VllmConfig"], found["CompilationConfig"])
     return SimpleNamespace(**found)
 
 
