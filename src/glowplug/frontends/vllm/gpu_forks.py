@@ -118,7 +118,8 @@ def _index_without_guard() -> None:
         items = list(index) if isinstance(index, tuple) else [index]
         plain = (int, torch.SymInt, slice, type(None), type(Ellipsis), torch.Tensor)
         masks = (torch.bool, torch.uint8)
-        if not all(isinstance(item, plain) and getattr(item, "dtype", None) not in masks for item in items):
+        is_plain = all(isinstance(item, plain) and not isinstance(item, bool) for item in items)
+        if not is_plain or any(getattr(item, "dtype", None) in masks for item in items):
             return own(tensor, index)
         at = next((place for place, item in enumerate(items) if item is Ellipsis), None)
         if at is not None:
