@@ -51,11 +51,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
     seen: list[fx.Graph] = []
     describe = capture_room.describe
 
-    def spy(gm: fx.GraphModule) -> Any:
+    def spy(gm: fx.GraphModule, *handle: type) -> Any:
         copied = fx.Graph()
         copied.graph_copy(gm.graph, {})
         seen.append(copied)
-        return describe(gm)
+        return describe(gm, *handle)
 
     monkeypatch.setattr(capture_room, "describe", spy)
     monkeypatch.setattr("glowplug.backend.describe", spy)

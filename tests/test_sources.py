@@ -142,8 +142,8 @@ def test_another_grammar_is_an_error(
 def test_other_names_of_inputs_are_an_error(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     describe = capturing.describe
 
-    def renamed(gm: torch.fx.GraphModule) -> capturing.Captured:
-        captured = describe(gm)
+    def renamed(gm: torch.fx.GraphModule, *handle: type) -> capturing.Captured:
+        captured = describe(gm, *handle)
         for entry in captured.inputs:
             object.__setattr__(entry, "source", entry.source.replace("_modules[", "children["))
         return captured
