@@ -1,7 +1,7 @@
 """Starts of vLLM with and without glowplug's plug-in, on dummy weights at real width.
 
     python benchmarks/vllm/bench.py glm-4.7 qwen3-30b-a3b gpt-oss-120b --json records.json
-    python benchmarks/vllm/bench.py qwen3-moe-tiny --starts vllm,glowplug,eager --settings \
+    SCALE=0.3 python benchmarks/vllm/bench.py qwen3-moe-tiny --starts vllm,glowplug,eager --settings \
         '{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "gpu_memory_utilization": 0.2}'
 
 Each start is a fresh process: "cold" with empty caches, "warm" with those of the cold start before it. On a CPU vLLM

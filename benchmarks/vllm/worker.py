@@ -16,15 +16,26 @@ import time
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-SCALE = 0.03
+SCALE = float(os.environ.get("SCALE", "0.03"))
 
 
-def give_weights(own: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+def give_weights(own: Any, loader: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     """vLLM's dummy weights, but larger, and norms of 1."""
-    own(module, *args, low=-SCALE, high=SCALE, **kwargs)
-    for name, weight in module.named_parameters():
-        if weight.dim() == 1 and weight.is_floating_point() and name.endswith("weight"):
+    import torch
+
+    own(loader, model, *args, **kwargs)
+    for number, (name, weight) in enumerate(model.named_parameters()):
+        if not weight.is_floating_point():
+            continue
+        if weight.dim() == 1 and name.endswith("weight"):
             weight.data.fill_(1.0)
+        else:
+            generator = torch.Generator(weight.device).manual_seed(number)
+            weight.data.uniform_(-SCALE, SCALE, generator=generator)
+
+
+def _method(function: Any) -> Any:
+    return lambda loader, *args, **kwargs: function(loader, *args, **kwargs)
 
 
 def main() -> None:
@@ -33,8 +44,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.model_executor.model_loader import dummy_loader
 
-    own = dummy_loader.initialize_dummy_weights
-    dummy_loader.initialize_dummy_weights = functools.partial(give_weights, own)
+    loader = dummy_loader.DummyModelLoader
+    loader.load_weights = _method(functools.partial(give_weights, loader.load_weights))
     imported = time.perf_counter()
     settings: dict[str, Any] = {
         "load_format": "dummy",

@@ -62,6 +62,9 @@ class DecoderCompiler:
     Args:
         inner: compiles what lies between splitting ops.
         ops: the splitting ops.
+
+    Attributes:
+        forked: whether pieces were compiled in forks, at once.
     """
 
     drops_guards = True
@@ -71,13 +74,12 @@ class DecoderCompiler:
         self.inner = inner
         self.ops = ops
         self.name = inner.name
-        self.compiled = 0
+        self.forked = False
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         """See `PieceCompiler.compile`."""
         if self.ops.is_in(piece):
             return piece.forward
-        self.compiled += 1
         return self.inner.compile(piece, inputs)
 
     def environment(self, device: torch.device) -> str:
@@ -86,7 +88,8 @@ class DecoderCompiler:
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`."""
-        return self.inner.forks(inputs, several=several)
+        self.forked = self.inner.forks(inputs, several=several)
+        return self.forked
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
@@ -98,7 +101,6 @@ class DecoderCompiler:
         """See `StoringCompiler.compile_and_store`."""
         if self.ops.is_in(piece):
             return piece.forward, pickle.dumps((True, graph_to_bytes(piece)))
-        self.compiled += 1
         run, artifact = self.inner.compile_and_store(piece, inputs)
         return run, pickle.dumps((False, artifact))
 

@@ -171,8 +171,8 @@ class Start:
             self._traced = read, traced_files()
             graphs = {slot: piece.gm.forward for slot, piece in distinct.items()}
             ops = frozenset(slot for slot, piece in distinct.items() if self._ops.is_in(piece.gm))
-            compiled = len(slots) - len(ops)
-            how = f"traced {template.length} of {len(binder.layers)} layers, compiled {compiled} pieces at once"
+            compiled = f"compiled {len(slots) - len(ops)} pieces{' at once' if self._compiler.forked else ''}"
+            how = f"traced {template.length} of {len(binder.layers)} layers, {compiled}"
             allocated = {slot: uninitialised(piece.gm) for slot, piece in distinct.items()}
             return Stamped(plan, slots, lambda: graphs, binder, outside, ops, allocated, how)
 
