@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +122,14 @@ def layer_of(template: Template, captured: Captured) -> LayerOf | None:
     if cut == set(range(template.length)):
         return None
 
-    def find(node: fx.Node) -> int | None:
-        entries = (node.meta.get("nn_module_stack") or {}).values()
-        places = (stack.index_of(module_path(path)) for path, _ in entries)
-        return next((place[0] for place in places if place is not None), None)
+    return functools.partial(traced_in, stack)
 
-    return find
+
+def traced_in(stack: LayerStack, node: fx.Node) -> int | None:
+    """The layer of a stack in which a node was traced; None outside the stack."""
+    entries = (node.meta.get("nn_module_stack") or {}).values()
+    places = (stack.index_of(module_path(path)) for path, _ in entries)
+    return next((place[0] for place in places if place is not None), None)
 
 
 def stamping(

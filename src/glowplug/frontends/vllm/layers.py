@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from glowplug.errors import NotStampableError
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.capture import Captured, GraphInput
-from glowplug.graph.sources import Source, at, in_layer, module_path, named
+from glowplug.graph.sources import Source, at, in_layer, named
 from glowplug.graph.split import Piece, Step
 from glowplug.graph.stamp import Locations, Own
 from glowplug.layers.describe import inner_text
@@ -194,7 +194,7 @@ def _unshared(captured: Captured, stack: LayerStack) -> Captured:
         if not sharing:
             continue
         for node in list(nodes[entry.node].users):
-            layer = _layer_of(node, stack)
+            layer = templates.traced_in(stack, node)
             if layer is None or layer == place[0]:
                 continue
             if layer not in sharing:
@@ -208,13 +208,6 @@ def _unshared(captured: Captured, stack: LayerStack) -> Captured:
                 inputs.append(replace(entry, node=nodes[name].name, source=entry.source.replace(old, new, 1)))
             node.replace_input_with(nodes[entry.node], nodes[name])
     return replace(captured, inputs=tuple(inputs))
-
-
-def _layer_of(node: fx.Node, stack: LayerStack) -> int | None:
-    """The layer in which a node was traced."""
-    entries = (node.meta.get("nn_module_stack") or {}).values()
-    places = (stack.index_of(module_path(path)) for path, _ in entries)
-    return next((place[0] for place in places if place is not None), None)
 
 
 def assign_layers(steps: Iterable[Step], is_cut: Callable[[Piece], bool], locations: Locations) -> list[Step]:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from glowplug.compilers.inductor import InductorCompiler
 from glowplug.frontends.vllm.gpu_forks import Gpu, note_gpu
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
-
-Run = Callable[..., Sequence[Any]]
+from glowplug.program.piece_store import Run
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ _NAMES = (
     "vllm.env_override._apply_constrain_to_fx_strides_patch",
     "vllm.forward_context.get_forward_context",
     "vllm.forward_context.is_forward_context_available",
-    "vllm.logger.init_logger",
     "vllm.utils.torch_utils.LayerName",
 )
 
@@ -59,8 +58,3 @@ def vllm() -> Any:
     found["version"] = found.pop("__version__")
     found["shared"] = (found["VllmConfig"], found["CompilationConfig"])
     return SimpleNamespace(**found)
-
-
-def version() -> str:
-    """The installed vLLM."""
-    return str(importlib.import_module("vllm").__version__)

@@ -16,10 +16,8 @@ from glowplug.graph.sources import parse
 from glowplug.graph.stamp import Own
 from glowplug.program.plan import Plan
 from glowplug.program.program import Program
-from glowplug.program.write import Wrap
+from glowplug.program.write import Slots, Wrap
 from glowplug.store.record import Place
-
-Runs = Mapping[Fingerprint, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Stamped:
     """
 
     plan: Plan
-    slots: Runs
-    graphs: Callable[[], Runs | None]
+    slots: Slots
+    graphs: Callable[[], Slots | None]
     binder: SourceBinder
     outside: Mapping[str, Place | None]
     ops: frozenset[Fingerprint]

@@ -17,11 +17,12 @@ from glowplug.frontends.vllm.layers import SourceBinder, tensors_text
 from glowplug.frontends.vllm.log import logger
 from glowplug.frontends.vllm.pieces import DecoderCompiler, SplittingOps, vllm_facts
 from glowplug.frontends.vllm.private import vllm
-from glowplug.frontends.vllm.stamped import Runs, Stamped
+from glowplug.frontends.vllm.stamped import Stamped
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.shapes import ShapeAssumptions
 from glowplug.program.piece_store import PieceStore, unpickled
 from glowplug.program.template import Template
+from glowplug.program.write import Slots
 from glowplug.store import ArtifactStore
 from glowplug.store.address import address as address_of
 from glowplug.store.address import class_modules, globals_of, modules_of, sources_of
@@ -121,7 +122,7 @@ class Stored:
         self.records.drop(self.address, reason)
 
 
-def _uncompiled(graphs: Mapping[Fingerprint, bytes]) -> Runs | None:
+def _uncompiled(graphs: Mapping[Fingerprint, bytes]) -> Slots | None:
     """The uncompiled forms of stored pieces; None if one can't be read."""
     runs = {slot: unpickled(graph) for slot, graph in graphs.items()}
     return {slot: run for slot, run in runs.items() if run is not None} if all(runs.values()) else None
