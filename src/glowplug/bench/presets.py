@@ -106,6 +106,34 @@ def _gpt_oss(name: str, depth: int, experts: int) -> Preset:
     )
 
 
+def _qwen3_moe(
+    name: str, depth: int, *, hidden: int, intermediate: int, heads: int, experts_intermediate: int
+) -> Preset:
+    return Preset(
+        name,
+        depth,
+        128,
+        8,
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _uniform,
+        full={
+            "vocab_size": 151936,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "moe_intermediate_size": experts_intermediate,
+            "num_experts": 8,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        tiny={"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+    )
+
+
 _ALL = (
     _gpt_oss("gpt-oss-120b", 36, 128),
     _gpt_oss("gpt-oss-20b", 24, 32),
@@ -163,29 +191,8 @@ _ALL = (
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [3, 3, 2]},
         },
     ),
-    Preset(
-        "qwen3-235b-a22b",
-        94,
-        128,
-        8,
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        _uniform,
-        full={
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "moe_intermediate_size": 1536,
-            "num_experts": 8,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        tiny={"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
+    _qwen3_moe("qwen3-235b-a22b", 94, hidden=4096, intermediate=12288, heads=64, experts_intermediate=1536),
+    _qwen3_moe("qwen3-30b-a3b", 48, hidden=2048, intermediate=6144, heads=32, experts_intermediate=768),
     Preset(
         "deepseek-v3",
         61,

@@ -35,6 +35,8 @@ _PATIENCE_S = 60.0
 """How much longer than this process a fork may take before its pieces are compiled here."""
 _BRIEFLY_S = 0.1
 """How long to wait for a lock that another process may hold only to see whether it is free."""
+_POLL_S = 0.02
+"""How often to look for pieces that forks have finished."""
 _LOCKED_S = 30.0
 """How long to wait for a job to lock its pieces."""
 
@@ -181,8 +183,10 @@ class _Compilation:
                 start = time.monotonic()
                 self._compile_free(pieces, channel or self.cache.store, 0, advance)
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
-                for job in jobs:
-                    job.ended(deadline)
+                # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.
+                while time.monotonic() < deadline and not all(job.ended() for job in jobs):
+                    time.sleep(_POLL_S)
+                    self._compile_free(pieces, channel or self.cache.store, 0, advance)
             finally:
                 for job in jobs:
                     job.stop()

@@ -28,11 +28,13 @@ class Decoder:
         """The decoder's forward."""
         key = (len(args), *kwargs, *map(_form, args), *map(_form, kwargs.values()))
         served = self._served.get(key)
+        outputs: Sequence[Any] | None = None
         if served is None:
             reason = self._refused.get(key)
             if reason is None:
                 try:
-                    served = self._served[key] = self._start(decoder, args, kwargs)
+                    served, outputs = self._start(decoder, args, kwargs)
+                    self._served[key] = served
                 except LeftToVllmError as exc:
                     reason = str(exc)
                 except Exception as exc:  # vLLM can compile without glowplug
@@ -45,14 +47,17 @@ class Decoder:
         elif not served.is_valid():
             served, reason = None, "a weight or module was replaced by one of another form"
         if served is not None:
-            return served((*args, *kwargs.values()))
+            return served((*args, *kwargs.values())) if outputs is None else served.returned(outputs)
         # vLLM would compile for seconds while it serves.
         if self._refused.get(key) != reason:
             logger().warning("glowplug: some calls of %s run uncompiled: %s", type(decoder).__name__, reason)
             self._refused[key] = str(reason)
         return decoder.forward(*args, **kwargs)
 
-    def _start(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Served:
+    def _start(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Served, Sequence[Any] | None]:
+        """What serves calls like this one, and the outputs of this one if they are known."""
         call = read_call(decoder, args, kwargs)
         if isinstance(call, str):
             raise LeftToVllmError(call)
@@ -62,7 +67,7 @@ class Decoder:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.seconds.items())
         total = sum(seconds for name, seconds in start.seconds.items() if name != FIRST_RUN)
         logger().info("glowplug: %s, stamped %d layers; %.1f s (%s)", stamped.how, stamped.depth, total, parts)
-        return served
+        return served, start.outputs
 
 
 def _form(value: Any) -> Any:
@@ -131,5 +136,8 @@ class Served:
     def __call__(self, values: Sequence[Any]) -> Any:
         """The decoder's forward on arguments in the order of its first call."""
         tensors = [values[number] for number in self._tensors]
-        outputs = self._run(*[read(tensors) for read in self._read])
+        return self.returned(self._run(*[read(tensors) for read in self._read]))
+
+    def returned(self, outputs: Sequence[Any]) -> Any:
+        """What the decoder returns, from the program's outputs."""
         return outputs[0] if self._form is None else pytree.tree_unflatten(list(outputs), self._form)

@@ -12,6 +12,8 @@ import os
 import threading
 from typing import Any
 
+import torch
+
 from glowplug.frontends.vllm.log import logger, share_handlers
 from glowplug.frontends.vllm.private import UnsupportedVllmError, vllm
 
@@ -75,7 +77,8 @@ def _warm_up(config: Any) -> None:
 
     if config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE and not _warmed_up.is_set():
         _warmed_up.set()
-        begin_thread(warm_up, "glowplug-warm-up")
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        begin_thread(functools.partial(warm_up, device), "glowplug-warm-up")
 
 
 def _log(message: str) -> None:

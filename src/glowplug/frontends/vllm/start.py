@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from glowplug.program.pieces import PieceCache, compile_pieces
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.template import Template
 from glowplug.reasons import why
+from glowplug.runtime.collector import collector_paused
 from glowplug.store.record import Place
 
 FIRST_RUN = "first run"
@@ -52,11 +53,13 @@ class Start:
 
     Attributes:
         seconds: how long each phase took.
+        outputs: what the program gave for its first call, where it has run that already.
     """
 
     def __init__(self, decoder: Any, call: DecoderCall) -> None:
         config = decoder.vllm_config
         self.seconds: dict[str, float] = {}
+        self.outputs: Sequence[Any] | None = None
         self._decoder, self._call, self._config = decoder, call, config
         self._agree = agreement(config)
         self._ops = SplittingOps.of(config.compilation_config)
@@ -72,7 +75,7 @@ class Start:
         """
         reason: str | None = None
         for from_store in (True, False):
-            with vllm().monitor_torch_compile(self._config):
+            with vllm().monitor_torch_compile(self._config), collector_paused():
                 candidate, any_stored = self._agreed(self._candidate(from_store))
             reason, returns = self._compare(candidate)
             if reason is None:
@@ -115,7 +118,9 @@ class Start:
     def _tune(self, candidate: Stamped) -> None:
         """Run the program on the whole dummy batch, on which Triton tunes the kernels that it has not tuned before."""
         program = candidate.write(self._decoder)
-        program.run(*[read(self._call.tensors) for read in readers(program.arguments, self._decoder)])
+        self.outputs = program.run(*[read(self._call.tensors) for read in readers(program.arguments, self._decoder)])
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # so that no later phase counts its time
 
     def _candidate(self, from_store: bool) -> Stamped | str:
         """A program that serves once it was compared; or why there is none."""
