@@ -11,9 +11,11 @@ does not say how long it compiled: take the difference of `ready_s` and that of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,8 @@ from typing import Any
 from models import write_folder
 
 HERE = Path(__file__).parent
+TIMEOUT_S = 900
+"""How long a start may take."""
 LINES = {
     "dynamo_s": r"Dynamo bytecode transform time: ([\d.]+) s",
     "graph_compile_s": r"Compiling a graph for compile range .* takes ([\d.]+) s",
@@ -50,17 +54,24 @@ def start(folder: Path, caches: Path, *, plugin: bool, settings: dict[str, Any],
     }
     command = [sys.executable, str(HERE / "worker.py"), str(folder), json.dumps(settings)]
     begin = time.perf_counter()
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log.write_text(done.stdout)
+    with log.open("w") as output:  # no pipe: a process that vLLM leaves behind would keep it open
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     record: dict[str, Any] = {"process_s": round(time.perf_counter() - begin, 1)}
+    printed = log.read_text()
     for name, pattern in LINES.items():
-        found = re.findall(pattern, done.stdout)
+        found = re.findall(pattern, printed)
         if found:
             record[name] = float(found[-1].replace(",", ""))
-    record["said"] = SAID.findall(done.stdout)
-    result = re.findall(r"^RECORD (.*)$", done.stdout, re.MULTILINE)
+    record["said"] = SAID.findall(printed)
+    result = re.findall(r"^RECORD (.*)$", printed, re.MULTILINE)
     if not result:
-        return record | {"failed": done.stdout[-1500:]}
+        return record | {"failed": printed[-1500:]}
     return record | json.loads(result[0])
 
 

@@ -180,10 +180,9 @@ class Bench:
         key = json.dumps([str(model), eager, job], sort_keys=True)
         if key not in self.references:
             engine = job.pop("engine", {}) | ({"enforce_eager": True} if eager else {})
+            environment = job.pop("environment", {}) | {"GLOWPLUG_VLLM": "0"}
             cache = self.folder / "caches" / str(len(self.references))
-            self.references[key] = self.worker.start(
-                model, cache, engine=engine, environment={"GLOWPLUG_VLLM": "0"}, **job
-            )
+            self.references[key] = self.worker.start(model, cache, engine=engine, environment=environment, **job)
         return self.references[key]
 
 

@@ -53,7 +53,8 @@ def fail(module: str, name: str) -> None:
 
 
 def piecewise(forks: bool) -> None:
-    """Let vLLM's own piecewise backend compile the pieces, as it does on a GPU; with `forks`, in forks."""
+    """Let vLLM's own piecewise backend compile the pieces, as it does on a GPU; with `forks`, in forks, and as in a
+    worker of several, which reads its environment only once. Notes a line for each piece compiled here."""
     from glowplug.frontends.vllm import pieces, start
     from glowplug.frontends.vllm.private import vllm
 
@@ -71,15 +72,16 @@ def piecewise(forks: bool) -> None:
         finally:
             compilation.mode = before
         inner.backend.inductor_config.pop(inner.backend.pass_key)  # vLLM's passes are for GPUs
+        own = inner._compile
+
+        def compile_here(piece: Any) -> Any:
+            notes.append("compiled")
+            return own(piece)
+
+        inner._compile = compile_here
         if forks:
             inner._gpu = NoGpu()
-            own = inner.compile_to_bytes
-
-            def compile_to_bytes(piece: Any, inputs: Any) -> bytes:
-                assert inner._in_fork
-                return own(piece, inputs)
-
-            inner.compile_to_bytes = compile_to_bytes
+            vllm().envs.enable_envs_cache()
         return pieces.DecoderCompiler(inner, ops)
 
     start.get_compiler = get

@@ -99,5 +99,16 @@ def test_pieces_compiled_by_vllm_serve(vllms: Any, forks: bool, model: Path, tmp
     patches = [["piecewise", forks]]
     cold = vllms.start(model, tmp_path, patches=patches)
     assert cold.says(f"of {DEPTH} layers, compiled 3 pieces") and cold.tokens == expected
+    assert len(cold.notes) < 3 if forks else len(cold.notes) == 3
     warm = vllms.start(model, tmp_path, patches=patches)
     assert warm.says(f"traced none of {DEPTH} layers, loaded 3 pieces") and warm.tokens == expected
+
+
+def test_two_ranks_stamp(vllms: Any, model: Path, tmp_path: Path) -> None:
+    """Tensor parallel: each rank is a process, which stamps its part of every layer; cold and warm."""
+    job = {"engine": {"tensor_parallel_size": 2}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}}
+    expected = vllms.reference(model, **job).tokens
+    for how in (f"of {DEPTH} layers, compiled 3 pieces", f"traced none of {DEPTH} layers, loaded 3 pieces"):
+        start = vllms.start(model, tmp_path, patches=[["piecewise", True]], **job)
+        assert start.log.read_text().count(how) == 2
+        assert start.tokens == expected

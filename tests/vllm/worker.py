@@ -56,9 +56,10 @@ def prompts(count: int = 8) -> list[dict[str, list[int]]]:
 
 
 def decoder_of(llm: Any) -> Any:
-    """The decoder, which vLLM compiles."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    return worker.model_runner.model.model
+    """The decoder, which vLLM compiles; None where other processes have it."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    worker = getattr(executor, "driver_worker", None)
+    return worker.worker.model_runner.model.model if worker is not None else None
 
 
 def start(job: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
         "generate_s": round(generated - ready, 3),
         "graphs": counters["stats"]["unique_graphs"],
         "patched": hasattr(TorchCompileWithNoGuardsWrapper.__init__, "_glowplug_wrapped"),
-        "prepared": "aot_compiled_fn" in vars(decoder_of(llm)),
+        "prepared": "aot_compiled_fn" in getattr(decoder_of(llm), "__dict__", {}),
     }
 
 

@@ -170,7 +170,10 @@ class PiecewiseCompiler:
         """See `StoringCompiler.compile_and_store`."""
         ranges = self._compile(piece)
         with _storable():
-            return ranges.run, pickle.dumps((ranges.place, ranges.inner.to_bytes()))
+            parts = ranges.inner.to_bytes()
+        if len(parts) < len(ranges.inner.range_entries):
+            raise RuntimeError("vLLM compiled a piece into a form that can't be stored")
+        return ranges.run, pickle.dumps((ranges.place, parts))
 
     def load(self, artifact: bytes) -> Run:
         """See `StoringCompiler.load`."""
@@ -237,19 +240,22 @@ def warm_up(device: int | None) -> None:
             CacheBase.get_system()
 
 
+_STORABLE = "VLLM_USE_MEGA_AOT_ARTIFACT"
+"""The environment variable of vLLM by which it compiles into a form that can be stored."""
+
+
 @contextlib.contextmanager
 def _storable() -> Iterator[None]:
-    """Make vLLM compile pieces into a form that can be stored."""
-    variable = "VLLM_USE_MEGA_AOT_ARTIFACT"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
+    """Make vLLM compile pieces into a form that can be stored. It is set where vLLM reads it, as vLLM's workers read
+    their environment only once."""
+    held: dict[str, Any] = vars(vllm().envs)
+    before = {name: held[name] for name in (_STORABLE,) if name in held}
+    held[_STORABLE] = True
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = before
+        del held[_STORABLE]
+        held.update(before)
 
 
 def get_compiler(config: Any, prefix: str, ops: SplittingOps) -> DecoderCompiler:
