@@ -16,8 +16,8 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.environment import describe_environment
+from glowplug.compilers.gpu import Gpu, note_gpu
 from glowplug.compilers.inductor import InductorCompiler
-from glowplug.frontends.vllm.gpu_forks import Gpu, note_gpu
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
 from glowplug.program.piece_store import Run

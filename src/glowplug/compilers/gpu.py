@@ -8,12 +8,13 @@ torch 2.11 with Triton 3.6.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from glowplug.frontends.vllm.log import logger
+logger = logging.getLogger("glowplug")
 
 
 @dataclass(frozen=True)
@@ -153,5 +154,5 @@ def note_gpu() -> Gpu | None:
     try:
         return Gpu.note()
     except Exception:
-        logger().debug("glowplug: pieces can't be compiled in forks", exc_info=True)
+        logger.debug("glowplug: pieces can't be compiled in forks", exc_info=True)
         return None
