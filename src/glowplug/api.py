@@ -31,6 +31,7 @@ def compile(
     ends: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     background: bool = False,
+    cuda_graphs: str = "off",
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 
@@ -52,6 +53,7 @@ def compile(
         ends: `"auto"` or `"compiled"`; see `Options`.
         cache_dir: the artifact store, a folder, a URL or `"off"`; see `Options`.
         background: run eager at first while another process builds the program; see `Options`.
+        cuda_graphs: `"auto"` or `"off"`; see `Options`.
 
     Returns:
         `model` itself.
@@ -77,6 +79,7 @@ def compile(
         ends=ends,  # type: ignore[arg-type]
         cache_dir=cache_dir,
         background=background,
+        cuda_graphs=cuda_graphs,  # type: ignore[arg-type]
     )
     if not isinstance(model, nn.Module):
         raise UsageError(f"glowplug.compile takes an nn.Module, not a {type(model).__name__}")

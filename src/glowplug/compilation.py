@@ -10,6 +10,7 @@ from glowplug.bodies import Bodies, Forms, InUse
 from glowplug.compilers import PieceCompiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.environment import differences
+from glowplug.cuda_graphs import CudaGraphs, Reads, recorder_for
 from glowplug.errors import (
     CaptureError,
     NotServableError,
@@ -47,6 +48,7 @@ class Compilation:
         pieces: its compiled pieces.
         facts: what the address of the latest program was made of, by name.
         op_bodies: those of its opaque ops, once a program was made.
+        graphs: the CUDA graphs of its decode steps; None where there are to be none.
         unfit: why the model can't be compiled at all, or None.
     """
 
@@ -92,6 +94,7 @@ class Compilation:
         self._refusals: dict[Any, Refusal] = {}
         self._attempts: Counter[Any] = Counter()
         self._stepped_down = False
+        self.graphs = self._open_graphs()
 
     # -- what is known of calls -------------------------------------------------------------------------------
 
@@ -239,3 +242,15 @@ class Compilation:
         if not isinstance(self.compiler, StoringCompiler):
             return None
         return Records.of(self.front.model, self.front.about, store, self.compiler, self.front.device)
+
+    def _open_graphs(self) -> CudaGraphs | None:
+        """None where decode steps are recorded in no CUDA graph. Of several processes each would record at a time of
+        its own, and ordered ops find their layers in Python."""
+        apart = self.for_others or self.distributed or self.options.resolved_identity != "hoisted"
+        recorder = recorder_for(self.front.device) if self.options.cuda_graphs == "auto" and not apart else None
+        return CudaGraphs(recorder, self._read, self.report) if recorder is not None else None
+
+    def _read(self) -> Reads:
+        """What a run may read of the model now."""
+        model, layers = self.front.model, [self.registry[name] for name in self.registry]
+        return Reads((*model.parameters(), *model.buffers()), tuple(map(vars, layers)))

@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CompileError, LayerOrderError, NotServableError
 from glowplug.front import Call, FrontEnd, NotTracedError
-from glowplug.layers.context import ForwardContext
+from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
+from glowplug.program import Program
 from glowplug.ready import Ready, Refusal
 from glowplug.reasons import switched_off, why
 from glowplug.report import ElsewhereReport, Report
@@ -145,7 +147,14 @@ class Engine:
                 self._poll(state)
             running = ready.begin(call.cache, state.bodies)
         self.report.serving = "program"
-        context = ForwardContext(state.registry, call.cache, self.check_order, running.bodies.unchanged(self.report))
+        bodies = running.bodies.unchanged(self.report)
+        if state.graphs is not None and (step := self.front.step(call)) is not None:
+            held = (running.program, state.registry, *bodies.values())
+            inputs = self.front.inputs(running.program.arguments, call)
+            outputs = state.graphs.run(step, held, inputs, _recordable(running.program, state.registry, bodies))
+            if outputs is not None:
+                return self.front.wrap(ready.returns, call, outputs)
+        context = ForwardContext(state.registry, call.cache, self.check_order, bodies)
         return ready.run(call, running.program, context)
 
     def _poll(self, state: Compilation) -> None:
@@ -236,6 +245,16 @@ class Engine:
                 return Refusal(_BUILDING, build=call)
             what = f"what another process built can't be used: {state.why_unused(outcome.facts)}"
             return state.keep(call, what, for_good=True)
+
+
+def _recordable(program: Program, registry: LayerRegistry, bodies: Any) -> Callable[[Any, Sequence[Any]], Any]:
+    """What runs a program on a cache and its inputs."""
+
+    def run(cache: Any, inputs: Sequence[Any]) -> Any:
+        with forward_context(ForwardContext(registry, cache, bodies=bodies)):
+            return program.run(*inputs)
+
+    return run
 
 
 def _remake(front: type[FrontEnd], model: nn.Module, own: Any, options: Options, check_order: bool) -> Engine:

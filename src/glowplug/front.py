@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from glowplug import cuda_graphs
 from glowplug.background.job import Outcome
 from glowplug.bodies import Forms, Group
 from glowplug.graph.capture import Captured
@@ -195,6 +196,10 @@ class FrontEnd(Protocol):
 
     def inputs(self, arguments: Sequence[str], call: Any) -> list[Any]:
         """What the sources of a program's arguments stand for in a call."""
+        ...
+
+    def step(self, call: Any) -> cuda_graphs.Step | None:
+        """The call as a step that can be recorded in a CUDA graph; None if it can't."""
         ...
 
     def wrap(self, returns: Any, call: Any, outputs: Sequence[Any]) -> Any:

@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "inside": ("auto", "compiled", "eager"),
     "ends": ("auto", "compiled"),
     "background": (True, False),
+    "cuda_graphs": ("auto", "off"),
 }
 
 
@@ -51,6 +52,8 @@ class Options:
         ends: pieces that seldom run, such as a deep model's first and last. `"auto"`: on Linux CPUs they are deferred
             pieces, which run uncompiled until their code arrives and use it from the next sequence on. `"compiled"`:
             compile them before the first answer, as `strict` always does.
+        cuda_graphs: `"auto"`: on NVIDIA GPUs, record each decode step over a static cache as a CUDA graph at the second
+            step of its form, and replay it since. `"off"`: launch each kernel from Python.
 
     Raises:
         UsageError: a value is not allowed, or two options contradict each other.
@@ -67,6 +70,7 @@ class Options:
     ends: Literal["auto", "compiled"] = "auto"
     cache_dir: str | os.PathLike[str] | None = None
     background: bool = False
+    cuda_graphs: Literal["auto", "off"] = "off"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

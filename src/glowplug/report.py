@@ -17,7 +17,12 @@ from glowplug.runtime.forks import make_lock
 
 logger = logging.getLogger("glowplug")
 
-_STEPS_DOWN = {"eager": "runs this call eager", "hoisted": "traces every layer", "op": "runs ops uncompiled"}
+_STEPS_DOWN = {
+    "eager": "runs this call eager",
+    "hoisted": "traces every layer",
+    "op": "runs ops uncompiled",
+    "launches": "launches kernels one by one",
+}
 PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
 
@@ -28,7 +33,8 @@ class Fallback:
     Attributes:
         reason: what could not be served, and why.
         layers: qualified names of the layers that caused it; empty if it concerns the whole call.
-        to: what ran instead: `"eager"`, `"hoisted"`, or `"op"` (the uncompiled code of opaque ops).
+        to: what ran instead: `"eager"`, `"hoisted"`, `"op"` (the uncompiled code of opaque ops), or `"launches"` (the
+            same kernels, without a CUDA graph).
     """
 
     reason: str
@@ -91,6 +97,28 @@ class ElsewhereReport:
         return text if self.reason is None else f"{text}; it came to nothing: {self.reason}"
 
 
+@dataclass
+class CudaGraphsReport:
+    """The CUDA graphs of a model.
+
+    Attributes:
+        count: how many were recorded.
+        seconds: seconds that recording took.
+        bytes: bytes of device memory that they took when the last was recorded.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, seconds: float, size: int) -> None:
+        """Count one more, after which all together take `size` bytes."""
+        self.count, self.seconds, self.bytes = self.count + 1, self.seconds + seconds, size
+
+    def __str__(self) -> str:
+        return f"{self.count} CUDA graphs, recorded in {self.seconds:.2f} s, {self.bytes >> 20} MiB"
+
+
 @dataclass(frozen=True)
 class StoreReport:
     """What the artifact store did for a model.
@@ -136,6 +164,7 @@ class Report:
         template_layers: how many layers of a stamped model were traced; 0 if it was not stamped.
         programs: how many programs were built: one for each signature of inputs, normally one.
         insides: the compiled op bodies of opaque experts and attention.
+        cuda_graphs: those of its decode steps.
         outlines: the steps of each program, for `glowplug.explain`.
         sources: the Python text of each program.
     """
@@ -157,6 +186,7 @@ class Report:
     programs: int = 0
     template_layers: int = 0
     insides: list[InsideReport] = field(default_factory=list)
+    cuda_graphs: CudaGraphsReport = field(default_factory=CudaGraphsReport)
     outlines: list[Any] = field(default_factory=list, repr=False, compare=False)
     sources: list[str] = field(default_factory=list, repr=False, compare=False)
     _lock: Any = field(default_factory=make_lock, repr=False, compare=False)
@@ -213,6 +243,7 @@ class Report:
             "template_layers": self.template_layers,
             "phases": {name: round(seconds, 4) for name, seconds in self.phases.items()},
             "insides": [{**asdict(inside), "layers": len(inside.layers)} for inside in self.insides],
+            "cuda_graphs": asdict(self.cuda_graphs),
             "fallbacks": [{**asdict(fallback), "layers": list(fallback.layers)} for fallback in self.fallbacks],
         }
 
@@ -254,5 +285,7 @@ class Report:
             used = {0: "not used", None: "used"}.get(inside.tokens, f"used up to {inside.tokens} tokens")
             times = f"{inside.compiled_us:.0f} us, eager {inside.eager_us:.0f} us"
             lines.append(f"inside of {inside.op} ({len(inside.layers)} layers): {times}; {used}")
+        if self.cuda_graphs.count:
+            lines.append(str(self.cuda_graphs))
         lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)

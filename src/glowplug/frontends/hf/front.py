@@ -29,6 +29,7 @@ from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, outp
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
+from glowplug.frontends.hf.static_caches import StaticStep, static_step
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
@@ -115,6 +116,10 @@ class HfFrontEnd:
     def inputs(self, arguments: Sequence[str], call: HfCall) -> list[Any]:
         """See `FrontEnd.inputs`."""
         return trace.read_inputs(arguments, call)
+
+    def step(self, call: HfCall) -> StaticStep | None:
+        """See `FrontEnd.step`: one token over a static cache."""
+        return static_step(call)
 
     def wrap(self, returns: type[ModelOutput], call: HfCall, outputs: Sequence[Any]) -> Any:
         """See `FrontEnd.wrap`."""

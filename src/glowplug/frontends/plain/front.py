@@ -136,6 +136,9 @@ class PlainFrontEnd:
         """See `FrontEnd.inputs`."""
         return list(map(call.value, arguments))
 
+    def step(self, call: PlainCall) -> None:
+        """See `FrontEnd.step`: nothing is known of a module's cache."""
+
     def wrap(self, returns: Returns, call: PlainCall, outputs: Sequence[Any]) -> Any:
         """See `FrontEnd.wrap`."""
         return pytree.tree_unflatten([outputs[place] for place in returns.places], returns.form)

@@ -1,0 +1,93 @@
+"""Decode steps over transformers' static caches, as CUDA graphs need them: how such a cache writes one token, without a
+Python value that changes. Checked on transformers 5.17 and 5.23.
+
+A `StaticLayer` counts its tokens in a tensor. A `StaticSlidingWindowLayer` counts them in an int, too: until its window
+is full, it writes as a `StaticLayer` does; from then on it moves all tokens by one place, in a way that copies an index
+from the host and so can't be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from glowplug.frontends.hf.calls import HfCall
+
+
+class _RecordableCache(StaticCache):
+    """A view of a static cache that writes one token by tensor operations alone; it shares all that the cache has."""
+
+    @classmethod
+    def of(cls, cache: StaticCache) -> _RecordableCache:
+        """The view of a cache."""
+        view = object.__new__(cls)
+        view.__dict__ = cache.__dict__
+        return view
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `Cache.update`."""
+        layer = self.layers[layer_idx]
+        if not _is_full(layer):
+            keys, values = StaticLayer.update(layer, key_states, value_states)
+            return keys, values
+        for held, new in ((layer.keys, key_states), (layer.values, value_states)):
+            held.copy_(torch.cat((held[:, :, 1:], new), dim=-2))
+        return layer.keys, layer.values
+
+
+@dataclass(frozen=True)
+class StaticStep:
+    """One token for each sequence of a static cache; see `glowplug.cuda_graphs.Step`.
+
+    Attributes:
+        cache: the cache.
+    """
+
+    cache: StaticCache
+
+    @property
+    def phase(self) -> tuple[bool, ...]:
+        """Which layers have a full window."""
+        return tuple(map(_is_full, self.cache.layers))
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """See `Step.tensors`."""
+        return [t for layer in self.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+
+    def rebind(self, tensors: Sequence[Tensor]) -> None:
+        """See `Step.rebind`."""
+        for layer, own in zip(self.cache.layers, zip(*[iter(tensors)] * 3, strict=True), strict=True):
+            layer.keys, layer.values, layer.cumulative_length = own
+
+    def recordable(self) -> StaticCache:
+        """See `Step.recordable`."""
+        return _RecordableCache.of(self.cache)
+
+    def advance(self) -> None:
+        """See `Step.advance`."""
+        for layer in self.cache.layers:
+            if type(layer) is StaticSlidingWindowLayer:
+                layer.cumulative_length_int += 1
+
+
+def static_step(call: HfCall) -> StaticStep | None:
+    """The step that a call makes; None if it is none of one token over a static cache of classes known here."""
+    cache: Any = call.cache
+    if type(cache) is not StaticCache or call.inputs.shape[1] != 1 or getattr(cache, "offloading", False):
+        return None
+    for layer in cache.layers:
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) or not layer.is_initialized:
+            return None
+    return StaticStep(cache)
+
+
+def _is_full(layer: Any) -> bool:
+    return type(layer) is StaticSlidingWindowLayer and layer.cumulative_length_int >= layer.max_cache_len

@@ -1,0 +1,272 @@
+"""Decode steps by CUDA graphs: what is recorded, when a recording must not serve, and that tokens stay eager's. A tape
+takes the place of the GPU; `test_cuda.py` has the real ones."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import families
+import glowplug
+import glowplug.compilation
+import glowplug.engine
+from recorder import TapeRecorder
+
+FAMILIES = ["gpt_oss", "glm4_moe", "qwen3_moe"]
+NEW = 24
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
+    """What records, in the place of a GPU."""
+    tape = TapeRecorder()
+    monkeypatch.setattr(glowplug.compilation, "recorder_for", lambda device: tape)
+    return tape
+
+
+def compiled(family: str, **options: Any) -> tuple[Any, Any]:
+    """A model and its compiled twin."""
+    own, twin = families.build(family), families.build(family)
+    glowplug.compile(twin, compiler="eager", cuda_graphs="auto", cache_dir="off", **options)
+    return own, twin
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Greedy tokens over a static cache."""
+    settings = {"do_sample": False, "max_new_tokens": NEW, "cache_implementation": "static", "disable_compile": True}
+    output: torch.Tensor = model.generate(ids, **(settings | options))
+    return output
+
+
+class Steps:
+    """A sequence over a static cache, token by token."""
+
+    def __init__(self, model: Any, batch: int = 1, extent: int = 64) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=extent)
+        self.position = 0
+        self.batch = batch
+
+    @torch.no_grad()
+    def __call__(self, tokens: int = 1) -> torch.Tensor:
+        """The logits of the next tokens."""
+        ids = torch.arange(self.position, self.position + tokens).expand(self.batch, -1) % 200 + 3
+        positions = torch.arange(self.position, self.position + tokens).expand(self.batch, -1)
+        self.position += tokens
+        output = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+def both(family: str, **options: Any) -> tuple[Steps, Steps]:
+    """The same sequence of a model and of its compiled twin, after a prompt of 5 tokens."""
+    own, twin = map(Steps, compiled(family, **options))
+    torch.testing.assert_close(twin(5), own(5))
+    return own, twin
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_eager_and_one_recording_serves(recorder: TapeRecorder, family: str) -> None:
+    own, twin = compiled(family)
+    ids = families.prompt(2, 5)
+    assert torch.equal(generate(twin, ids), generate(own, ids))
+    phases = len(recorder.recordings)
+    assert recorder.replays >= NEW - 2 - 2 * phases and phases <= 2  # a window that fills up is another phase
+    report = glowplug.report(twin)
+    assert report.cuda_graphs.count == phases and report.fallbacks == []
+    again = recorder.replays
+    for other in (ids, families.prompt(2, 5) + 1):  # each time another cache, which takes over the memory of the last
+        assert torch.equal(generate(twin, other), generate(own, other))
+    assert len(recorder.recordings) == phases and recorder.replays == again + 2 * (NEW - 1)
+
+
+def test_a_window_that_fills_up(recorder: TapeRecorder) -> None:
+    """The cache's code does something else once the window is full."""
+    own, twin = compiled("gpt_oss")
+    window = own.config.sliding_window
+    steps = [Steps(model, extent=window + 40) for model in (own, twin)]
+    assert window < 40
+    for step in steps:
+        step(5)
+    for _ in range(window + 20):
+        expected, logits = (step() for step in steps)
+        torch.testing.assert_close(logits, expected)
+    assert len(recorder.recordings) == 2
+
+
+def test_nothing_is_recorded_of_a_prompt_or_a_growing_cache(recorder: TapeRecorder) -> None:
+    own, twin = compiled("qwen3_moe")
+    ids = families.prompt(2, 5)
+    kept = twin.generate(ids, do_sample=False, max_new_tokens=8)
+    assert torch.equal(kept, own.generate(ids, do_sample=False, max_new_tokens=8))
+    steps = Steps(twin)
+    for _ in range(4):
+        steps(3)
+    assert recorder.attempts == 0
+
+
+def test_off_records_nothing(recorder: TapeRecorder) -> None:
+    model = families.build("qwen3_moe")
+    glowplug.compile(model, compiler="eager", cuda_graphs="off", cache_dir="off")
+    generate(model, families.prompt(1, 5))
+    assert recorder.attempts == 0
+
+
+def _in_place(layer: Any) -> None:
+    layer.self_attn.q_proj.weight.mul_(0.5)
+
+
+def _data(layer: Any) -> None:
+    weight = layer.self_attn.q_proj.weight
+    weight.data = weight.data.clone().mul_(0.5)
+
+
+def _expert(layer: Any) -> None:
+    weight = layer.mlp.experts.gate_up_proj
+    weight.data = weight.data.clone().mul_(0.5)
+
+
+@pytest.mark.parametrize("experts", ["inline", "opaque"])
+@pytest.mark.parametrize("change", [_in_place, _data, _expert])
+def test_changed_weights_are_seen(recorder: TapeRecorder, change: Callable[[Any], None], experts: str) -> None:
+    own, twin = both("qwen3_moe", experts=experts)
+    for step in range(12):
+        if step == 5:
+            with torch.no_grad():
+                for model in (own.model, twin.model):
+                    change(model.model.layers[2])
+        torch.testing.assert_close(twin(), own())
+    assert recorder.replays >= 6
+
+
+def test_an_attribute_that_a_layer_reads_when_it_runs(recorder: TapeRecorder) -> None:
+    """Attention reads some attributes of its layer at each step."""
+    own, twin = both("qwen3_moe")
+    for _ in range(4):
+        torch.testing.assert_close(twin(), own())
+    replays = recorder.replays
+    twin.model.model.layers[1].self_attn.mark = 2  # something else, which glowplug can't know to be harmless
+    torch.testing.assert_close(twin(), own())
+    assert recorder.replays == replays
+
+
+def test_a_weight_that_moves_each_time_is_given_up(recorder: TapeRecorder) -> None:
+    own, twin = both("qwen3_moe")
+    for _ in range(14):
+        for model in (own.model, twin.model):
+            _data(model.model.layers[1])
+            model.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
+        torch.testing.assert_close(twin(), own())
+    assert recorder.attempts <= 3
+    assert any("CUDA graph" in fallback.reason for fallback in glowplug.report(twin.model).fallbacks)
+
+
+def test_another_cache_has_recordings_of_its_own(recorder: TapeRecorder) -> None:
+    own, twin = both("qwen3_moe")
+    for _ in range(4):
+        torch.testing.assert_close(twin(), own())
+    others = [Steps(step.model) for step in (own, twin)]
+    for step in others:
+        step(5)
+    for _ in range(4):
+        torch.testing.assert_close(others[1](), others[0]())
+        torch.testing.assert_close(twin(), own())
+    assert len(recorder.recordings) == 2
+
+
+def test_a_cache_takes_over_the_memory_of_one_that_is_gone(recorder: TapeRecorder) -> None:
+    own, twin = both("qwen3_moe")
+    for _ in range(4):
+        torch.testing.assert_close(twin(), own())
+    memory = twin.cache.layers[1].keys
+    for step in (own, twin):
+        step.cache, step.position = StaticCache(config=step.model.config, max_cache_len=64), 0
+        step(7)
+    for _ in range(4):
+        torch.testing.assert_close(twin(), own())
+    assert len(recorder.recordings) == 1 and twin.cache.layers[1].keys is memory
+
+
+def test_the_memory_of_a_large_cache_is_not_kept(recorder: TapeRecorder) -> None:
+    recorder.budget = 2000
+    own, twin = both("qwen3_moe")
+    for _ in range(4):
+        torch.testing.assert_close(twin(), own())
+    graphs = glowplug.engine.engine_of(twin.model).compilation.graphs
+    assert len(graphs._groups) == len(recorder.recordings) == 1
+    del twin.cache
+    gc.collect()
+    assert not graphs._groups
+
+
+def test_another_batch_size_is_another_form(recorder: TapeRecorder) -> None:
+    own, twin = compiled("qwen3_moe")
+    for batch in (1, 3):
+        steps = [Steps(model, batch) for model in (own, twin)]
+        for step in steps:
+            step(4)
+        for _ in range(4):
+            torch.testing.assert_close(steps[1](), steps[0]())
+    assert len(recorder.recordings) == 2
+
+
+def test_the_answer_is_the_callers_own(recorder: TapeRecorder) -> None:
+    own, twin = both("qwen3_moe")
+    pairs = [(twin(), own()) for _ in range(6)]
+    for logits, expected in pairs:
+        torch.testing.assert_close(logits, expected)
+
+
+def test_inference_mode_and_back(recorder: TapeRecorder) -> None:
+    own, twin = both("gpt_oss")
+    for step in range(9):
+        with torch.inference_mode(step % 3 == 2):
+            torch.testing.assert_close(twin(), own())
+    assert recorder.replays >= 6
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, twin = both("qwen3_moe")
+    ops = importlib.import_module("glowplug.ops.attention")
+    inner = ops.layer_index
+    monkeypatch.setattr(ops, "layer_index", lambda layer: int(torch.tensor(inner(layer))))
+    for _ in range(5):
+        torch.testing.assert_close(twin(), own())
+    assert recorder.attempts == 1 and recorder.replays == 0
+    assert any("not permitted" in fallback.reason for fallback in glowplug.report(twin.model).fallbacks)
+
+
+def test_memory_is_limited(recorder: TapeRecorder) -> None:
+    recorder.budget = 1000
+    own, twin = compiled("qwen3_moe")
+    for batch in (1, 2):
+        steps = [Steps(model, batch) for model in (own, twin)]
+        for step in steps:
+            step(4)
+        for _ in range(4):
+            torch.testing.assert_close(steps[1](), steps[0]())
+        kept = steps  # its cache lives on
+    assert len(recorder.recordings) == 1 and kept
+    assert any("MiB" in fallback.reason for fallback in glowplug.report(twin).fallbacks)
+
+
+@pytest.mark.parametrize(
+    "way", [{"num_beams": 3}, {"do_sample": True, "temperature": 0.7}, {"num_return_sequences": 2}]
+)
+def test_ways_to_generate(recorder: TapeRecorder, way: dict[str, Any]) -> None:
+    own, twin = compiled("qwen3_moe")
+    ids = families.prompt(2, 5)
+    if "num_return_sequences" in way:
+        way = way | {"do_sample": True}
+    outputs = []
+    for model in (own, twin):
+        torch.manual_seed(0)
+        outputs.append(generate(model, ids, **way))
+    assert torch.equal(*outputs)
+    assert recorder.attempts > 0
