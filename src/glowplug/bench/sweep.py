@@ -142,7 +142,7 @@ def markdown(rows: list[Row], versions: str) -> str:
     ropes = f"; {_stamped(as_released)} with the rope of released checkpoints" if as_released else ""
     deeper = ", ".join(f"{row.family}: {row.depth}" for row in rows if row.depth != depth)
     lines = [
-        "# Every MoE family of transformers, and some dense ones",
+        "# Which families of transformers are stamped, and why not the others?",
         "",
         f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
         f"widths, uncompiled pieces; {versions}.",
