@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import families
 import glowplug
@@ -47,9 +47,10 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 class Steps:
     """A sequence over a static cache, token by token."""
 
-    def __init__(self, model: Any, batch: int = 1, extent: int = 64) -> None:
+    def __init__(self, model: Any, batch: int = 1, extent: int = 64, *, growing: bool = False) -> None:
         self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=extent)
+        static = StaticCache(config=model.config, max_cache_len=extent)
+        self.cache: Any = DynamicCache(config=model.config) if growing else static
         self.position = 0
         self.batch = batch
 
@@ -64,9 +65,9 @@ class Steps:
         return logits
 
 
-def both(family: str, **options: Any) -> tuple[Steps, Steps]:
+def both(family: str, *, growing: bool = False, **options: Any) -> tuple[Steps, Steps]:
     """The same sequence of a model and of its compiled twin, after a prompt of 5 tokens."""
-    own, twin = map(Steps, compiled(family, **options))
+    own, twin = (Steps(model, growing=growing) for model in compiled(family, **options))
     torch.testing.assert_close(twin(5), own(5))
     return own, twin
 
@@ -100,14 +101,53 @@ def test_a_window_that_fills_up(recorder: TapeRecorder) -> None:
     assert len(recorder.recordings) == 2
 
 
-def test_nothing_is_recorded_of_a_prompt_or_a_growing_cache(recorder: TapeRecorder) -> None:
-    own, twin = compiled("qwen3_moe")
-    ids = families.prompt(2, 5)
-    kept = twin.generate(ids, do_sample=False, max_new_tokens=8)
-    assert torch.equal(kept, own.generate(ids, do_sample=False, max_new_tokens=8))
+def test_nothing_is_recorded_of_prompts(recorder: TapeRecorder) -> None:
+    _, twin = compiled("qwen3_moe")
     steps = Steps(twin)
     for _ in range(4):
         steps(3)
+    assert recorder.attempts == 0
+
+
+class Kept(DynamicCache):
+    """A cache of a class that glowplug does not know: it may keep what it is given."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_are_replayed_between_the_attention_of_a_growing_cache(recorder: TapeRecorder, family: str) -> None:
+    own, twin = compiled(family)
+    ids = families.prompt(2, 5)
+    for prompt in (ids, ids[:1], ids + 1):
+        outputs = [model.generate(prompt, do_sample=False, max_new_tokens=NEW) for model in (own, twin)]
+        assert torch.equal(*outputs)
+    pieces = glowplug.report(twin).pieces
+    assert len(recorder.recordings) == 2 * pieces  # one for each batch size
+    assert recorder.replays == pieces * (NEW - 2 + NEW - 2 + NEW - 1)
+    assert glowplug.report(twin).fallbacks == []
+
+
+@pytest.mark.parametrize("change", ["in_place", "data", "expert"])
+def test_changed_weights_are_seen_by_pieces(recorder: TapeRecorder, change: str) -> None:
+    own, twin = both("qwen3_moe", growing=True)
+    for step in range(12):
+        if step == 5:
+            with torch.no_grad():
+                for model in (own.model, twin.model):
+                    {"in_place": _in_place, "data": _data, "expert": _expert}[change](model.model.layers[2])
+        torch.testing.assert_close(twin(), own())
+    assert recorder.replays > 0
+
+
+@pytest.mark.parametrize("cache", [Kept, lambda config: StaticCache(config=config, max_cache_len=64, offloading=False)])
+def test_caches_of_other_classes_and_layers_are_left_alone(recorder: TapeRecorder, cache: Callable[..., Any]) -> None:
+    own, twin = both("qwen3_moe", growing=True)
+    for step in (own, twin):
+        step.cache, step.position = cache(config=step.model.config), 0
+        if cache is not Kept:
+            step.cache.layers[1].__class__ = type("Other", (type(step.cache.layers[1]),), {})
+        step(5)
+    for _ in range(5):
+        torch.testing.assert_close(twin(), own())
     assert recorder.attempts == 0
 
 

@@ -149,9 +149,9 @@ class Engine:
         self.report.serving = "program"
         bodies = running.bodies.unchanged(self.report)
         if state.graphs is not None and (step := self.front.step(call)) is not None:
-            held = (running.program, state.registry, *bodies.values())
             inputs = self.front.inputs(running.program.arguments, call)
-            outputs = state.graphs.run(step, held, inputs, _recordable(running.program, state.registry, bodies))
+            run, held = _runner(state.registry, bodies), (state.registry, *bodies.values())
+            outputs = state.graphs.run(step, running.program, held, inputs, run)
             if outputs is not None:
                 return self.front.wrap(ready.returns, call, outputs)
         context = ForwardContext(state.registry, call.cache, self.check_order, bodies)
@@ -247,11 +247,11 @@ class Engine:
             return state.keep(call, what, for_good=True)
 
 
-def _recordable(program: Program, registry: LayerRegistry, bodies: Any) -> Callable[[Any, Sequence[Any]], Any]:
+def _runner(registry: LayerRegistry, bodies: Any) -> Callable[[Program, Any, Sequence[Any]], Any]:
     """What runs a program on a cache and its inputs."""
 
-    def run(cache: Any, inputs: Sequence[Any]) -> Any:
-        with forward_context(ForwardContext(registry, cache, bodies=bodies)):
+    def run(program: Program, cache: Any, inputs: Sequence[Any]) -> Any:
+        with torch.no_grad(), forward_context(ForwardContext(registry, cache, bodies=bodies)):
             return program.run(*inputs)
 
     return run

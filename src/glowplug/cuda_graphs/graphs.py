@@ -1,4 +1,5 @@
 """Runs decode steps of one model by CUDA graphs, each recorded at the second step of its form and replayed since.
+A step over a cache of fixed extent is recorded whole; of a step over a growing cache, every piece between attention ops.
 
 A replay repeats launches: it reads and writes the memory that the recorded run did, and runs no Python. So a recording
 serves a step only if
@@ -16,7 +17,6 @@ cache of the same sizes, which takes that memory over.
 from __future__ import annotations
 
 import functools
-import operator
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -26,7 +26,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from glowplug.cuda_graphs.memory import Reads, addresses, equal, key_of, own_of, switches
+from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.cuda_graphs.recorder import Recorder, Recording
+from glowplug.program import Program
 from glowplug.reasons import why
 from glowplug.report import Report
 from glowplug.runtime.forks import make_lock
@@ -37,7 +40,8 @@ _MOST = 64
 """How many forms of steps are remembered for one cache."""
 
 
-_dtype = operator.attrgetter("dtype")
+RunProgram = Callable[[Program, Any, Sequence[Any]], Any]
+"""Runs a program, given the cache and the inputs."""
 
 
 class Step(Protocol):
@@ -49,8 +53,13 @@ class Step(Protocol):
         ...
 
     @property
+    def grows(self) -> bool:
+        """Whether the cache's tensors grow. Then its code runs at each step; it keeps no tensor that it is given."""
+        ...
+
+    @property
     def phase(self) -> Hashable:
-        """What the cache's code does, where that depends on Python values."""
+        """What the cache's code does, where Python values decide it; of a growing cache, the sizes of the step."""
         ...
 
     @property
@@ -69,19 +78,6 @@ class Step(Protocol):
     def advance(self) -> None:
         """Change the Python values of the cache as a run would have done."""
         ...
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What a run may read of its model, besides what its program is bound to.
-
-    Attributes:
-        tensors: all weights and buffers.
-        attributes: the attributes of each layer whose own code runs in a step: the layers' own dicts.
-    """
-
-    tensors: tuple[Tensor, ...]
-    attributes: tuple[dict[str, Any], ...]
 
 
 @dataclass
@@ -136,7 +132,7 @@ class _Group:
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a cache with these tensors can take over the memory of this one."""
-        return list(map(_key, self.tensors)) == list(map(_key, tensors))
+        return list(map(key_of, self.tensors)) == list(map(key_of, tensors))
 
 
 class CudaGraphs:
@@ -154,30 +150,45 @@ class CudaGraphs:
         self._report = report
         self._lock = make_lock()
         self._groups: dict[int, _Group] = {}
+        self._pieces: PieceGraphs | None = None
         self._stream: Any = None
 
     def run(
-        self, step: Step, held: tuple[Any, ...], inputs: Sequence[Any], run: Callable[[Any, Sequence[Any]], Any]
+        self, step: Step, program: Program, held: tuple[Any, ...], inputs: Sequence[Any], run: RunProgram
     ) -> list[Any] | None:
-        """What a step returns, by a replay; None if it must run without a graph.
+        """What a step returns, by replays; None if it must run without a graph.
 
         Args:
             step: the step.
-            held: what is run, besides the inputs: the program and its op bodies. Compared by identity.
+            program: the program.
+            held: what else is run, such as op bodies. Compared by identity.
             inputs: the inputs of the program: tensors on the device, and numbers.
-            run: runs the program, given the cache and the inputs.
+            run: runs a program, given the cache and the inputs.
         """
         with self._lock:
+            if step.grows:
+                return self._run_pieces(step, program, inputs, run)
+            held = (program, *held)
             group = self._group(step)
-            key = (step.phase, _switches(), *map(id, held), *map(_key, inputs))
+            key = (step.phase, switches(), *map(id, held), *map(key_of, inputs))
             form = group.forms.get(key)
             if form is None:  # its first step sets up what a recording can't: libraries, kernels that are tuned
                 if len(group.forms) < _MOST:
                     group.forms[key] = _Form(held)
                 return None
-            if form.refused or not self._is_current(form, group, step, inputs, run):
+            if form.refused or not self._is_current(form, group, step, inputs, functools.partial(run, program)):
                 return None
             return self._replay(form, step, inputs)
+
+    def _run_pieces(self, step: Step, program: Program, inputs: Sequence[Any], run: RunProgram) -> list[Any] | None:
+        """The same for a step over a growing cache."""
+        if self._pieces is None or self._pieces.program is not program:
+            self._pieces = PieceGraphs(program, self._recorder, self._reads(), self._report)
+        if not self._pieces.begin((switches(), step.phase)):
+            return None
+        self._follow()
+        outputs = run(self._pieces.wrapped, step.cache, inputs)
+        return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
 
     def _group(self, step: Step) -> _Group:
         """The recordings for the cache of a step: its own, or those of a cache that is gone."""
@@ -215,7 +226,7 @@ class CudaGraphs:
             group.tensors = tuple(step.tensors)
             return self._record(form, step, inputs, run)
         assert form.read is not None
-        if form.addresses == _addresses(step, form.read) and _equal(form.read.attributes, form.attributes):
+        if form.addresses == addresses(step.tensors, form.read) and equal(form.read.attributes, form.attributes):
             return True
         form.drop()
         form.stale += 1
@@ -230,14 +241,14 @@ class CudaGraphs:
         begin, before = time.perf_counter(), self._recorder.memory()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                own = tuple(_own(value) for value in inputs)
+                own = tuple(map(own_of, inputs))
                 read = self._reads()
                 recording = self._recorder.record(lambda: run(step.recordable(), own))
         except Exception as exc:  # whatever can't be recorded can be run
             self._refuse(form, why(exc))
             return False
         form.recording, form.inputs, form.read = recording, own, read
-        form.attributes, form.addresses = tuple(map(dict, read.attributes)), _addresses(step, read)
+        form.attributes, form.addresses = tuple(map(dict, read.attributes)), addresses(step.tensors, read)
         form.size = max(self._recorder.memory() - before, 0)
         self._report.cuda_graphs.add(time.perf_counter() - begin, self._size())
         return True
@@ -252,10 +263,7 @@ class CudaGraphs:
 
     def _replay(self, form: _Form, step: Step, inputs: Sequence[Any]) -> list[Any]:
         assert form.recording is not None
-        stream = self._recorder.stream()
-        if self._stream is not None and self._stream != stream:
-            self._recorder.follow(self._stream)
-        self._stream = stream
+        self._follow()
         with torch.no_grad():
             for own, value in zip(form.inputs, inputs, strict=True):
                 if isinstance(own, Tensor):
@@ -265,47 +273,15 @@ class CudaGraphs:
             # The next replay overwrites the recording's own.
             return [value.clone() if isinstance(value, Tensor) else value for value in form.recording.outputs]
 
+    def _follow(self) -> None:
+        """Let this step run after the one before, on whatever stream that was."""
+        stream = self._recorder.stream()
+        if self._stream is not None and self._stream != stream:
+            self._recorder.follow(self._stream)
+        self._stream = stream
+
 
 def _owner_gone(graphs: weakref.ref[CudaGraphs], number: int, _: Any) -> None:
     held = graphs()
     if held is not None:
         held.owner_gone(number)
-
-
-def _key(value: Any) -> Hashable:
-    """What an input of a recorded run may not differ in."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return value
-
-
-def _switches() -> Hashable:
-    """Torch's own switches between kernels."""
-    sdp = torch.backends.cuda
-    return (
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        sdp.flash_sdp_enabled(),
-        sdp.mem_efficient_sdp_enabled(),
-        sdp.math_sdp_enabled(),
-        sdp.cudnn_sdp_enabled(),
-    )
-
-
-def _own(value: Any) -> Any:
-    """Memory for an input of a recorded run."""
-    return torch.empty_like(value).copy_(value) if isinstance(value, Tensor) else value
-
-
-def _addresses(step: Step, read: Reads) -> tuple[Any, ...]:
-    """Where the tensors lie, and how their bytes are to be read."""
-    tensors = (*step.tensors, *read.tensors)
-    return (*map(Tensor.data_ptr, tensors), *map(_dtype, tensors))
-
-
-def _equal(now: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> bool:
-    """Whether dicts hold what they did. Most values are the same objects, which Python compares first."""
-    try:
-        return all(map(operator.eq, now, before))
-    except Exception:  # such as another tensor
-        return False

@@ -134,7 +134,11 @@ class Plan:
             if binder is not None and deep.layer is not None:
                 owned = [binder.name_of(deep.layer, own) for own in deep.inputs.values() if isinstance(own, Own)]
                 outline.append(_outline(deep.step, deep.slot, owned))
-        return replace(program, outline=tuple(outline))
+
+        def rewrite(slots: Slots, wrap: Wrap) -> Program:
+            return self.write(slots, values, binder, wrap)
+
+        return replace(program, outline=tuple(outline), rewrite=rewrite)
 
 
 def _source(ref: Reference, layer: int) -> Key | Own:

@@ -39,6 +39,7 @@ class Program:
         source: the Python text that runs.
         names: the objects that the text's global names are bound to: ops, layers, tuples of weights.
         outline: the steps, for reports.
+        rewrite: writes it again for the same objects: `rewrite(slots, wrap)`, see `Plan.write`.
     """
 
     code: Callable[..., tuple[Any, ...]]
@@ -47,6 +48,7 @@ class Program:
     source: str
     names: Mapping[str, Any] = field(default_factory=dict, repr=False)
     outline: tuple[StepOutline, ...] = field(default=(), repr=False)
+    rewrite: Callable[..., Program] | None = field(default=None, repr=False)
 
     @functools.cached_property
     def run(self) -> Callable[..., tuple[Any, ...]]:
@@ -56,6 +58,11 @@ class Program:
     def with_slots(self, others: Mapping[Fingerprint, Callable[..., Any]]) -> Program:
         """A copy of this program with other callables in some of its slots."""
         return replace(self, slots={slot: others.get(slot, run) for slot, run in self.slots.items()})
+
+    def wrapped(self, wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Program:
+        """This program with something in the place of each piece: `wrap(index, run)`, see `Plan.write`."""
+        assert self.rewrite is not None
+        return self.rewrite(self.slots, wrap)
 
     def listing(self) -> str:
         """The program's text, with a comment above that explains its names."""

@@ -26,10 +26,10 @@ from glowplug.frontends.hf.bodies import body_groups
 from glowplug.frontends.hf.builds import Builds
 from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, output_type, read_call
+from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_step
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
-from glowplug.frontends.hf.static_caches import StaticStep, static_step
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
@@ -117,9 +117,9 @@ class HfFrontEnd:
         """See `FrontEnd.inputs`."""
         return trace.read_inputs(arguments, call)
 
-    def step(self, call: HfCall) -> StaticStep | None:
-        """See `FrontEnd.step`: one token over a static cache."""
-        return static_step(call)
+    def step(self, call: HfCall) -> StaticStep | GrowingStep | None:
+        """See `FrontEnd.step`: one token over a cache."""
+        return decode_step(call)
 
     def wrap(self, returns: type[ModelOutput], call: HfCall, outputs: Sequence[Any]) -> Any:
         """See `FrontEnd.wrap`."""

@@ -1,4 +1,4 @@
-"""Decode steps over transformers' static caches, as CUDA graphs need them: how such a cache writes one token, without a
+"""Decode steps over transformers' caches, as CUDA graphs need them: how a static cache writes one token, without a
 Python value that changes. Checked on transformers 5.17 and 5.23.
 
 A `StaticLayer` counts its tokens in a tensor. A `StaticSlidingWindowLayer` counts them in an int, too: until its window
@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from glowplug.frontends.hf.calls import HfCall
 
@@ -51,6 +59,7 @@ class StaticStep:
     """
 
     cache: StaticCache
+    grows = False
 
     @property
     def phase(self) -> tuple[bool, ...]:
@@ -78,15 +87,47 @@ class StaticStep:
                 layer.cumulative_length_int += 1
 
 
-def static_step(call: HfCall) -> StaticStep | None:
-    """The step that a call makes; None if it is none of one token over a static cache of classes known here."""
+@dataclass(frozen=True)
+class GrowingStep:
+    """One token for each sequence of a growing cache; see `glowplug.cuda_graphs.Step`. Its layers copy what they are
+    given.
+
+    Attributes:
+        cache: the cache.
+        phase: the sizes of the step's input.
+    """
+
+    cache: Cache
+    phase: tuple[int, ...]
+    grows = True
+    tensors = ()
+
+    def rebind(self, tensors: Sequence[Tensor]) -> None:
+        """See `Step.rebind`: a growing cache is never recorded."""
+
+    def recordable(self) -> Cache:
+        """See `Step.recordable`."""
+        return self.cache
+
+    def advance(self) -> None:
+        """See `Step.advance`: its code has run."""
+
+
+_LAYERS: dict[type[Cache], set[type]] = {
+    StaticCache: {StaticLayer, StaticSlidingWindowLayer},
+    DynamicCache: {DynamicLayer, DynamicSlidingWindowLayer},
+}
+
+
+def decode_step(call: HfCall) -> StaticStep | GrowingStep | None:
+    """The step that a call makes; None if it is none of one token over a cache of classes known here."""
     cache: Any = call.cache
-    if type(cache) is not StaticCache or call.inputs.shape[1] != 1 or getattr(cache, "offloading", False):
+    if type(cache) not in _LAYERS or call.inputs.shape[1] != 1 or getattr(cache, "offloading", False):
         return None
-    for layer in cache.layers:
-        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) or not layer.is_initialized:
-            return None
-    return StaticStep(cache)
+    classes = _LAYERS[type(cache)]
+    if not cache.layers or any(type(layer) not in classes or not layer.is_initialized for layer in cache.layers):
+        return None
+    return StaticStep(cache) if type(cache) is StaticCache else GrowingStep(cache, tuple(call.inputs.shape))
 
 
 def _is_full(layer: Any) -> bool:
