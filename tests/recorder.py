@@ -29,7 +29,9 @@ class _Tape(TorchDispatchMode):
                 value = args[place] if place < len(args) else kwargs.get(declared.name)
                 self.before += [(t, t.clone()) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
         returned = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, returned))
+        # A recording knows memory alone: it does not see when a tensor is given other memory later.
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        self.calls.append((func, args, kwargs, pytree.tree_map_only(Tensor, Tensor.detach, returned)))
         return returned
 
     def undo(self) -> None:

@@ -16,6 +16,9 @@ import families
 import glowplug
 import glowplug.compilation
 import glowplug.engine
+from glowplug.cuda_graphs.memory import Reads
+from glowplug.cuda_graphs.pieces import PieceGraphs
+from glowplug.report import Report
 from recorder import TapeRecorder
 
 FAMILIES = ["gpt_oss", "glm4_moe", "qwen3_moe"]
@@ -310,3 +313,27 @@ def test_ways_to_generate(recorder: TapeRecorder, way: dict[str, Any]) -> None:
         outputs.append(generate(model, ids, **way))
     assert torch.equal(*outputs)
     assert recorder.attempts > 0
+
+
+class OnePiece:
+    """A program of one piece, as far as its graphs look at it."""
+
+    def __init__(self, piece: Callable[..., Any], weight: torch.Tensor) -> None:
+        self.names = {"WEIGHTS": (weight,)}
+        self.piece = piece
+        self.run: Any = None
+
+    def wrapped(self, wrap: Callable[[int, Any], Any]) -> OnePiece:
+        """See `Program.wrapped`."""
+        self.run = wrap(0, self.piece)
+        return self
+
+
+def test_a_piece_is_replayed_only_for_arguments_like_those_that_were_recorded(recorder: TapeRecorder) -> None:
+    weight = torch.randn(4)
+    program: Any = OnePiece(lambda x, n, w: (x * n + w,), weight)
+    graphs = PieceGraphs(program, recorder, Reads((weight,), ()), Report())
+    assert [graphs.begin(1) for _ in range(3)] == [False, True, True]
+    for x, n in [(torch.randn(2, 4), 2), (torch.randn(2, 4), 2), (torch.randn(2, 4), 3), (torch.randn(3, 4), 2)]:
+        torch.testing.assert_close(program.run(x, n, weight)[0], x * n + weight)
+    assert len(recorder.recordings) == 1 and recorder.replays == 2

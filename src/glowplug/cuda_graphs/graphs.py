@@ -1,5 +1,5 @@
 """Runs decode steps of one model by CUDA graphs, each recorded at the second step of its form and replayed since.
-A step over a cache of fixed extent is recorded whole; of a step over a growing cache, every piece between attention ops.
+A step over a cache of fixed extent is recorded whole; of a step over a growing cache, each piece between attention ops.
 
 A replay repeats launches: it reads and writes the memory that the recorded run did, and runs no Python. So a recording
 serves a step only if
