@@ -17,7 +17,7 @@ from glowplug.runtime.forks import make_lock
 
 logger = logging.getLogger("glowplug")
 
-_STEPS_DOWN = {"eager": "runs this call eager", "hoisted": "traces every layer", "op": "runs ops uncompiled"}
+_STEPS_DOWN = {"eager": "this call runs eager", "hoisted": "every layer is traced", "op": "ops run uncompiled"}
 PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
 
@@ -179,7 +179,7 @@ class Report:
                 return
             self.fallbacks.append(fallback)
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
+        logger.warning("glowplug: %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
 
     def add_stored_program(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""
