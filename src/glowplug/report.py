@@ -256,3 +256,9 @@ class Report:
             lines.append(f"inside of {inside.op} ({len(inside.layers)} layers): {times}; {used}")
         lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook, with the steps of each layer as coloured blocks."""
+        from glowplug.show.html import report_html
+
+        return report_html(self)
