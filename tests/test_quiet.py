@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import functools
+import logging
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import glowplug
 from glowplug.bench.presets import build_model
-from glowplug.runtime.quiet import quiet
+from glowplug.runtime.quiet import RETRACED, quiet, quiet_log
 from test_cli import PROMPT, make_tokenizer
 
 ERRORS = [f"-Werror::{category}" for category in ("DeprecationWarning", "FutureWarning", "UserWarning")]
@@ -97,6 +102,70 @@ def test_only_what_is_known_is_ignored() -> None:
         with quiet():
             warnings.warn("`torch.jit.script_method` is deprecated. Please switch.", DeprecationWarning)
             warnings.warn("something else", DeprecationWarning)
+
+
+class Cached(nn.Module):
+    """Calls a cached function, and breaks the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print(end="")
+        return x * double(3)
+
+
+class Item(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+
+class Retraced(nn.Module):
+    number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.number
+
+
+@functools.lru_cache
+def double(number: int) -> int:
+    return 2 * number
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Cached(), "calls print"),
+        (Item(), "asks for the values of a tensor"),
+        (Retraced(), "traced the module 8 times, each time for other arguments or attributes"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_dynamo_says_of_a_module_is_a_reason(
+    module: nn.Module, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    glowplug.compile(module.eval(), compiler="eager")
+    with torch.no_grad():
+        for number in range(12):
+            if isinstance(module, Retraced):
+                module.number = number
+            module(torch.ones(4, 8))
+    (reason,) = (fallback.reason for fallback in glowplug.report(module).fallbacks)
+    assert words in reason
+    (line,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert line.startswith("glowplug: ") and reason in line
+
+
+def test_lines_of_other_threads_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    say = functools.partial(logger.warning, f"{RETRACED}%s", "recompile_limit")
+    with quiet_log() as dropped:
+        say()
+        logger.warning("something else")
+        other = threading.Thread(target=say)
+        other.start()
+        other.join()
+    assert dropped == [f"{RETRACED}%s"]
+    say()
+    assert caplog.messages == ["something else", *[f"{RETRACED}recompile_limit"] * 2]
 
 
 def test_every_line_of_the_log_begins_with_the_name() -> None:
