@@ -17,7 +17,11 @@ from glowplug.runtime.forks import make_lock
 
 logger = logging.getLogger("glowplug")
 
-_STEPS_DOWN = {"eager": "this call runs eager", "hoisted": "every layer is traced", "op": "ops run uncompiled"}
+_STEPS_DOWN = {
+    "eager": "this call runs eager (strict=True raises instead)",
+    "hoisted": "every layer is traced, so the start takes longer",
+    "op": "ops run uncompiled, with the same results",
+}
 PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
 
