@@ -25,7 +25,7 @@ from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
 from glowplug.program import Program
 from glowplug.ready import Ready, Refusal
-from glowplug.reasons import switched_off, why
+from glowplug.reasons import one_line, switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.runtime.forks import make_lock
 from glowplug.start import find_stored, start
@@ -161,8 +161,9 @@ class Engine:
         """Put to use what was compiled in the background. Whatever comes of it, the call goes on."""
         try:
             state.poll()
-        except Exception:
-            logger.exception("glowplug: what was compiled in the background can't be used")
+        except Exception as exc:
+            logger.warning("glowplug: what was compiled in the background is not used: %s", one_line(why(exc)))
+            logger.debug("glowplug: where it was raised", exc_info=exc)
 
     def _without_program(self, refusal: Refusal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that no program serves."""

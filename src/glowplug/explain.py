@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import re
-import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from glowplug.api import is_causal_lm
-from glowplug.engine import Engine
-from glowplug.errors import CaptureError, UsageError
-from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.sources import layer_index
+from glowplug.engine import Engine, engine_of
+from glowplug.errors import CaptureError, GlowplugError, NotStampableError, UsageError
+from glowplug.layers.copies import make_twin
+from glowplug.layers.stack import find_repetition
 from glowplug.options import Options
-from glowplug.report import Report
+from glowplug.reasons import said
+from glowplug.report import Fallback, Report
+from glowplug.show.html import explanation_html
+from glowplug.show.pieces import PieceSummary, Programs, read_programs
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class PieceSummary:
-    """One distinct piece.
-
-    Attributes:
-        name: `A`, `B`, ... in order of appearance.
-        fingerprint: its canonical form.
-        count: how often the program runs it.
-        layers: for each run, the layers whose weights it reads, such as `"3-4"`.
-        ops: number of ops.
-    """
-
-    name: str
-    fingerprint: Fingerprint
-    count: int
-    layers: tuple[str, ...]
-    ops: int
-
-
-@dataclass(frozen=True)
 class Explanation:
-    """The result of `glowplug.explain`.
+    """The result of `glowplug.explain`. A notebook shows it as a strip of coloured blocks, one for each step.
 
     Attributes:
         identity: how layer ops identify their layer.
@@ -74,6 +57,8 @@ class Explanation:
         layout: the program in short, such as `A (attention B)x35 attention C`.
         differences: the arguments in which otherwise equal pieces differ.
         kinds: the kind of each layer of the stack, as a number; empty for a model without a stack.
+        fallbacks: each step down the ladder, with its reason.
+        programs: the steps of each layer.
     """
 
     identity: str
@@ -82,29 +67,39 @@ class Explanation:
     layout: str
     differences: tuple[Difference, ...]
     kinds: tuple[int, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    programs: Programs = field(default=Programs((), ()), repr=False)
 
-    def __str__(self) -> str:
+    @property
+    def heading(self) -> list[str]:
+        """The first lines: the numbers of pieces and layers, and the program in short."""
         total = sum(piece.count for piece in self.pieces)
-        lines = [
-            f"identity {self.identity}, experts {self.experts}: {total} pieces, {len(self.pieces)} distinct",
-            f"program: {self.layout}",
-        ]
+        lines = [f"identity {self.identity}, experts {self.experts}: {total} pieces, {len(self.pieces)} distinct"]
         if self.kinds:
             layout = _fold([f"k{kind}" for kind in self.kinds])
-            lines.insert(1, f"{len(self.kinds)} layers of {len(set(self.kinds))} kinds: {layout}")
-        for piece in self.pieces:
-            where = f"layers {', '.join(piece.layers)}" if any(piece.layers) else "no layer's weights"
-            lines.append(f"  {piece.name}: {piece.count} times, {piece.ops} ops, {where}")
+            lines.append(f"{len(self.kinds)} layers of {len(set(self.kinds))} kinds: {layout}")
+        return [*lines, f"program: {self.layout}"]
+
+    def __str__(self) -> str:
+        lines = [*self.heading, *(f"  {piece.name}: {piece.what}" for piece in self.pieces)]
         if self.differences:
             lines.append("pieces that are equal but for a constant:")
             lines += [f"  {difference}" for difference in self.differences]
         elif len(self.pieces) > 1:
             lines.append("no two distinct pieces are equal but for a constant: nothing is left to hoist")
+        lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The explanation in a notebook."""
+        return explanation_html(self)
 
 
 def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str = "auto", **kwargs: Any) -> Explanation:
     """Capture a model, cut it, and show what keeps its pieces distinct. Compiles nothing; the model does not change.
+
+    A plain module that `glowplug.compile` has compiled needs no example arguments: the programs that it runs are shown.
+    A plain module that can't be copied is run once itself, with the example arguments.
 
     Args:
         model: a transformers causal language model, or any module with example arguments of its forward.
@@ -115,17 +110,11 @@ def explain(model: nn.Module, *args: Any, identity: str = "auto", experts: str =
 
     Raises:
         CaptureError: the model can't be captured; the message has the reason.
-        UsageError: an option is wrong, or example arguments are missing.
+        UsageError: an option is wrong, example arguments are missing, or the module can't be run with them.
     """
-    options = Options(identity=identity, experts=experts, compiler="eager", verify="off", stamp="off")  # type: ignore[arg-type]
-    report = _run(model, options, args, kwargs)
-    kinds: tuple[int, ...] = ()
-    if is_causal_lm(model):
-        from glowplug.frontends.hf.discover import stack_of
-
-        stack = stack_of(model)
-        kinds = stack.kinds if stack is not None else ()
-    return _summarise(report, options.resolved_identity, kinds)
+    options = Options(identity=identity, experts=experts, compiler="eager", stamp="off", verify="off")  # type: ignore[arg-type]
+    engine = _engine(model, options, args, kwargs)
+    return _summarise(engine.report, engine.options.resolved_identity, _kinds(model, engine))
 
 
 def explain_program(model: nn.Module, *args: Any, identity: str = "auto", experts: str = "auto", **kwargs: Any) -> str:
@@ -134,65 +123,83 @@ def explain_program(model: nn.Module, *args: Any, identity: str = "auto", expert
     Compiles nothing; the model does not change. Arguments and errors as for `explain`.
     """
     options = Options(identity=identity, experts=experts, compiler="eager", verify="off")  # type: ignore[arg-type]
-    return _run(model, options, args, kwargs).sources[-1]
+    return _engine(model, options, args, kwargs).report.sources[-1]
 
 
-def _run(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-    """The report of a model that was captured but not attached."""
-    if is_causal_lm(model) and not args and not kwargs:
+def _engine(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Engine:
+    """An engine that has captured the model, and is not attached to it; or the one that is, of a compiled module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"explain takes an nn.Module, not a {type(model).__name__}")
+    attached = engine_of(model)
+    if args or kwargs:
+        engine = _captured(model, options, args, kwargs)
+    elif is_causal_lm(model):
         from glowplug.frontends.hf.front import HfFrontEnd
 
-        report = Engine(HfFrontEnd(model, options), options).prepare()
-    elif args or kwargs:
-        from glowplug.frontends.plain.front import PlainFrontEnd
-
-        engine = Engine(PlainFrontEnd(model, options), options)
-        with torch.no_grad():
-            engine(*args, **kwargs)
-        report = engine.report
-    else:
+        engine = Engine(HfFrontEnd(model, options), options)
+        engine.prepare()
+    elif attached is None:
         raise UsageError("explain needs example arguments for this module: glowplug.explain(module, x)")
+    else:
+        engine, own = attached, attached.options.resolved_identity
+        if engine.report.serving == "nothing yet":
+            raise UsageError("the module was compiled and not called yet; call it, or give explain example arguments")
+        if options.identity not in ("auto", own):
+            raise UsageError(
+                f"the module was compiled with identity={own!r}; give explain example arguments to see another"
+            )
+    report = engine.report
     if not report.outlines:
         reasons = "; ".join(fallback.reason for fallback in report.fallbacks) or "nothing was compiled"
         raise CaptureError(f"the model can't be captured: {reasons}")
-    return report
+    return engine
+
+
+def _captured(model: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Engine:
+    """An engine that has run a copy of a module, which shares its weights, as `compile` would run it."""
+    from glowplug.frontends.plain.front import PlainFrontEnd
+
+    attached = engine_of(model)
+    own = model.__dict__.get("forward") if attached is None else attached.front.own
+    copied = model
+    if own is None:
+        with contextlib.suppress(NotStampableError):
+            copied = make_twin(model).model
+    options = replace(options, stamp="auto", verify="once")
+    engine = Engine(PlainFrontEnd(copied, options, own), options)
+    try:
+        with torch.no_grad():
+            engine(*args, **kwargs)
+    except GlowplugError:
+        raise
+    except Exception as exc:  # the module's own
+        raise UsageError(f"the module can't be run with these example arguments: {said(exc)}") from exc
+    return engine
+
+
+def _kinds(model: nn.Module, engine: Engine) -> tuple[int, ...]:
+    """The kind of each layer of the model's stack; empty if it has none."""
+    if is_causal_lm(model):
+        from glowplug.frontends.hf.discover import stack_of
+
+        stack = stack_of(model)
+    else:
+        stack = find_repetition(model, engine.compilation.read_attributes)
+    return stack.kinds if stack is not None else ()
 
 
 def _summarise(report: Report, identity: str, kinds: tuple[int, ...]) -> Explanation:
-    names: dict[Fingerprint, str] = {}
-    runs: dict[Fingerprint, list[str]] = {}
-    words = []
-    for step in itertools.chain.from_iterable(report.outlines):
-        if step.fingerprint is None:
-            words.append((step.op or "").rpartition("::")[2])
-            continue
-        name = names.setdefault(step.fingerprint, _letter(len(names)))
-        runs.setdefault(step.fingerprint, []).append(_layers_of(step.sources))
-        words.append(name)
-    pieces = tuple(
-        PieceSummary(name, fingerprint, len(runs[fingerprint]), _shorten(runs[fingerprint]), _ops(fingerprint))
-        for fingerprint, name in names.items()
+    programs = read_programs(report.outlines)
+    return Explanation(
+        identity,
+        report.experts,
+        programs.pieces,
+        _fold(programs.words),
+        tuple(_differences(programs.pieces)),
+        kinds,
+        tuple(report.fallbacks),
+        programs,
     )
-    return Explanation(identity, report.experts, pieces, _fold(words), tuple(_differences(pieces)), kinds)
-
-
-def _ops(fingerprint: Fingerprint) -> int:
-    return sum(line.target not in ("input", "return") for line in fingerprint.lines)
-
-
-def _letter(number: int) -> str:
-    letters = string.ascii_uppercase
-    return letters[number] if number < 26 else f"{letters[number // 26 - 1]}{letters[number % 26]}"
-
-
-def _layers_of(sources: Sequence[str]) -> str:
-    """The range of layer indices in the sources: `"3"`, or `"3-4"`."""
-    indices = {index for index in map(layer_index, sources) if index is not None}
-    return f"{min(indices)}-{max(indices)}" if len(indices) > 1 else "".join(map(str, indices))
-
-
-def _shorten(runs: Sequence[str]) -> tuple[str, ...]:
-    return tuple(runs) if len(runs) <= 4 else (runs[0], runs[1], "...", runs[-1])
 
 
 def _fold(words: Sequence[str]) -> str:

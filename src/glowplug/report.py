@@ -18,10 +18,10 @@ from glowplug.runtime.forks import make_lock
 logger = logging.getLogger("glowplug")
 
 _STEPS_DOWN = {
-    "eager": "runs this call eager",
-    "hoisted": "traces every layer",
-    "op": "runs ops uncompiled",
-    "launches": "launches kernels one by one",
+    "eager": "this call runs eager (strict=True raises instead)",
+    "hoisted": "every layer is traced, so the start takes longer",
+    "op": "ops run uncompiled, with the same results",
+    "launches": "kernels are launched one by one, with the same results",
 }
 PHASES = ("load", "trace", "split", "fingerprint", "stamp", "compile", "bind", "verify", "store")
 
@@ -209,7 +209,7 @@ class Report:
                 return
             self.fallbacks.append(fallback)
         where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        logger.warning("glowplug %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
+        logger.warning("glowplug: %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
 
     def add_stored_program(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""
@@ -289,3 +289,9 @@ class Report:
             lines.append(str(self.cuda_graphs))
         lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook, with the steps of each layer as coloured blocks."""
+        from glowplug.show.html import report_html
+
+        return report_html(self)

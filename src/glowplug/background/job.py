@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ import torch
 from glowplug.compilers.environment import read_switches
 from glowplug.reasons import why
 from glowplug.runtime.forks import Scratch, finalize, fork_plainly
+from glowplug.runtime.quiet import quiet
 
 logger = logging.getLogger("glowplug")
 
@@ -197,9 +197,7 @@ _parent = 0
 
 
 def _fork(work: Callable[[Say], None], nice: int, folder: Path) -> Process:
-    with warnings.catch_warnings():
-        # Python 3.12 warns about forking a process with threads. The child uses none of their locks, and has a limit.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with quiet():
         parent = os.getpid()
         pid = fork_plainly()
     if pid == 0:  # the child, which never returns
@@ -262,5 +260,5 @@ def _end(process: Process) -> None:
 def _time_limit() -> float:
     text = os.environ.get(TIMEOUT_VARIABLE, "").strip()
     if text and not text.isdecimal():
-        logger.warning("glowplug: %s=%r is not a whole number of seconds and is ignored", TIMEOUT_VARIABLE, text)
+        logger.warning("glowplug: %s=%r is ignored; set it to a whole number of seconds", TIMEOUT_VARIABLE, text)
     return float(text) if text.isdecimal() else _TIMEOUT_S

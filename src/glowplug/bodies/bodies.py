@@ -164,7 +164,9 @@ class Bodies:
         try:
             return try_body(group, body, piece, limited=group.device.type == "cpu")
         except Exception as exc:  # whatever a trial raises, keep the layers' own code
-            logger.warning("glowplug: the compiled body of %s is not used: its trial raised %s", group.form.op, exc)
+            logger.warning(
+                "glowplug: the compiled body of %s is not used: its trial raised %s", group.form.op, said(exc)
+            )
             return Verdict()
 
     # -- in a store -------------------------------------------------------------------------------------------

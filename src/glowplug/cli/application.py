@@ -9,14 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from glowplug.cli.bake import bake_command
-from glowplug.cli.bench import bench
 from glowplug.cli.cache import cache_app
-from glowplug.cli.demo import demo
-from glowplug.cli.explain import explain
-from glowplug.cli.generate import generate
-from glowplug.cli.starts import starts
-from glowplug.cli.sweep import sweep_command
+from glowplug.cli.doctor import doctor
 from glowplug.errors import GlowplugError
 
 # Newer versions of typer bundle click, so click's own class may be a different one.
@@ -41,7 +35,7 @@ class OneLineGroup(TyperGroup):
             _say(exc)
             code = USAGE_EXIT
         except _CommandLineError as exc:
-            _say(exc.format_message())
+            _say(exc.format_message() + missing)
             code = USAGE_EXIT
         except (KeyboardInterrupt, typer.Abort):
             _say("interrupted")
@@ -61,14 +55,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(bench)
-app.command()(generate)
-app.command()(explain)
-app.command()(demo)
-app.command("sweep")(sweep_command)
-app.command()(starts)
-app.command("bake")(bake_command)
-app.add_typer(cache_app, name="cache")
+
+
+def _register() -> str:
+    """Add the commands; returns why some are missing. Most need transformers, which `doctor` must do without."""
+    why = ""
+    try:
+        from glowplug.cli.bake import bake_command
+        from glowplug.cli.bench import bench
+        from glowplug.cli.demo import demo
+        from glowplug.cli.explain import explain
+        from glowplug.cli.generate import generate
+        from glowplug.cli.starts import starts
+        from glowplug.cli.sweep import sweep_command
+    except ImportError as exc:
+        if (exc.name or "").partition(".")[0] != "transformers":
+            raise
+        why = " Most commands need transformers>=5.17: pip install 'glowplug[hf]'"
+    else:
+        for command in (bench, generate, explain, demo, starts):
+            app.command()(command)
+        app.command("sweep")(sweep_command)
+        app.command("bake")(bake_command)
+    app.add_typer(cache_app, name="cache")
+    app.command()(doctor)
+    return why
+
+
+missing = _register()
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_ker
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
+from glowplug.runtime.quiet import quiet
 
 try:
     from torch._guards import TracingContext
@@ -57,12 +58,14 @@ class InductorCompiler:
         if device_type == "cpu":
             cpu_toolchain()
         else:  # as torch.compile does: start the processes that compile Triton kernels
-            importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+            with quiet():
+                importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
 
     def warm_up_loading(self) -> None:
         """Import the modules that loading a piece needs, which takes a fifth of a second."""
-        for name in _LOADING:
-            importlib.import_module(name)
+        with quiet():
+            for name in _LOADING:
+                importlib.import_module(name)
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
         """See `PieceCompiler.compile`."""
@@ -80,7 +83,8 @@ class InductorCompiler:
         if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread does not exist in a fork
             return False
         if several:
-            importlib.import_module("torch._inductor.compile_fx")
+            with quiet():
+                importlib.import_module("torch._inductor.compile_fx")
         return True
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
@@ -98,7 +102,7 @@ class InductorCompiler:
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         inductor_artifact, kernels = pickle.loads(artifact)
-        with loading_kernels(kernels):
+        with quiet(), loading_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
 
     def _compile_or_retry(
@@ -117,7 +121,7 @@ class InductorCompiler:
         if on_cpu(inputs):
             cpu_toolchain().wait()
             patches = {**cpu_toolchain().options(), **patches}
-        with _scalars_allowed(inputs):
+        with quiet(), _scalars_allowed(inputs):
             return standalone_compile(
                 piece,
                 list(inputs),

@@ -21,6 +21,7 @@ from glowplug.graph import sources
 from glowplug.layers.handle import LayerHandle
 from glowplug.reasons import switched_off, why
 from glowplug.runtime.forks import free_in_forks, make_lock
+from glowplug.runtime.quiet import quiet
 
 try:
     from torch._dynamo.convert_frame import compile_lock
@@ -208,6 +209,7 @@ def _capture(
         symbolic_config.patch(backed_size_oblivious=not specialise),  # type: ignore[attr-defined]
         torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
         _default_stance(),
+        quiet(),
     ):
         try:
             compiled(*args)

@@ -86,7 +86,12 @@ class PieceSlot:
             self.compiled = code
         else:
             level = logging.INFO if code is None else logging.WARNING
-            logger.log(level, "glowplug: piece %s stays uncompiled: %s", self.fingerprint.digest[:12], problem)
+            logger.log(
+                level,
+                "glowplug: piece %s stays uncompiled, with the same results: %s",
+                self.fingerprint.digest[:12],
+                problem,
+            )
         self.pending, self.job = False, None
         self._seen.clear()
 

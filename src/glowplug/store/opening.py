@@ -22,15 +22,17 @@ def default_root() -> Path:
     return platformdirs.user_cache_path("glowplug") / "artifacts"
 
 
-def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore | None:
+def open_store(location: str | os.PathLike[str] | None = None, *, strict: bool = False) -> ArtifactStore | None:
     """The store at a location; None if the store is off.
 
     Args:
         location: a folder, an fsspec URL (`s3://bucket/folder`), or `"off"`. None stands for the environment variable
             `GLOWPLUG_CACHE` or, if that is unset, this user's own folder.
+        strict: raise if this user's own folder is unsafe, too, which otherwise turns the store off with a warning.
 
     Raises:
         StoreError: others can write to the folder, or the URL has no signing key or an unknown protocol.
+        UsageError: the signing key can't be used.
     """
     text = os.fspath(location) if location is not None else ""
     text = text or os.environ.get(CACHE_VARIABLE, "")
@@ -39,7 +41,7 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
     key = SigningKey.from_environment()
     root = default_root()
     if not text:
-        return _own(root, key)
+        return _own(root, key, strict)
     if "://" not in text:
         return ArtifactStore(Path(os.path.expanduser(text)).absolute(), signing_key=key)
     if key is None:
@@ -52,12 +54,15 @@ def open_store(location: str | os.PathLike[str] | None = None) -> ArtifactStore 
     return ArtifactStore(root.parent / folder, text, key)
 
 
-def _own(root: Path, key: SigningKey | None) -> ArtifactStore | None:
-    """This user's own store. If it is unsafe, a warning and None: nobody requested it, so nothing may fail."""
+def _own(root: Path, key: SigningKey | None, strict: bool) -> ArtifactStore | None:
+    """This user's own store. If it is unsafe, a warning and None unless `strict`: nobody requested it, so nothing may
+    fail."""
     try:
         if not root.is_absolute():
             raise StoreError("this user has no home folder; give a cache_dir")
         return ArtifactStore(root, signing_key=key)
     except StoreError as exc:
-        logger.warning("glowplug runs without its store: %s", exc)
+        if strict:
+            raise
+        logger.warning("glowplug: every start is cold, as it runs without its store: %s", exc)
         return None

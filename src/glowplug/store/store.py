@@ -52,7 +52,7 @@ class ArtifactStore:
         problem = plain(problem)
         if problem not in self.problems:
             self.problems.append(problem)
-            logger.warning("glowplug store: %s", problem)
+            logger.warning("glowplug: %s", problem)
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The verified payload of an artifact; None if there is none."""

@@ -39,6 +39,7 @@ from glowplug.ready import run_program
 from glowplug.reasons import describe_break, raised_by_tracer, why
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
+from glowplug.runtime.quiet import RETRACED, quiet_log, quiet_traces
 from glowplug.verify.check import Agree, Case, why_wrong
 
 try:
@@ -262,7 +263,7 @@ class PlainFrontEnd:
             run = self._compiled[registry.scope] = self._compile(report)
         breaks, places = dict(_dynamo_counters.get("graph_break", {})), len(_breaks)
         programs = report.programs
-        with _guard_hooks(), forward_context(ForwardContext(registry, None, check_order)):
+        with quiet_log() as lines, _guard_hooks(), forward_context(ForwardContext(registry, None, check_order)):
             try:
                 output = run(*args, **kwargs)
             except Exception as exc:
@@ -274,6 +275,12 @@ class PlainFrontEnd:
                 raise NotTracedError(why(exc)) from exc
         if report.programs != programs and report.strategy != "stamped":
             report.strategy = self.options.resolved_identity
+        if any(line.startswith(RETRACED) for line in lines):
+            limit = torch._dynamo.config.recompile_limit
+            report.fall_back(
+                f"torch.compile traced the module {limit} times, each time for other arguments or attributes, and runs "
+                "what it has not traced by now eager; keep what changes in a tensor"
+            )
         found = [r for r, n in _dynamo_counters.get("graph_break", {}).items() if n > breaks.get(r, 0)]
         if found or report.programs > programs + 1:
             at = _breaks[places] if len(_breaks) > places else None
@@ -291,6 +298,7 @@ class PlainFrontEnd:
             "report": report,
             "strict": self.options.strict,
         }
+        quiet_traces()
         entry = _entry(self.model, self.own)
         return torch.compile(entry, backend=glowplug_backend, options=settings, fullgraph=self.options.strict)
 

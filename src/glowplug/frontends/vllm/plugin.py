@@ -24,9 +24,14 @@ _MARK = "_glowplug_wrapped"
 _warmed_up = threading.Event()
 
 
+def switched_off() -> bool:
+    """Whether `GLOWPLUG_VLLM` switches the plug-in off."""
+    return os.environ.get(VARIABLE, "").lower() in _OFF
+
+
 def register() -> None:
     """Install the plug-in in this process. Does nothing the second time, or if `GLOWPLUG_VLLM=0`. Never raises."""
-    if os.environ.get(VARIABLE, "").lower() in _OFF:
+    if switched_off():
         return
     try:
         wrapper = vllm().TorchCompileWithNoGuardsWrapper

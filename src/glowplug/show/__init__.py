@@ -1,0 +1,1 @@
+"""Programs and reports for people: the steps of each layer, the distinct pieces, and HTML for notebooks."""
