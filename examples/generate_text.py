@@ -1,16 +1,18 @@
 """Compile a transformers model and generate with it.
 
-Run from the repository's root: python examples/generate_text.py [FOLDER]
+python examples/generate_text.py [FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowplug
+from glowplug.checkpoints import find_checkpoint
 
 
-def main(folder: str = "models/tiny-gpt-oss") -> None:
+def main(folder: str | Path = find_checkpoint("tiny-gpt-oss")) -> None:
     """Load, compile, generate, report."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = glowplug.compile(AutoModelForCausalLM.from_pretrained(folder))
