@@ -12,7 +12,7 @@ import glowplug
 from glowplug.checkpoints import find_checkpoint
 
 
-def main(folder: str | Path = find_checkpoint("tiny-gpt-oss")) -> None:
+def main(folder: str | Path) -> None:
     """Load, compile, generate, report."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = glowplug.compile(AutoModelForCausalLM.from_pretrained(folder))
@@ -23,4 +23,4 @@ def main(folder: str | Path = find_checkpoint("tiny-gpt-oss")) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:] or [find_checkpoint("tiny-gpt-oss")])

@@ -310,8 +310,8 @@ different text, and another processor rounds differently, so the figures repeat 
 """
 
 ABOUT = {
-    Name.gpt_oss: "gpt-oss, narrow but as deep as gpt-oss-20b: 24 layers, sliding-window (64 tokens) and full attention in "
-    "turn, attention sinks, and in each layer four experts with biases, of which a token takes two.",
+    Name.gpt_oss: "gpt-oss, narrow but as deep as gpt-oss-20b: 24 layers, sliding-window (64 tokens) and full "
+    "attention in turn, attention sinks, and in each layer four experts with biases, of which a token takes two.",
     Name.ernie_vl: "ERNIE 4.5 VL in small: a dense layer, then three mixture-of-experts layers, each with four text "
     "experts and four vision experts, of which a token takes two from its own kind, and a shared expert.",
 }
