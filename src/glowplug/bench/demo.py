@@ -22,9 +22,9 @@ STRATEGIES = {
     "baked": "layers are names in the graph",
     "ordered": "layers are taken in the order of their creation",
     "hoisted": "layers are inputs of the graph",
-    "stamped": "and only a template is traced: glowplug's default",
+    "stamped": "as hoisted, but only a template is traced: glowplug's default",
 }
-AGAIN = "stamped, again"
+AGAIN = "stamped again"
 SHORT = 4
 """Layers of the run of `torch-regional`, which takes longest, unless all is asked for."""
 TIMEOUT_S = 600.0
@@ -137,8 +137,8 @@ def lessons(starts: list[Outcome], order: list[Outcome]) -> list[str]:
     if "stamped" in results and "baked" in results:
         stamped, baked = results["stamped"], results["baked"]
         sentences.append(
-            f"stamped wrote its first token after {seconds(stamped['first_token_s'])} s, baked after "
-            f"{seconds(baked['first_token_s'])} s: of {stamped['layers']} layers stamped traced "
+            f"glowplug's default, stamped, wrote its first token after {seconds(stamped['first_token_s'])} s, and "
+            f"baked after {seconds(baked['first_token_s'])} s: of {stamped['layers']} layers it traced "
             f"{stamped['traced_layers']}, and of {stamped['pieces']} pieces it compiled {stamped['distinct_pieces']}."
         )
     if AGAIN in results:
@@ -149,8 +149,8 @@ def lessons(starts: list[Outcome], order: list[Outcome]) -> list[str]:
         sentences.append(f"Something is wrong here: {wrong} failed, or wrote other tokens than eager.")
     elif order and order[0].error is None and not order[0].equal and order[-1].equal:
         sentences.append(
-            "All of them wrote exactly what eager writes; but layers taken in their order, unchecked, wrote garbage on "
-            f"{ORDER}, and no error said so."
+            "All of them wrote exactly what eager writes; but layers taken in the order of their creation, unchecked, "
+            f"wrote garbage on {ORDER} without an error."
         )
     else:
         sentences.append("All of them wrote exactly what eager writes.")

@@ -55,10 +55,12 @@ def demo(
     ways = _ways(console) if stores and everything else []
     console.print(
         f"\n{ORDER} has experts for text and others for images. Text runs only half of them, so not in the order of "
-        "their creation:\n",
+        "their creation:",
         markup=False,
     )
-    order = _run(console, order_steps(), at_once=True)
+    steps = order_steps()
+    with console.status(f"{len(steps)} short runs at once"):
+        order = list(run_steps(steps, at_once=True))
     _print_order(console, order)
     console.print()
     for sentence in lessons(starts, order):
@@ -78,11 +80,11 @@ def _introduce(console: Console, steps: list[Step], *, everything: bool) -> None
     console.print(f"{machine_line(describe_environment())}\n", markup=False)
 
 
-def _run(console: Console, steps: list[Step], *, at_once: bool = False) -> list[Outcome]:
+def _run(console: Console, steps: list[Step]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with console.status("") as status:
         status.update(_progress(steps, 0))
-        for outcome in run_steps(steps, at_once=at_once):
+        for outcome in run_steps(steps):
             outcomes.append(outcome)
             step = outcome.step
             line = f"  {len(outcomes)} of {len(steps)}  {step.name} ({step.about}): {_brief(outcome)}"
@@ -105,35 +107,38 @@ def _brief(outcome: Outcome) -> str:
 def _start_table(outcomes: list[Outcome]) -> Table:
     table = Table()
     table.add_column("strategy")
-    for name in ("layers", "layers\ntraced", "distinct\npieces", "first token\ns", "a token\nms"):
+    for name in ("layers\ntraced", "pieces\ndistinct", "first token\ns", "a token\nms"):
         table.add_column(name, justify="right")
     table.add_column("tokens equal\nto eager's")
     notes = any(outcome.error is not None or outcome.result["fallback"] for outcome in outcomes)
     if notes:
         table.add_column("note", overflow="fold", max_width=50)
     for outcome in outcomes:
-        result = outcome.result
+        depth, result = outcome.step.generation.depth, outcome.result
+        name = outcome.step.name if depth is None else f"{outcome.step.name}\nat {depth} layers"
         if outcome.error is not None:
-            table.add_row(outcome.step.name, *[NONE] * 6, Text(f"failed: {outcome.error}"))
+            table.add_row(name, *[NONE] * 5, Text(f"failed: {outcome.error}"))
             continue
-        pieces = NONE if result["pieces"] is None else f"{result['distinct_pieces']} of {result['pieces']}"
         same = sum(a == b for a, b in zip(result["tokens"], result["expected"], strict=False))
         cells: list[str | Text] = [
-            outcome.step.name,
-            str(result["layers"]),
-            NONE if result["traced_layers"] is None else str(result["traced_layers"]),
-            pieces,
+            name,
+            _share(result["traced_layers"], result["layers"]),
+            _share(result["distinct_pieces"], result["pieces"]),
             seconds(result["first_token_s"]),
             f"{result['ms_per_token']:.1f}",
             f"all {same}" if outcome.equal else Text(f"{same} of {len(result['expected'])}", style="bold red"),
         ]
-        short = outcome.step.generation.depth is not None
-        style = "dim" if short else "bold" if outcome.step.name.startswith("stamped") else None
+        style = "bold" if outcome.step.name.startswith("stamped") else "" if depth is None else "dim"
         table.add_row(*cells, *([Text("; ".join(result["fallback"]))] if notes else []), style=style)
-    short_names = [outcome.step.name for outcome in outcomes if outcome.step.generation.depth is not None]
-    if short_names:
-        table.caption = f"{', '.join(short_names)} ran on the first layers alone; --all runs it on all of them"
+    short = [outcome.step for outcome in outcomes if outcome.step.generation.depth is not None]
+    if short:
+        names, depth = ", ".join(step.name for step in short), short[0].generation.depth
+        table.caption = f"{names} ran on the first {depth} layers alone; --all runs all layers"
     return table
+
+
+def _share(some: int | None, every: int | None) -> str:
+    return NONE if some is None else f"{some} of {every}"
 
 
 def _ways(console: Console) -> list[Started]:
