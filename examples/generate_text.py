@@ -1,16 +1,18 @@
 """Compile a transformers model and generate with it.
 
-Run from the repository's root: python examples/generate_text.py [FOLDER]
+python examples/generate_text.py [FOLDER]
 """
 
 import sys
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glowplug
+from glowplug.checkpoints import find_checkpoint
 
 
-def main(folder: str = "models/tiny-gpt-oss") -> None:
+def main(folder: str | Path) -> None:
     """Load, compile, generate, report."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = glowplug.compile(AutoModelForCausalLM.from_pretrained(folder))
@@ -21,4 +23,4 @@ def main(folder: str = "models/tiny-gpt-oss") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:] or [find_checkpoint("tiny-gpt-oss")])

@@ -1,7 +1,7 @@
-"""Trains the two small checkpoints under models/ on a CPU, from text that ships with Python itself.
+"""Trains the checkpoints under src/glowplug/checkpoints/ on a CPU, from text that ships with Python itself.
 
-    python scripts/train_tiny.py tiny-gpt-oss  --out models/tiny-gpt-oss
-    python scripts/train_tiny.py tiny-ernie-vl --out models/tiny-ernie-vl
+    python scripts/train_tiny.py tiny-gpt-oss  --out NEW/tiny-gpt-oss
+    python scripts/train_tiny.py tiny-ernie-vl --out NEW/tiny-ernie-vl
 
 The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library. It is split
 into documents, each of which belongs to the training or to the held-out part by its hash; paragraphs that occur more
@@ -151,17 +151,28 @@ COMMON = {
 
 
 def tiny_gpt_oss() -> PreTrainedModel:
-    """gpt-oss in small: sliding and full attention in turn, sinks, experts with biases, embeddings not tied."""
+    """gpt-oss, narrow but as deep as gpt-oss-20b: sliding and full attention in turn, sinks, experts with biases."""
+    narrow = {"hidden_size": 48, "num_hidden_layers": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = GptOssConfig(
-        **COMMON,
+        **COMMON | narrow,
         head_dim=32,
-        intermediate_size=128,
+        intermediate_size=64,
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=64,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    return GptOssForCausalLM._from_config(config, dtype=torch.float32)
+    model = GptOssForCausalLM._from_config(config, dtype=torch.float32)
+    quieten(model)
+    return model
+
+
+@torch.no_grad()
+def quieten(model: PreTrainedModel) -> None:
+    """Scales what each layer adds to the residual stream so that the sum over all layers does not grow with depth."""
+    for name, tensor in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj")):
+            tensor.div_(math.sqrt(2 * model.config.num_hidden_layers))
 
 
 def tiny_ernie_vl() -> PreTrainedModel:
@@ -201,8 +212,11 @@ def rescale_vision_experts(model: PreTrainedModel) -> None:
             tensor.mul_(loudness * tensors[name.replace("vision_moe", "text_moe")].std() / tensor.std())
 
 
-def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch: int, peak: float) -> None:
-    """AdamW over windows at random places; the rate warms up, then falls along a cosine. Products are bfloat16."""
+def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch: int, peak: float, saved: Path) -> None:
+    """AdamW over windows at random places; the rate warms up, then falls along a cosine. Products are bfloat16.
+
+    Every 50 steps it saves its state in the file `saved`, and continues from there if it was interrupted.
+    """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -210,8 +224,15 @@ def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch: int, 
     warmup = max(1, steps // 20)
     offsets = torch.arange(CONTEXT + 1)
     model.train()
+    first = 0
+    if saved.exists():
+        state = torch.load(saved)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        first = state["steps"]
     start = time.perf_counter()
-    for step in range(steps):
+    for step in range(first, steps):
         progress = max(0.0, (step - warmup) / max(1, steps - warmup))
         rate = peak * min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
@@ -225,8 +246,10 @@ def train(model: PreTrainedModel, stream: torch.Tensor, steps: int, batch: int, 
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            pace = (time.perf_counter() - start) / (step + 1)
+            pace = (time.perf_counter() - start) / (step + 1 - first)
             print(f"step {step:5d}  loss {loss.item():.3f}  {pace:.3f} s/step", flush=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}
+            torch.save(state | {"random": torch.get_rng_state()}, saved)
     model.eval()
 
 
@@ -280,15 +303,15 @@ length in UTF-8 bytes.
 
 ## Reproduce
 
-    python scripts/train_tiny.py {name} --steps {steps} --out models/{name}
+    python scripts/train_tiny.py {name} --steps {steps} --out NEW/{name}
 
 Made with PyTorch {torch} and transformers {transformers}. The seed is fixed; another Python release has slightly
 different text, and another processor rounds differently, so the figures repeat only approximately.
 """
 
 ABOUT = {
-    Name.gpt_oss: "gpt-oss in small: four layers, sliding-window (64 tokens) and full attention in turn, attention "
-    "sinks, and in each layer four experts with biases, of which a token takes two.",
+    Name.gpt_oss: "gpt-oss, narrow but as deep as gpt-oss-20b: 24 layers, sliding-window (64 tokens) and full "
+    "attention in turn, attention sinks, and in each layer four experts with biases, of which a token takes two.",
     Name.ernie_vl: "ERNIE 4.5 VL in small: a dense layer, then three mixture-of-experts layers, each with four text "
     "experts and four vision experts, of which a token takes two from its own kind, and a shared expert.",
 }
@@ -302,7 +325,6 @@ mistake comes out as garbage: {bpb:.2f} bits per byte.
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the folder; the weights are float16 on disk, and the configuration asks for float32 on load."""
-    folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
@@ -387,10 +409,13 @@ def main(
     model = BUILD[name]()
     model.set_experts_implementation("grouped_mm")
     print(f"{len(corpus.train)} documents, {len(stream):,} tokens; {model.num_parameters():,} parameters", flush=True)
-    train(model, stream, steps, batch, rate)
+    out.mkdir(parents=True, exist_ok=True)
+    saved = out / "training.pt"
+    train(model, stream, steps, batch, rate, saved)
     rescale_vision_experts(model)
     save(model, tokenizer, out)
     (out / "README.md").write_text(report(name, out, corpus, steps, batch))
+    saved.unlink()
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {size:,} bytes")
 

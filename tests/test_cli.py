@@ -13,11 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from glowplug.bench import demo as bench_demo
 from glowplug.bench.presets import build_model
-from glowplug.bench.starts import Started
-from glowplug.bench.workers.generation import Generation
-from glowplug.bench.workers.generation import generate as run_generation
 from glowplug.cli import app
 
 PROMPT = "A plug glows"
@@ -87,7 +83,6 @@ def assert_refused(result: Any, *words: str) -> None:
         (["generate", "no/such/folder", "--prompt", "x"], ["no such preset or folder"]),
         (["generate", "glm-4.7", "--prompt", "x"], ["preset", "local folder"]),
         (["generate", "glm-4.7", "--prompt", "x", "--max-new-tokens", "0"], ["--max-new-tokens"]),
-        (["demo", "--models", "no/such/folder"], ["tiny-gpt-oss", "--models"]),
         (["demo", "--compiler", "gcc"], ["'gcc'"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] in ("bench", "explain", "generate", "demo") else "",
@@ -180,76 +175,6 @@ def test_explain_shows_what_keeps_pieces_apart(folder: Path) -> None:
     assert baked.exit_code == 0, baked.output
     assert "4 pieces, 4 distinct" in baked.stdout
     assert "model.layers.1.mlp.experts" in baked.stdout
-
-
-# -- the demo ------------------------------------------------
-
-
-@pytest.mark.parametrize("strategy", ["eager", "hoisted"])
-def test_one_generation_of_the_demo(strategy: str, folder: Path) -> None:
-    result = run_generation(
-        Generation(folder=str(folder), strategy=strategy, prompt=PROMPT, tokens=6, compiler="eager")
-    )
-    assert result["tokens"] == result["expected"]
-    assert len(result["tokens"]) == 6
-    assert result["first_token_s"] > 0
-    assert result["ms_per_token"] > 0
-    assert (result["pieces"], result["fallback"]) == (4 if strategy == "hoisted" else None, [])
-
-
-def test_the_demo_compares_and_shows_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(module: str, argument: str, *, timeout_s: float) -> dict[str, Any]:
-        wanted = Generation(**json.loads(argument))
-        if wanted.folder.endswith("tiny-ernie-vl") and wanted.strategy == "ordered" and wanted.check_order:
-            return {"error": "LayerOrderError: a layer ran twice"}
-        wrong = not wanted.check_order
-        return {
-            "first_token_s": 1.5,
-            "ms_per_token": 2.5,
-            "pieces": 5,
-            "distinct_pieces": 3,
-            "fallback": [],
-            "expected": [1, 2],
-            "tokens": [1, 3] if wrong else [1, 2],
-            "error": None,
-            "text": " [GARBAGE]" if wrong else " is right",
-            "expected_text": " is right",
-        }
-
-    monkeypatch.setattr(bench_demo, "run_isolated", answer)
-    monkeypatch.setattr(bench_demo, "check_model", lambda name: None)
-    monkeypatch.setattr(bench_demo, "find_models", lambda folder: Path("models"))
-    monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
-    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda start, ways: map(_start, ways))
-    result = run("demo")
-    assert result.exit_code == 0, result.output
-    for way in ("eager", "cold", "warm", "background"):
-        assert f"{way}: second token after 0.500 s" in result.stdout
-    assert "eager, torch-regional, baked, ordered, hoisted, stamped wrote:" in result.stdout
-    assert "ordered, checks off: garbage, and no error" in result.stdout
-    assert "[GARBAGE]" in result.stdout
-    assert "ordered: refused" in result.stdout
-    assert "a layer ran twice" in result.stdout
-    assert "hoisted: eager's text" in result.stdout
-
-
-def test_the_demo_fails_when_a_start_writes_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glowplug.cli.demo.run_generations", lambda generations: iter(()))
-    monkeypatch.setattr("glowplug.cli.demo.find_models", lambda folder: Path("models"))
-    monkeypatch.setattr("glowplug.cli.demo.run_ways", lambda *_, **__: iter([_start("background", equal=False)]))
-    result = run("demo")
-    assert result.exit_code == 1
-    assert "NOT all eager's" in result.stdout.replace("\n", " ")
-
-
-def _start(way: str, *, equal: bool = True) -> Started:
-    report = {"distinct_pieces": 3, "pieces": 5, "start": "cold", "fallbacks": []}
-    result = {"load_s": 0.1, "first_token_s": 0.2, "second_token_s": 0.5, "error": 0.0, "report": report}
-    return Started(way, result | (_served(equal) if way == "background" else {}))
-
-
-def _served(equal: bool) -> dict[str, Any]:
-    return {"tokens_equal": equal, "steps": 9, "compared": 17, "others": 0 if equal else 2}
 
 
 def test_explain_prints_the_program() -> None:

@@ -31,7 +31,7 @@ except UnsupportedTorchError as exc:
     exit_if_command_line(exc)
     raise
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CaptureError",

@@ -64,7 +64,7 @@ def compile(
         NotServableError: (at a call) with `strict=True`.
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("models/tiny-gpt-oss")
+        >>> model = AutoModelForCausalLM.from_pretrained(find_checkpoint("tiny-gpt-oss"))
         >>> glowplug.compile(model).generate(**tokenizer("The with statement", return_tensors="pt"))
     """
     options = Options(
@@ -115,7 +115,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         OSError, ValueError: raised by transformers while it loads the model.
 
     Example:
-        >>> model = glowplug.from_pretrained("models/tiny-gpt-oss")
+        >>> model = glowplug.from_pretrained(find_checkpoint("tiny-gpt-oss"))
     """
     from glowplug.frontends.hf.loading import load
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from glowplug.checkpoints import find_checkpoint
+
 TESTS = Path(__file__).parents[1]
-MODEL = TESTS.parent / "models" / "tiny-gpt-oss"
+MODEL = find_checkpoint("tiny-gpt-oss")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -1,4 +1,5 @@
-"""Loads the model that a command names: a preset with random weights, or a local folder as transformers saved it.
+"""Loads the model that a command names: a preset with random weights, a checkpoint that comes with glowplug, or a local
+folder as transformers saved it.
 
 Whatever is wrong with either raises a `UsageError` of one line.
 """
@@ -18,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from glowplug.bench.presets import PRESETS, Width, build_model, check_depth
+from glowplug.checkpoints import CHECKPOINTS, find_checkpoint
 from glowplug.errors import UsageError
 from glowplug.frontends.hf.builds import auto_class, read_config
 
@@ -61,7 +63,7 @@ def load_model(
     """A model in eval mode, its weights without gradients.
 
     Args:
-        name: a preset's name, or a local folder with `config.json` and safetensors weights.
+        name: a preset, a name in `CHECKPOINTS`, or a local folder with `config.json` and safetensors weights.
         depth: number of layers; None for the model's own. A folder's model can only be cut, not deepened.
         width: of a preset; a folder's model has its own.
         device: `"cpu"` or `"cuda"`.
@@ -107,14 +109,17 @@ def check_model(name: str, depths: Sequence[int] = ()) -> None:
 
 
 def find_folder(name: str) -> Path:
-    """The local folder of that name, which has a `config.json`.
+    """The local folder of that name, or else the checkpoint; it has a `config.json`.
 
     Raises:
         UsageError: no such folder, or nothing in it.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
-        raise UsageError(f"no such preset or folder: {name!r}; presets: {', '.join(PRESETS)}")
+        if name in CHECKPOINTS:
+            return find_checkpoint(name)
+        known = f"presets: {', '.join(PRESETS)}; checkpoints: {', '.join(CHECKPOINTS)}"
+        raise UsageError(f"no such preset or folder: {name!r}; {known}")
     if not folder.is_dir():
         raise UsageError(f"{name} is a file; a model is a folder with config.json and model.safetensors")
     if not (folder / "config.json").is_file():

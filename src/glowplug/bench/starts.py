@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.models import check_dtype, check_model
+from glowplug.bench.models import check_dtype, check_model, find_folder
 from glowplug.bench.presets import PRESETS, Width, build_model
 from glowplug.bench.workers.isolate import Isolated, IsolatedError
 from glowplug.bench.workers.start import Start
@@ -63,7 +63,7 @@ def model_folder(
         check_model(model)
         if depth is not None or all_experts:
             raise UsageError("--depth and --all-experts are for presets; a folder's model has its own")
-        return model
+        return str(find_folder(model))
     weights = check_dtype(dtype)
     built = build_model(model, depth=depth, width=width, device="cpu", dtype=weights, all_experts=all_experts)
     built.save_pretrained(place)

@@ -1,8 +1,7 @@
-"""`glowplug demo`: all strategies and ways to start on the shipped checkpoints, with the text they write."""
+"""`glowplug demo`: how a trained model starts under each strategy, what it wrote, and what to remember of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,16 +14,18 @@ from glowplug.bench.demo import (
     PROMPT,
     START,
     Outcome,
-    find_models,
-    order_generations,
-    run_generations,
-    start_generations,
+    Step,
+    lessons,
+    order_steps,
+    run_steps,
+    start_steps,
 )
+from glowplug.bench.models import check_model
 from glowplug.bench.results.environment import describe_environment, machine_line
 from glowplug.bench.results.table import NONE, seconds
 from glowplug.bench.starts import Started, run_ways
-from glowplug.bench.workers.generation import Generation
 from glowplug.bench.workers.start import Start
+from glowplug.checkpoints import CHECKPOINTS, find_checkpoint
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.cli.starts import starts_table
 from glowplug.compilers import get_compiler
@@ -34,72 +35,67 @@ WAYS = ("eager", "cold", "warm", "background")
 
 
 def demo(
-    models: Annotated[Path | None, typer.Option(help=f"Folder with {START} and {ORDER}.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Run torch-regional at full depth, too, and start in the background.")
+    ] = False,
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
 ) -> None:
-    """Start a small trained model under each strategy and in each way; then show how `ordered` fails."""
+    """Start a small trained model under each strategy, and once more from its store; then show how `ordered` fails."""
     quiet_transformers()
     stores = isinstance(get_compiler(compiler), StoringCompiler)
-    folder = find_models(models)
+    for name in CHECKPOINTS:
+        check_model(name)
+    steps = start_steps(compiler, stores=stores, everything=everything)
     console = make_console()
-    console.print(machine_line(describe_environment()), markup=False)
-    console.print(f"{START} continues {PROMPT!r}; a fresh process and fresh compiler caches each time\n", markup=False)
-    outcomes = _run(console, start_generations(folder, compiler))
+    _introduce(console, steps, everything=everything)
+    starts = _run(console, steps)
     console.print()
-    console.print(_start_table(outcomes))
-    console.print(f"{START} is too short to stamp: here `stamped` traces every layer, as `hoisted` does.", markup=False)
-    _print_texts(console, outcomes)
-    ways = _ways(console, folder) if stores else []
+    console.print(_start_table(starts))
+    _print_texts(console, starts)
+    ways = _ways(console) if stores and everything else []
     console.print(
-        f"\n{ORDER} creates text and vision experts, and text runs only half of them, "
-        "so they do not run in the order of creation\n",
+        f"\n{ORDER} has experts for text and others for images. Text runs only half of them, so not in the order of "
+        "their creation:",
         markup=False,
     )
-    _print_order(console, _run(console, order_generations(folder)))
-    if not all(outcome.equal for outcome in outcomes) or not all(way.right for way in ways):
+    steps = order_steps()
+    with console.status(f"{len(steps)} short runs at once"):
+        order = list(run_steps(steps, at_once=True))
+    _print_order(console, order)
+    console.print()
+    for sentence in lessons(starts, order):
+        console.print(f"- {sentence}", style="bold", markup=False)
+    if not all(outcome.equal for outcome in starts) or not all(way.right for way in ways):
         raise typer.Exit(1)
 
 
-def _run(console: Console, generations: list[Generation]) -> list[Outcome]:
+def _introduce(console: Console, steps: list[Step], *, everything: bool) -> None:
+    duration = "some five minutes" if everything else "about two minutes"
+    console.print(
+        f"How long does a mixture-of-experts model take to start with torch.compile, and what does glowplug save? "
+        f"{START}, a small trained model, continues {PROMPT!r} in {len(steps)} ways, each in a new process with empty "
+        f"compiler caches. Then {ORDER} shows what can go wrong. It takes {duration} on two cores.\n",
+        markup=False,
+    )
+    console.print(f"{machine_line(describe_environment())}\n", markup=False)
+
+
+def _run(console: Console, steps: list[Step]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with console.status("") as status:
-        status.update(_progress(generations, 0))
-        for outcome in run_generations(generations):
+        status.update(_progress(steps, 0))
+        for outcome in run_steps(steps):
             outcomes.append(outcome)
-            console.print(
-                f"  {_name(outcome.generation)}: {_brief(outcome)}", markup=False, style="dim", soft_wrap=True
-            )
-            status.update(_progress(generations, len(outcomes)))
+            step = outcome.step
+            line = f"  {len(outcomes)} of {len(steps)}  {step.name} ({step.about}): {_brief(outcome)}"
+            console.print(line, markup=False, style="dim", soft_wrap=True)
+            status.update(_progress(steps, len(outcomes)))
     return outcomes
 
 
-def _ways(console: Console, models: Path) -> list[Started]:
-    """Start the first checkpoint without a store, with one, and in the background."""
-    console.print(
-        f"\n{START} started cold; warm, from the store that the cold start filled; and in the background, eager "
-        "serving until another process has compiled it\n",
-        markup=False,
-    )
-    starts: list[Started] = []
-    with console.status("") as status:
-        status.update(WAYS[0])
-        for way in run_ways(Start(folder=str(models / START), experts="opaque"), WAYS):
-            starts.append(way)
-            brief = way.error or f"second token after {seconds(way.result['second_token_s'])} s"
-            console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)
-            status.update(WAYS[min(len(starts), len(WAYS) - 1)])
-    console.print()
-    console.print(starts_table(starts))
-    return starts
-
-
-def _progress(generations: list[Generation], finished: int) -> str:
-    left = generations[finished:]
-    return f"{_name(left[0])} ({finished + 1} of {len(generations)})" if left else ""
-
-
-def _name(generation: Generation) -> str:
-    return generation.strategy if generation.check_order else f"{generation.strategy}, checks off"
+def _progress(steps: list[Step], finished: int) -> str:
+    left = steps[finished:]
+    return f"{finished + 1} of {len(steps)}  {left[0].name}" if left else ""
 
 
 def _brief(outcome: Outcome) -> str:
@@ -111,41 +107,70 @@ def _brief(outcome: Outcome) -> str:
 def _start_table(outcomes: list[Outcome]) -> Table:
     table = Table()
     table.add_column("strategy")
-    table.add_column("first token\ns", justify="right")
-    table.add_column("distinct pieces\nof all", justify="right")
-    table.add_column("a token\nms", justify="right")
+    for name in ("layers\ntraced", "pieces\ndistinct", "first token\ns", "a token\nms"):
+        table.add_column(name, justify="right")
     table.add_column("tokens equal\nto eager's")
     notes = any(outcome.error is not None or outcome.result["fallback"] for outcome in outcomes)
     if notes:
         table.add_column("note", overflow="fold", max_width=50)
     for outcome in outcomes:
-        result = outcome.result
+        depth, result = outcome.step.generation.depth, outcome.result
+        name = outcome.step.name if depth is None else f"{outcome.step.name}\nat {depth} layers"
         if outcome.error is not None:
-            table.add_row(outcome.generation.strategy, *[NONE] * 4, Text(f"failed: {outcome.error}"))
+            table.add_row(name, *[NONE] * 5, Text(f"failed: {outcome.error}"))
             continue
-        pieces = NONE if result["pieces"] is None else f"{result['distinct_pieces']} of {result['pieces']}"
         same = sum(a == b for a, b in zip(result["tokens"], result["expected"], strict=False))
         cells: list[str | Text] = [
-            outcome.generation.strategy,
+            name,
+            _share(result["traced_layers"], result["layers"]),
+            _share(result["distinct_pieces"], result["pieces"]),
             seconds(result["first_token_s"]),
-            pieces,
-            f"{result['ms_per_token']:.2f}",
+            f"{result['ms_per_token']:.1f}",
             f"all {same}" if outcome.equal else Text(f"{same} of {len(result['expected'])}", style="bold red"),
         ]
-        table.add_row(*cells, *([Text("; ".join(result["fallback"]))] if notes else []))
+        style = "bold" if outcome.step.name.startswith("stamped") else "" if depth is None else "dim"
+        table.add_row(*cells, *([Text("; ".join(result["fallback"]))] if notes else []), style=style)
+    short = [outcome.step for outcome in outcomes if outcome.step.generation.depth is not None]
+    if short:
+        names, depth = ", ".join(step.name for step in short), short[0].generation.depth
+        table.caption = f"{names} ran on the first {depth} layers alone; --all runs all layers"
     return table
 
 
+def _share(some: int | None, every: int | None) -> str:
+    return NONE if some is None else f"{some} of {every}"
+
+
+def _ways(console: Console) -> list[Started]:
+    """Start the first checkpoint without a store, with one, and in the background."""
+    console.print(
+        f"\n{START} started cold; warm, from the store that the cold start filled; and in the background, eager "
+        "serving until another process has compiled it\n",
+        markup=False,
+    )
+    starts: list[Started] = []
+    with console.status("") as status:
+        status.update(WAYS[0])
+        for way in run_ways(Start(folder=str(find_checkpoint(START)), experts="opaque"), WAYS):
+            starts.append(way)
+            brief = way.error or f"second token after {seconds(way.result['second_token_s'])} s"
+            console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)
+            status.update(WAYS[min(len(starts), len(WAYS) - 1)])
+    console.print()
+    console.print(starts_table(starts))
+    return starts
+
+
 def _print_texts(console: Console, outcomes: list[Outcome]) -> None:
-    succeeded = [outcome for outcome in outcomes if outcome.error is None]
-    if not succeeded:
-        return
-    equal = [outcome.generation.strategy for outcome in succeeded if outcome.equal]
-    console.print(f"{', '.join(equal) or 'eager'} wrote:", style="bold", markup=False)
-    _print_text(console, succeeded[0].result["expected_text"])
-    for outcome in succeeded:
-        if not outcome.equal:
-            console.print(f"{outcome.generation.strategy} wrote:", style="bold red", markup=False)
+    """What eager wrote at full depth, and what others wrote in its place."""
+    whole = [one for one in outcomes if one.error is None and one.step.generation.depth is None]
+    if whole:
+        equal = [outcome.step.name for outcome in whole if outcome.equal]
+        console.print(f"\n{', '.join(equal) or 'eager'} wrote:", style="bold", markup=False)
+        _print_text(console, whole[0].result["expected_text"])
+    for outcome in outcomes:
+        if outcome.error is None and not outcome.equal:
+            console.print(f"{outcome.step.name} wrote:", style="bold red", markup=False)
             _print_text(console, outcome.result["text"])
 
 
@@ -157,7 +182,7 @@ def _print_text(console: Console, text: str) -> None:
 def _print_order(console: Console, outcomes: list[Outcome]) -> None:
     console.print()
     for outcome in outcomes:
-        name = _name(outcome.generation)
+        name = outcome.step.name
         if outcome.error is not None:
             console.print(f"{name}: refused", style="bold yellow", markup=False)
             console.print(f"  {outcome.error}", markup=False, soft_wrap=True)

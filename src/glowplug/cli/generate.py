@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, TextStreamer
 import glowplug
 from glowplug.bench.models import find_folder, load_model, one_line
 from glowplug.bench.presets import PRESETS
+from glowplug.checkpoints import CHECKPOINTS
 from glowplug.cli.console import quiet_transformers
 from glowplug.errors import UsageError
 
@@ -31,7 +32,9 @@ class TimedStreamer(TextStreamer):
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A local folder with a causal language model and its tokenizer.")],
+    model: Annotated[
+        str, typer.Argument(help=f"A folder with a language model and its tokenizer, or {' or '.join(CHECKPOINTS)}.")
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 64,
     identity: Annotated[str, typer.Option(help="auto, hoisted, ordered or baked.")] = "auto",
@@ -46,10 +49,10 @@ def generate(
         raise UsageError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if model in PRESETS:
         raise UsageError(f"{model} is a preset with random weights and no tokenizer; give a local folder")
-    find_folder(model)
+    folder = str(find_folder(model))
     glowplug.Options(identity=identity, experts=experts, compiler=compiler)  # type: ignore[arg-type]
-    language_model = load_model(model, device=device)
-    tokenizer, inputs = _tokenize(model, prompt, language_model.config.get_text_config().vocab_size)
+    language_model = load_model(folder, device=device)
+    tokenizer, inputs = _tokenize(folder, prompt, language_model.config.get_text_config().vocab_size)
     streamer = TimedStreamer(tokenizer)
     start = time.perf_counter()
     glowplug.compile(language_model, identity=identity, experts=experts, compiler=compiler)

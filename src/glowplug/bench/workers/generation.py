@@ -18,7 +18,7 @@ from transformers.generation import BaseStreamer
 import glowplug
 from glowplug.bench.models import load_model
 from glowplug.bench.spec import Spec
-from glowplug.bench.strategies import get_strategy
+from glowplug.bench.strategies import get_strategy, hit_recompile_limit
 from glowplug.bench.workers.isolate import run_worker
 from glowplug.engine import attach
 from glowplug.frontends.hf.front import HfFrontEnd
@@ -33,17 +33,21 @@ class Generation:
         folder: the checkpoint, with its tokenizer.
         strategy: a name in `STRATEGIES`.
         prompt: text to continue.
+        depth: number of layers to keep; None for all.
         tokens: the largest number of tokens to add.
         compiler: glowplug's piece compiler. Experts are opaque, so that identity matters.
         check_order: False turns off both guards of `ordered`: the order check and the comparison with eager.
+        settle: wait at the end until what is compiled in the background has been stored, too.
     """
 
     folder: str
     strategy: str
     prompt: str
+    depth: int | None = None
     tokens: int = 64
     compiler: str = "inductor"
     check_order: bool = True
+    settle: bool = False
 
     def to_json(self) -> str:
         """The generation as one line of JSON."""
@@ -69,11 +73,11 @@ def generate(wanted: Generation) -> dict[str, Any]:
 
     Returns:
         first_token_s (from the compile call), ms_per_token (in the second generation, after its first token), tokens,
-        text, expected (the tokens of the model before it was compiled), expected_text, pieces, distinct_pieces,
-        fallback.
+        text, expected (the tokens of the model before it was compiled), expected_text, layers, traced_layers (at all
+        if it is None), pieces, distinct_pieces, fallback (sentences).
     """
     tokenizer = AutoTokenizer.from_pretrained(wanted.folder, local_files_only=True)
-    model = load_model(wanted.folder)
+    model = load_model(wanted.folder, depth=wanted.depth)
     inputs = tokenizer(wanted.prompt, return_tensors="pt")
     expected, _ = _run(model, inputs, wanted.tokens)
     start = time.perf_counter()
@@ -88,14 +92,19 @@ def generate(wanted: Generation) -> dict[str, Any]:
         "text": tokenizer.decode(tokens, skip_special_tokens=True),
         "expected": expected,
         "expected_text": tokenizer.decode(expected, skip_special_tokens=True),
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "traced_layers": None,
         "pieces": None,
         "distinct_pieces": None,
-        "fallback": [],
+        "fallback": ["hit Dynamo's recompile limit: the other layers ran eager"] if hit_recompile_limit() else [],
     }
     if get_strategy(wanted.strategy).compiles_by == "glowplug":
         report = glowplug.report(model)
         result |= {"pieces": report.pieces, "distinct_pieces": report.distinct_pieces}
-        result["fallback"] = [fallback.reason for fallback in report.fallbacks]
+        traced = 0 if report.start == "warm" else report.template_layers or result["layers"]
+        result |= {"traced_layers": traced, "fallback": [fallback.reason for fallback in report.fallbacks]}
+        if wanted.settle:
+            glowplug.settle(model)
     return result
 
 
