@@ -25,7 +25,7 @@ STRATEGIES = {
     "stamped": "as hoisted, but only a template is traced: glowplug's default",
 }
 AGAIN = "stamped again"
-SHORT = 4
+SHORT = 2
 """Layers of the run of `torch-regional`, which takes longest, unless all is asked for."""
 TIMEOUT_S = 600.0
 

@@ -96,7 +96,7 @@ def generate(wanted: Generation) -> dict[str, Any]:
         "traced_layers": None,
         "pieces": None,
         "distinct_pieces": None,
-        "fallback": ["hit Dynamo's recompile limit: the other layers ran eager"] if hit_recompile_limit() else [],
+        "fallback": ["hit Dynamo's recompile limit: what came later ran eager"] if hit_recompile_limit() else [],
     }
     if get_strategy(wanted.strategy).compiles_by == "glowplug":
         report = glowplug.report(model)
