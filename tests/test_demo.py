@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from glowplug.bench import demo as bench_demo
@@ -179,9 +181,12 @@ def test_a_step_on_the_first_layers_alone() -> None:
     assert result["tokens"] == result["expected"]
 
 
-def test_the_shipped_model_is_deep_small_and_good() -> None:
-    """Its size, its pattern, its dtype, and that it is as good at the language reference as its card says."""
-    model = load_model(START)
+def test_the_shipped_model_is_deep_small_and_trained() -> None:
+    model, folder = load_model(START), find_checkpoint(START)
     assert model.dtype == torch.float32
     assert model.config.layer_types == ["sliding_attention", "full_attention"] * (LAYERS // 2)
-    assert (find_checkpoint(START) / "model.safetensors").stat().st_size < 3_000_000
+    assert (folder / "model.safetensors").stat().st_size < 3_000_000
+    sentence = "The method returns a new list of all the objects, and raises an exception if there is none."
+    ids = AutoTokenizer.from_pretrained(folder)(sentence, return_tensors="pt")["input_ids"]
+    nats = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+    assert nats / math.log(2) / len(sentence) < 2.5

@@ -44,7 +44,7 @@ class Generation:
     strategy: str
     prompt: str
     depth: int | None = None
-    tokens: int = 64
+    tokens: int = 40
     compiler: str = "inductor"
     check_order: bool = True
     settle: bool = False
