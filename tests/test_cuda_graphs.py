@@ -75,6 +75,16 @@ def both(family: str, *, growing: bool = False, **options: Any) -> tuple[Steps, 
     return own, twin
 
 
+def five_steps(own: Any, twin: Any, batch: int) -> list[Steps]:
+    """A prompt of 4 tokens and 4 steps of both models, compared."""
+    steps = [Steps(model, batch) for model in (own, twin)]
+    for step in steps:
+        step(4)
+    for _ in range(4):
+        torch.testing.assert_close(steps[1](), steps[0]())
+    return steps
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_eager_and_one_recording_serves(recorder: TapeRecorder, family: str) -> None:
     own, twin = compiled(family)
@@ -251,11 +261,7 @@ def test_the_memory_of_a_large_cache_is_not_kept(recorder: TapeRecorder) -> None
 def test_another_batch_size_is_another_form(recorder: TapeRecorder) -> None:
     own, twin = compiled("qwen3_moe")
     for batch in (1, 3):
-        steps = [Steps(model, batch) for model in (own, twin)]
-        for step in steps:
-            step(4)
-        for _ in range(4):
-            torch.testing.assert_close(steps[1](), steps[0]())
+        five_steps(own, twin, batch)
     assert len(recorder.recordings) == 2
 
 
@@ -289,12 +295,7 @@ def test_memory_is_limited(recorder: TapeRecorder) -> None:
     recorder.budget = 1000
     own, twin = compiled("qwen3_moe")
     for batch in (1, 2):
-        steps = [Steps(model, batch) for model in (own, twin)]
-        for step in steps:
-            step(4)
-        for _ in range(4):
-            torch.testing.assert_close(steps[1](), steps[0]())
-        kept = steps  # its cache lives on
+        kept = five_steps(own, twin, batch)  # its cache lives on
     assert len(recorder.recordings) == 1 and kept
     assert any("MiB" in fallback.reason for fallback in glowplug.report(twin).fallbacks)
 

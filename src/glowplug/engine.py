@@ -20,11 +20,11 @@ from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import CompileError, LayerOrderError, NotServableError
 from glowplug.front import Call, FrontEnd, NotTracedError
-from glowplug.layers.context import ForwardContext, forward_context
+from glowplug.layers.context import ForwardContext
 from glowplug.layers.registry import LayerRegistry
 from glowplug.options import Options
 from glowplug.program import Program
-from glowplug.ready import Ready, Refusal
+from glowplug.ready import Ready, Refusal, run_inputs
 from glowplug.reasons import one_line, switched_off, why
 from glowplug.report import ElsewhereReport, Report
 from glowplug.runtime.forks import make_lock
@@ -252,8 +252,7 @@ def _runner(registry: LayerRegistry, bodies: Any) -> Callable[[Program, Any, Seq
     """What runs a program on a cache and its inputs."""
 
     def run(program: Program, cache: Any, inputs: Sequence[Any]) -> Any:
-        with torch.no_grad(), forward_context(ForwardContext(registry, cache, bodies=bodies)):
-            return program.run(*inputs)
+        return run_inputs(program, inputs, ForwardContext(registry, cache, bodies=bodies))
 
     return run
 

@@ -110,5 +110,10 @@ class Ready:
 
 def run_program(front: FrontEnd, program: Program, call: Call, context: ForwardContext) -> Sequence[Any]:
     """What a program returns for a call."""
+    return run_inputs(program, front.inputs(program.arguments, call), context)
+
+
+def run_inputs(program: Program, inputs: Sequence[Any], context: ForwardContext) -> Sequence[Any]:
+    """What a program returns for its inputs."""
     with torch.no_grad(), forward_context(context):
-        return program.run(*front.inputs(program.arguments, call))
+        return program.run(*inputs)

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from glowplug.cuda_graphs.memory import Reads, addresses, equal, key_of, own_of, switches
+from glowplug.cuda_graphs.memory import Reads, addresses, copies_of, equal, key_of, own_of, switches
 from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.cuda_graphs.recorder import Recorder, Recording
 from glowplug.program import Program
@@ -188,7 +188,7 @@ class CudaGraphs:
             return None
         self._follow()
         outputs = run(self._pieces.wrapped, step.cache, inputs)
-        return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
+        return copies_of(outputs)
 
     def _group(self, step: Step) -> _Group:
         """The recordings for the cache of a step: its own, or those of a cache that is gone."""
@@ -270,8 +270,7 @@ class CudaGraphs:
                     own.copy_(value)
             form.recording.replay()
             step.advance()
-            # The next replay overwrites the recording's own.
-            return [value.clone() if isinstance(value, Tensor) else value for value in form.recording.outputs]
+            return copies_of(form.recording.outputs)
 
     def _follow(self) -> None:
         """Let this step run after the one before, on whatever stream that was."""

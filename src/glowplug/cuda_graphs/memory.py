@@ -52,6 +52,11 @@ def own_of(value: Any) -> Any:
     return torch.empty_like(value).copy_(value) if isinstance(value, Tensor) else value
 
 
+def copies_of(outputs: Sequence[Any]) -> list[Any]:
+    """The outputs of a replay in memory of their own, as the next replay overwrites the recording's."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in outputs]
+
+
 def switches() -> Hashable:
     """Torch's own switches between kernels."""
     sdp = torch.backends.cuda
