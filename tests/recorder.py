@@ -1,5 +1,8 @@
-"""A recorder that works as CUDA graphs do, on any device: what is recorded is not executed, and a replay repeats the
-recorded operations on the very same memory, without any Python around them."""
+"""Recorders that count what they do: CUDA's own, and one that works as CUDA graphs do on any device.
+
+What that one records is not executed, and a replay repeats the recorded operations on the very same memory, without any
+Python around them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from glowplug.cuda_graphs.recorder import CudaRecorder, Recording
 
 
 class _Tape(TorchDispatchMode):
@@ -99,6 +104,50 @@ class TapeRecorder:
 
     def follow(self, stream: Any) -> None:
         """Nothing to wait for."""
+
+    @property
+    def replays(self) -> int:
+        """How many steps were replayed."""
+        return sum(recording.replays for recording in self.recordings)
+
+
+class _CountedRecording:
+    """A recording that counts its replays."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self.outputs = recording.outputs
+        self.replays = 0
+
+    def replay(self) -> None:
+        """Replay it."""
+        self.replays += 1
+        self._recording.replay()
+
+
+class RealRecorder(CudaRecorder):
+    """CUDA's own. Its memory is counted as that of the tape.
+
+    Attributes:
+        recordings, budget: as those of `TapeRecorder`.
+    """
+
+    budget = 1 << 30
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda", 0))
+        self.recordings: list[_CountedRecording] = []
+        self.attempts = 0
+
+    def record(self, run: Callable[[], Sequence[Any]]) -> Recording:
+        """Record what a function launches."""
+        self.attempts += 1
+        self.recordings.append(_CountedRecording(super().record(run)))
+        return self.recordings[-1]
+
+    def memory(self) -> int:
+        """A thousand bytes for each."""
+        return 1000 * len(self.recordings)
 
     @property
     def replays(self) -> int:

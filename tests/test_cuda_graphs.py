@@ -1,5 +1,5 @@
-"""Decode steps by CUDA graphs: what is recorded, when a recording must not serve, and that tokens stay eager's. A tape
-takes the place of the GPU; `test_cuda.py` has the real ones."""
+"""Decode steps by CUDA graphs: what is recorded, when a recording must not serve, and that tokens stay eager's. Where
+there is no GPU, a tape takes its place."""
 
 from __future__ import annotations
 
@@ -19,23 +19,32 @@ import glowplug.engine
 from glowplug.cuda_graphs.memory import Reads
 from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.report import Report
-from recorder import TapeRecorder
+from recorder import RealRecorder, TapeRecorder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = ["gpt_oss", "glm4_moe", "qwen3_moe"]
 NEW = 24
 
 
+AnyRecorder = TapeRecorder | RealRecorder
+
+
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
-    """What records, in the place of a GPU."""
-    tape = TapeRecorder()
-    monkeypatch.setattr(glowplug.compilation, "recorder_for", lambda device: tape)
-    return tape
+def recorder(monkeypatch: pytest.MonkeyPatch) -> AnyRecorder:
+    """What records, and counts what it did."""
+    made = RealRecorder() if DEVICE == "cuda" else TapeRecorder()
+    monkeypatch.setattr(glowplug.compilation, "recorder_for", lambda device: made)
+    return made
+
+
+def prompt(batch: int, tokens: int) -> torch.Tensor:
+    """Ids on the device."""
+    return families.prompt(batch, tokens).to(DEVICE)
 
 
 def compiled(family: str, **options: Any) -> tuple[Any, Any]:
     """A model and its compiled twin."""
-    own, twin = families.build(family), families.build(family)
+    own, twin = families.build(family).to(DEVICE), families.build(family).to(DEVICE)
     glowplug.compile(twin, compiler="eager", cuda_graphs="auto", cache_dir="off", **options)
     return own, twin
 
@@ -60,8 +69,8 @@ class Steps:
     @torch.no_grad()
     def __call__(self, tokens: int = 1) -> torch.Tensor:
         """The logits of the next tokens."""
-        ids = torch.arange(self.position, self.position + tokens).expand(self.batch, -1) % 200 + 3
-        positions = torch.arange(self.position, self.position + tokens).expand(self.batch, -1)
+        positions = torch.arange(self.position, self.position + tokens, device=DEVICE).expand(self.batch, -1)
+        ids = positions % 200 + 3
         self.position += tokens
         output = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
         logits: torch.Tensor = output.logits
@@ -86,21 +95,21 @@ def five_steps(own: Any, twin: Any, batch: int) -> list[Steps]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_eager_and_one_recording_serves(recorder: TapeRecorder, family: str) -> None:
+def test_tokens_equal_eager_and_one_recording_serves(recorder: AnyRecorder, family: str) -> None:
     own, twin = compiled(family)
-    ids = families.prompt(2, 5)
+    ids = prompt(2, 5)
     assert torch.equal(generate(twin, ids), generate(own, ids))
     phases = len(recorder.recordings)
     assert recorder.replays >= NEW - 2 - 2 * phases and phases <= 2  # a window that fills up is another phase
     report = glowplug.report(twin)
     assert report.cuda_graphs.count == phases and report.fallbacks == []
     again = recorder.replays
-    for other in (ids, families.prompt(2, 5) + 1):  # each time another cache, which takes over the memory of the last
+    for other in (ids, prompt(2, 5) + 1):  # each time another cache, which takes over the memory of the last
         assert torch.equal(generate(twin, other), generate(own, other))
     assert len(recorder.recordings) == phases and recorder.replays == again + 2 * (NEW - 1)
 
 
-def test_a_window_that_fills_up(recorder: TapeRecorder) -> None:
+def test_a_window_that_fills_up(recorder: AnyRecorder) -> None:
     """The cache's code does something else once the window is full."""
     own, twin = compiled("gpt_oss")
     window = own.config.sliding_window
@@ -114,7 +123,7 @@ def test_a_window_that_fills_up(recorder: TapeRecorder) -> None:
     assert len(recorder.recordings) == 2
 
 
-def test_nothing_is_recorded_of_prompts(recorder: TapeRecorder) -> None:
+def test_nothing_is_recorded_of_prompts(recorder: AnyRecorder) -> None:
     _, twin = compiled("qwen3_moe")
     steps = Steps(twin)
     for _ in range(4):
@@ -127,11 +136,11 @@ class Kept(DynamicCache):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pieces_are_replayed_between_the_attention_of_a_growing_cache(recorder: TapeRecorder, family: str) -> None:
+def test_pieces_are_replayed_between_the_attention_of_a_growing_cache(recorder: AnyRecorder, family: str) -> None:
     own, twin = compiled(family)
-    ids = families.prompt(2, 5)
-    for prompt in (ids, ids[:1], ids + 1):
-        outputs = [model.generate(prompt, do_sample=False, max_new_tokens=NEW) for model in (own, twin)]
+    ids = prompt(2, 5)
+    for other in (ids, ids[:1], ids + 1):
+        outputs = [model.generate(other, do_sample=False, max_new_tokens=NEW) for model in (own, twin)]
         assert torch.equal(*outputs)
     pieces = glowplug.report(twin).pieces
     assert len(recorder.recordings) == 2 * pieces  # one for each batch size
@@ -140,7 +149,7 @@ def test_pieces_are_replayed_between_the_attention_of_a_growing_cache(recorder: 
 
 
 @pytest.mark.parametrize("change", ["in_place", "data", "expert"])
-def test_changed_weights_are_seen_by_pieces(recorder: TapeRecorder, change: str) -> None:
+def test_changed_weights_are_seen_by_pieces(recorder: AnyRecorder, change: str) -> None:
     own, twin = both("qwen3_moe", growing=True)
     for step in range(12):
         if step == 5:
@@ -152,7 +161,7 @@ def test_changed_weights_are_seen_by_pieces(recorder: TapeRecorder, change: str)
 
 
 @pytest.mark.parametrize("cache", [Kept, lambda config: StaticCache(config=config, max_cache_len=64, offloading=False)])
-def test_caches_of_other_classes_and_layers_are_left_alone(recorder: TapeRecorder, cache: Callable[..., Any]) -> None:
+def test_caches_of_other_classes_and_layers_are_left_alone(recorder: AnyRecorder, cache: Callable[..., Any]) -> None:
     own, twin = both("qwen3_moe", growing=True)
     for step in (own, twin):
         step.cache, step.position = cache(config=step.model.config), 0
@@ -164,10 +173,10 @@ def test_caches_of_other_classes_and_layers_are_left_alone(recorder: TapeRecorde
     assert recorder.attempts == 0
 
 
-def test_off_records_nothing(recorder: TapeRecorder) -> None:
-    model = families.build("qwen3_moe")
+def test_off_records_nothing(recorder: AnyRecorder) -> None:
+    model = families.build("qwen3_moe").to(DEVICE)
     glowplug.compile(model, compiler="eager", cuda_graphs="off", cache_dir="off")
-    generate(model, families.prompt(1, 5))
+    generate(model, prompt(1, 5))
     assert recorder.attempts == 0
 
 
@@ -187,7 +196,7 @@ def _expert(layer: Any) -> None:
 
 @pytest.mark.parametrize("experts", ["inline", "opaque"])
 @pytest.mark.parametrize("change", [_in_place, _data, _expert])
-def test_changed_weights_are_seen(recorder: TapeRecorder, change: Callable[[Any], None], experts: str) -> None:
+def test_changed_weights_are_seen(recorder: AnyRecorder, change: Callable[[Any], None], experts: str) -> None:
     own, twin = both("qwen3_moe", experts=experts)
     for step in range(12):
         if step == 5:
@@ -198,7 +207,7 @@ def test_changed_weights_are_seen(recorder: TapeRecorder, change: Callable[[Any]
     assert recorder.replays >= 6
 
 
-def test_an_attribute_that_a_layer_reads_when_it_runs(recorder: TapeRecorder) -> None:
+def test_an_attribute_that_a_layer_reads_when_it_runs(recorder: AnyRecorder) -> None:
     """Attention reads some attributes of its layer at each step."""
     own, twin = both("qwen3_moe")
     for _ in range(4):
@@ -209,7 +218,7 @@ def test_an_attribute_that_a_layer_reads_when_it_runs(recorder: TapeRecorder) ->
     assert recorder.replays == replays
 
 
-def test_a_weight_that_moves_each_time_is_given_up(recorder: TapeRecorder) -> None:
+def test_a_weight_that_moves_each_time_is_given_up(recorder: AnyRecorder) -> None:
     own, twin = both("qwen3_moe")
     for _ in range(14):
         for model in (own.model, twin.model):
@@ -220,7 +229,7 @@ def test_a_weight_that_moves_each_time_is_given_up(recorder: TapeRecorder) -> No
     assert any("CUDA graph" in fallback.reason for fallback in glowplug.report(twin.model).fallbacks)
 
 
-def test_another_cache_has_recordings_of_its_own(recorder: TapeRecorder) -> None:
+def test_another_cache_has_recordings_of_its_own(recorder: AnyRecorder) -> None:
     own, twin = both("qwen3_moe")
     for _ in range(4):
         torch.testing.assert_close(twin(), own())
@@ -233,7 +242,7 @@ def test_another_cache_has_recordings_of_its_own(recorder: TapeRecorder) -> None
     assert len(recorder.recordings) == 2
 
 
-def test_a_cache_takes_over_the_memory_of_one_that_is_gone(recorder: TapeRecorder) -> None:
+def test_a_cache_takes_over_the_memory_of_one_that_is_gone(recorder: AnyRecorder) -> None:
     own, twin = both("qwen3_moe")
     for _ in range(4):
         torch.testing.assert_close(twin(), own())
@@ -246,7 +255,7 @@ def test_a_cache_takes_over_the_memory_of_one_that_is_gone(recorder: TapeRecorde
     assert len(recorder.recordings) == 1 and twin.cache.layers[1].keys is memory
 
 
-def test_the_memory_of_a_large_cache_is_not_kept(recorder: TapeRecorder) -> None:
+def test_the_memory_of_a_large_cache_is_not_kept(recorder: AnyRecorder) -> None:
     recorder.budget = 2000
     own, twin = both("qwen3_moe")
     for _ in range(4):
@@ -258,21 +267,21 @@ def test_the_memory_of_a_large_cache_is_not_kept(recorder: TapeRecorder) -> None
     assert not graphs._groups
 
 
-def test_another_batch_size_is_another_form(recorder: TapeRecorder) -> None:
+def test_another_batch_size_is_another_form(recorder: AnyRecorder) -> None:
     own, twin = compiled("qwen3_moe")
     for batch in (1, 3):
         five_steps(own, twin, batch)
     assert len(recorder.recordings) == 2
 
 
-def test_the_answer_is_the_callers_own(recorder: TapeRecorder) -> None:
+def test_the_answer_is_the_callers_own(recorder: AnyRecorder) -> None:
     own, twin = both("qwen3_moe")
     pairs = [(twin(), own()) for _ in range(6)]
     for logits, expected in pairs:
         torch.testing.assert_close(logits, expected)
 
 
-def test_inference_mode_and_back(recorder: TapeRecorder) -> None:
+def test_inference_mode_and_back(recorder: AnyRecorder) -> None:
     own, twin = both("gpt_oss")
     for step in range(9):
         with torch.inference_mode(step % 3 == 2):
@@ -280,18 +289,18 @@ def test_inference_mode_and_back(recorder: TapeRecorder) -> None:
     assert recorder.replays >= 6
 
 
-def test_what_waits_for_the_gpu_is_not_recorded(recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_the_gpu_is_not_recorded(recorder: AnyRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     own, twin = both("qwen3_moe")
     ops = importlib.import_module("glowplug.ops.attention")
     inner = ops.layer_index
-    monkeypatch.setattr(ops, "layer_index", lambda layer: int(torch.tensor(inner(layer))))
+    monkeypatch.setattr(ops, "layer_index", lambda layer: int(torch.tensor(inner(layer), device=DEVICE)))
     for _ in range(5):
         torch.testing.assert_close(twin(), own())
     assert recorder.attempts == 1 and recorder.replays == 0
     assert any("not permitted" in fallback.reason for fallback in glowplug.report(twin.model).fallbacks)
 
 
-def test_memory_is_limited(recorder: TapeRecorder) -> None:
+def test_memory_is_limited(recorder: AnyRecorder) -> None:
     recorder.budget = 1000
     own, twin = compiled("qwen3_moe")
     for batch in (1, 2):
@@ -303,9 +312,9 @@ def test_memory_is_limited(recorder: TapeRecorder) -> None:
 @pytest.mark.parametrize(
     "way", [{"num_beams": 3}, {"do_sample": True, "temperature": 0.7}, {"num_return_sequences": 2}]
 )
-def test_ways_to_generate(recorder: TapeRecorder, way: dict[str, Any]) -> None:
+def test_ways_to_generate(recorder: AnyRecorder, way: dict[str, Any]) -> None:
     own, twin = compiled("qwen3_moe")
-    ids = families.prompt(2, 5)
+    ids = prompt(2, 5)
     if "num_return_sequences" in way:
         way = way | {"do_sample": True}
     outputs = []
@@ -330,11 +339,12 @@ class OnePiece:
         return self
 
 
-def test_a_piece_is_replayed_only_for_arguments_like_those_that_were_recorded(recorder: TapeRecorder) -> None:
-    weight = torch.randn(4)
+def test_a_piece_is_replayed_only_for_arguments_like_those_that_were_recorded(recorder: AnyRecorder) -> None:
+    weight = torch.randn(4, device=DEVICE)
     program: Any = OnePiece(lambda x, n, w: (x * n + w,), weight)
     graphs = PieceGraphs(program, recorder, Reads((weight,), ()), Report())
     assert [graphs.begin(1) for _ in range(3)] == [False, True, True]
-    for x, n in [(torch.randn(2, 4), 2), (torch.randn(2, 4), 2), (torch.randn(2, 4), 3), (torch.randn(3, 4), 2)]:
+    for rows, n in [(2, 2), (2, 2), (2, 3), (3, 2)]:
+        x = torch.randn(rows, 4, device=DEVICE)
         torch.testing.assert_close(program.run(x, n, weight)[0], x * n + weight)
     assert len(recorder.recordings) == 1 and recorder.replays == 2

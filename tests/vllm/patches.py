@@ -54,15 +54,21 @@ def fail(module: str, name: str) -> None:
 
 def piecewise(forks: bool) -> None:
     """Let vLLM's own piecewise backend compile the pieces, as it does on a GPU; with `forks`, in forks, and as in a
-    worker of several, which reads its environment only once. Notes a line for each piece compiled here."""
+    worker of several, which reads its environment only once. Notes each piece that is compiled here, and how often the
+    decoder's own forward runs to be compared with."""
     from glowplug.frontends.vllm import pieces, start
     from glowplug.frontends.vllm.private import vllm
 
-    class NoGpu:
+    class Forks:
         """What forks rely on where there is no GPU."""
 
-        def stand_in(self) -> None:
+        def prepare(self) -> bool:
+            """They can compile."""
+            return True
+
+        def enter(self) -> bool:
             """Nothing to stand in for."""
+            return True
 
     def get(config: Any, prefix: str, ops: Any) -> Any:
         compilation = config.compilation_config
@@ -78,9 +84,19 @@ def piecewise(forks: bool) -> None:
             notes.append("compiled")
             return own(piece)
 
+        class Noted(start.OwnForward):
+            """The decoder's own forward."""
+
+            @classmethod
+            def of(cls, *args: Any) -> Any:
+                notes.append("own forward")
+                return own_forward.of(*args)
+
+        own_forward, start.OwnForward = start.OwnForward, Noted
+
         inner._compile = compile_here
         if forks:
-            inner._gpu = NoGpu()
+            inner._forks = Forks()
             vllm().envs.enable_envs_cache()
         return pieces.DecoderCompiler(inner, ops)
 
@@ -138,13 +154,13 @@ def try_faults(layers: list[int]) -> None:
 
     own_compare = start.compare
 
-    def compare(decoder: Any, call: Any, ops: Any, stamped: Any, agree: Any) -> Any:
+    def compare(decoder: Any, own: Any, tokens: int, ops: Any, stamped: Any, agree: Any) -> Any:
         binder = stamped.binder
         places = {
-            (deep.layer + own.offset, own.path)
+            (deep.layer + own_input.offset, own_input.path)
             for deep in stamped.plan.deep
-            for own in deep.inputs.values()
-            if isinstance(own, Own) and deep.layer + own.offset in layers
+            for own_input in deep.inputs.values()
+            if isinstance(own_input, Own) and deep.layer + own_input.offset in layers
         }
         faults: list[tuple[Any, Fault]] = []
         for layer, path in sorted(places):
@@ -156,11 +172,13 @@ def try_faults(layers: list[int]) -> None:
             faults.append(((layer, "swapped", other), swapped(layer, other)))
         for what, fault in faults:
             try:
-                reason = own_compare(decoder, call, ops, replace(stamped, binder=wrongly(binder, fault)), agree)[0]
+                reason = own_compare(decoder, own, tokens, ops, replace(stamped, binder=wrongly(binder, fault)), agree)[
+                    0
+                ]
             except Exception as exc:
                 reason = repr(exc)
             notes.append([*what, reason])
-        return own_compare(decoder, call, ops, stamped, agree)
+        return own_compare(decoder, own, tokens, ops, stamped, agree)
 
     start.compare = compare
 

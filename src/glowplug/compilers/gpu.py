@@ -9,6 +9,7 @@ torch 2.11 with Triton 3.6.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,9 @@ class Gpu:
     def stand_in(self) -> None:
         """In a fork: let torch and Triton answer from these notes, for as long as the fork lives."""
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        if CachingAutotuner.precompile is _compile_only:
+            return
         from torch._subclasses import fake_tensor
         from triton.runtime.driver import driver
 
@@ -147,12 +151,26 @@ def _index_without_guard() -> None:
     torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
 
 
-def note_gpu() -> Gpu | None:
-    """See `Gpu.note`; None if this process uses no GPU, or if torch or Triton lack something that forks need."""
-    if not torch.cuda.is_initialized():
-        return None
-    try:
-        return Gpu.note()
-    except Exception:
-        logger.debug("glowplug: pieces can't be compiled in forks", exc_info=True)
-        return None
+class GpuForks:
+    """Lets forks of this process compile for its GPU."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._gpu: Gpu | None = None
+
+    def prepare(self) -> bool:
+        """Call before forking. Returns whether forks can compile: not if this process uses no GPU, or if torch or
+        Triton lack something that they need."""
+        if self._gpu is None and torch.cuda.is_initialized():
+            try:
+                self._gpu = Gpu.note()
+            except Exception:
+                logger.debug("glowplug: pieces can't be compiled in forks", exc_info=True)
+        return self._gpu is not None
+
+    def enter(self) -> bool:
+        """Call before compiling. Returns whether this process is such a fork, and lets it compile."""
+        if self._gpu is None or os.getpid() == self._process:
+            return False
+        self._gpu.stand_in()
+        return True

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from glowplug.compilers.environment import describe_environment
+from glowplug.compilers.gpu import GpuForks
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
@@ -48,6 +49,7 @@ class InductorCompiler:
         self.options = dict(options or {})
         # Kernels are compiled for a number of threads. Read it here, as a fork that compiles has only one.
         self.threads = torch.get_num_threads()
+        self._gpu_forks = GpuForks()
 
     def problem(self, device_type: str) -> str | None:
         """Why Inductor can't compile here, in one sentence; None if there is no known obstacle."""
@@ -76,9 +78,13 @@ class InductorCompiler:
         return describe_environment(device, self.options, self.threads)
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
-        """See `StoringCompiler.forks`. No forks if CUDA is initialised, or Inductor is limited to one process."""
-        single = config.compile_threads == 1 or self.options.get("compile_threads") == 1
-        if single or torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
+        """See `StoringCompiler.forks`. No forks if Inductor is limited to one process. Pieces for a GPU are compiled in
+        forks that this process waits for, and pieces for a CPU only if this process uses no GPU."""
+        if config.compile_threads == 1 or self.options.get("compile_threads") == 1:
+            return False
+        if several and all(map(_on_gpu, inputs)):
+            return self._gpu_forks.prepare()
+        if torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
             return False
         if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread does not exist in a fork
             return False
@@ -89,7 +95,9 @@ class InductorCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        return self.compile_and_store(piece, inputs, compile_threads=1)[1]
+        # Forks can't run kernels: they are tuned when they first run.
+        patches = {"triton.autotune_at_compile_time": False} if self._gpu_forks.enter() else {}
+        return self.compile_and_store(piece, inputs, compile_threads=1, **patches)[1]
 
     def compile_and_store(
         self, piece: fx.GraphModule, inputs: Sequence[Any], **patches: Any
@@ -142,6 +150,12 @@ def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
 def on_cpu(inputs: Sequence[Any]) -> bool:
     """Whether a piece with these inputs runs on the CPU."""
     return all(value.device.type == "cpu" for value in inputs if isinstance(value, FakeTensor))
+
+
+def _on_gpu(inputs: Sequence[Any]) -> bool:
+    """Whether a piece with these inputs runs on an NVIDIA or AMD GPU."""
+    devices = {value.device.type for value in inputs if isinstance(value, FakeTensor)}
+    return devices == {"cuda"}
 
 
 @contextmanager

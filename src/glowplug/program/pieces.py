@@ -125,10 +125,20 @@ def compile_pieces(
     cache: PieceCache,
     captured: Captured,
     uses: Counter[Fingerprint] | None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> dict[Fingerprint, Run]:
-    """Compile the distinct pieces that `cache` does not have yet, inside their capture. `uses` tells how often each
-    runs in a step, so that seldom used ones can be deferred; None compiles all now. Returns for each piece its
-    compiled code, or its slot if it is deferred.
+    """Compile the distinct pieces that `cache` does not have yet, inside their capture.
+
+    Args:
+        pieces: the distinct pieces.
+        compiler: compiles them.
+        cache: receives them.
+        captured: the capture.
+        uses: how often each runs in a step, so that seldom used ones can be deferred; None compiles all now.
+        meanwhile: called in this process while forks compile all pieces; not called if none do.
+
+    Returns:
+        For each piece its compiled code, or its slot if it is deferred.
 
     Raises:
         CompileError: the compiler failed.
@@ -141,7 +151,7 @@ def compile_pieces(
     if uses is not None and isinstance(compiler, StoringCompiler):
         chosen = choose_deferred(uses, wanted)
         deferred = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
-    compilation.compile(wanted)
+    compilation.compile(wanted, meanwhile)
     # Fork last, so that the child inherits the modules loaded while compiling the other pieces.
     if deferred and not compilation.defer(deferred):
         compilation.compile(deferred)
@@ -169,18 +179,20 @@ class _Compilation:
         self.captured = captured
         self.local: list[Fingerprint] = []
 
-    def compile(self, pieces: Mapping[Fingerprint, Piece]) -> None:
-        """Compile pieces, in several processes if that is worth it."""
+    def compile(self, pieces: Mapping[Fingerprint, Piece], meanwhile: Callable[[], None] | None = None) -> None:
+        """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
         pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
         workers = _workers(len(pieces), _cores())
         channel = self._channel(pieces, several=True) if workers > 1 else None
         jobs = []
         if channel is not None:
             work = functools.partial(self._work, pieces, channel)
-            jobs = [Job.fork(work, nice=0) for _ in range(workers - 1)]
+            jobs = [Job.fork(work, nice=0) for _ in range(workers - (meanwhile is None))]
         with piece_progress(len(pieces)) as advance:
             try:
                 start = time.monotonic()
+                if jobs and meanwhile is not None:
+                    meanwhile()
                 self._compile_free(pieces, channel or self.cache.store, 0, advance)
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
                 # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.

@@ -106,14 +106,42 @@ def _fill(tensor: Tensor, seed: int) -> None:
         tensor.copy_(noise)
 
 
+@dataclass(frozen=True)
+class OwnForward:
+    """What a decoder's own forward does on a few distinct tokens.
+
+    Attributes:
+        call: the call with these tokens.
+        seen: the calls of splitting ops.
+        output: what it returned.
+    """
+
+    call: DecoderCall
+    seen: Sequence[tuple[str, Any]]
+    output: Any
+
+    @classmethod
+    def of(cls, decoder: Any, call: DecoderCall, ops: SplittingOps) -> OwnForward:
+        """Run it, on the first tokens of a call."""
+        tokens = min(_TOKENS, call.tokens)
+        model = decoder.vllm_config.model_config
+        limit = min(model.max_model_len, getattr(model.hf_text_config, "vocab_size", model.max_model_len))
+        short = call.distinct(tokens, max(1, min(_STRIDE, limit // tokens)))
+        calls = _Calls(ops)
+        with torch.no_grad(), _context_of(tokens, call.tokens), calls, _unchanged(decoder):
+            output = type(decoder).forward(decoder, **short.arguments())
+        return cls(short, calls.seen, output)
+
+
 def compare(
-    decoder: Any, call: DecoderCall, ops: SplittingOps, stamped: Stamped, agree: Agree | None
+    decoder: Any, own: OwnForward, tokens: int, ops: SplittingOps, stamped: Stamped, agree: Agree | None
 ) -> tuple[str | None, Any]:
     """Compare a stamped program with the decoder's own forward.
 
     Args:
         decoder: the decoder.
-        call: the call that the program is to serve.
+        own: what its own forward did.
+        tokens: the number of tokens of the call that the program is to serve.
         ops: the splitting ops.
         stamped: the program.
         agree: makes the finding of one rank that of all, of a decoder that several ranks run together.
@@ -121,15 +149,9 @@ def compare(
     Returns:
         Why the program must not serve, or None; and the structure of what the decoder returns, None for one tensor.
     """
-    tokens = min(_TOKENS, call.tokens)
-    model = decoder.vllm_config.model_config
-    limit = min(model.max_model_len, getattr(model.hf_text_config, "vocab_size", model.max_model_len))
-    short = call.distinct(tokens, max(1, min(_STRIDE, limit // tokens)))
-    with torch.no_grad(), _context_of(short.tokens, call.tokens):
-        own = _Calls(ops)
-        with own, _unchanged(decoder):
-            output = type(decoder).forward(decoder, **short.arguments())
-        expected, form = pytree.tree_flatten(output)
+    short = own.call
+    expected, form = pytree.tree_flatten(own.output)
+    with torch.no_grad(), _context_of(short.tokens, tokens):
         graphs = stamped.graphs()
         program = stamped.write(decoder)
         program = program.with_slots(
@@ -158,7 +180,7 @@ def compare(
         if reason is None:
             cases = [Case(f"{short.tokens} tokens", expected, run)]
             reason = why_wrong(program, uncompiled, cases, agree, once=True)
-    return reason, None if isinstance(output, Tensor) else form
+    return reason, None if isinstance(own.output, Tensor) else form
 
 
 def _filled(run: Callable[..., Any], outputs: Sequence[int]) -> Callable[..., Any]:

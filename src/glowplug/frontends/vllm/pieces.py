@@ -4,7 +4,6 @@ hands the whole graph to Inductor, by Inductor with vLLM's options."""
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import Gpu, note_gpu
+from glowplug.compilers.gpu import GpuForks
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
@@ -130,8 +129,7 @@ class PiecewiseCompiler:
         # may combine is combined without a benchmark, after which it combines all that run for less than 0.3 ms.
         self.backend.inductor_config["triton.autotune_at_compile_time"] = False
         self.backend.inductor_config["benchmark_combo_kernel"] = False
-        self._process = os.getpid()
-        self._gpu: Gpu | None = None
+        self._forks = GpuForks()
 
     def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Run:
         """See `PieceCompiler.compile`."""
@@ -155,15 +153,11 @@ class PiecewiseCompiler:
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`."""
-        if self._gpu is None:
-            self._gpu = note_gpu()
-        return self._gpu is not None
+        return self._forks.prepare()
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        if self._gpu is not None and os.getpid() != self._process:
-            self._gpu.stand_in()
-            self._gpu = None
+        self._forks.enter()
         return self.compile_and_store(piece, inputs)[1]
 
     def compile_and_store(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:

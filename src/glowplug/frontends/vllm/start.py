@@ -15,7 +15,7 @@ import torch
 
 from glowplug.errors import AttributesReadError, NotStampableError
 from glowplug.frontends.vllm.calls import MODEL, DecoderCall, argument, readers
-from glowplug.frontends.vllm.check import compare
+from glowplug.frontends.vllm.check import OwnForward, compare
 from glowplug.frontends.vllm.layers import SourceBinder, assign_layers, choose, locate, short_decoder
 from glowplug.frontends.vllm.log import logger
 from glowplug.frontends.vllm.pieces import DecoderCompiler, SplittingOps, get_compiler, uninitialised
@@ -66,6 +66,8 @@ class Start:
         self._compiler: DecoderCompiler = get_compiler(config, decoder._compile_prefix, self._ops)
         self._stored: Stored | None = None
         self._traced: tuple[set[str], frozenset[str]] | None = None
+        self._own: OwnForward | None = None
+        self._in_inference = torch.is_inference_mode_enabled()
 
     def run(self) -> Stamped:
         """What serves the decoder. Ranks that run it together agree.
@@ -107,13 +109,22 @@ class Start:
                 with vllm().monitor_profiling_run(), self._phase(FIRST_RUN):
                     self._tune(candidate)
             with self._phase("check"):
-                compared = compare(self._decoder, self._call, self._ops, candidate, self._agree)
+                own = self._own or OwnForward.of(self._decoder, self._call, self._ops)
+                compared = compare(self._decoder, own, self._call.tokens, self._ops, candidate, self._agree)
         except Exception as exc:  # whatever a program does, vLLM can compile without it
             logger().debug("glowplug: the program failed", exc_info=True)
             return f"it raises {why(exc)}", None
         if is_piecewise:
             compilation.compilation_time += self.seconds["check"]
         return compared
+
+    def _run_own(self) -> None:
+        """Run the decoder's own forward, to compare with it later. If it fails, it is run again then."""
+        try:
+            with torch.inference_mode(self._in_inference):
+                self._own = self._own or OwnForward.of(self._decoder, self._call, self._ops)
+        except Exception:
+            logger().debug("glowplug: the decoder's own forward failed", exc_info=True)
 
     def _tune(self, candidate: Stamped) -> None:
         """Run the program on the whole dummy batch, on which Triton tunes the kernels that it has not tuned before."""
@@ -172,7 +183,9 @@ class Start:
                 plan, binder, outside, distinct = self._stamp(captured, template)
             with self._phase("compile"):
                 cache = PieceCache(store=self._stored.records.pieces if self._stored is not None else None)
-                slots = compile_pieces(distinct, self._compiler, cache, captured, None)
+                # Ranks run their decoder's collectives together, and may compile different pieces.
+                meanwhile = self._run_own if self._agree is None else None
+                slots = compile_pieces(distinct, self._compiler, cache, captured, None, meanwhile)
             self._traced = read, traced_files()
             graphs = {slot: piece.gm.forward for slot, piece in distinct.items()}
             ops = frozenset(slot for slot, piece in distinct.items() if self._ops.is_in(piece.gm))
