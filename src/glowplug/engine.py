@@ -148,14 +148,15 @@ class Engine:
             running = ready.begin(call.cache, state.bodies)
         self.report.serving = "program"
         bodies = running.bodies.unchanged(self.report)
+        inputs = self.front.inputs(running.program.arguments, call)
+        outputs: Sequence[Any] | None = None
         if state.graphs is not None and (step := self.front.step(call)) is not None:
-            inputs = self.front.inputs(running.program.arguments, call)
             run, held = _runner(state.registry, bodies), (state.registry, *bodies.values())
             outputs = state.graphs.run(step, running.program, held, inputs, run)
-            if outputs is not None:
-                return self.front.wrap(ready.returns, call, outputs)
-        context = ForwardContext(state.registry, call.cache, self.check_order, bodies)
-        return ready.run(call, running.program, context)
+        if outputs is None:
+            context = ForwardContext(state.registry, call.cache, self.check_order, bodies)
+            outputs = run_inputs(running.program, inputs, context)
+        return self.front.wrap(ready.returns, call, outputs)
 
     def _poll(self, state: Compilation) -> None:
         """Put to use what was compiled in the background. Whatever comes of it, the call goes on."""

@@ -103,10 +103,6 @@ class Ready:
             self._checked[key] = self.assumptions.broken_by(shapes, smallest=self.front.smallest)
         return self._checked[key]
 
-    def run(self, call: Call, program: Program, context: ForwardContext) -> Any:
-        """Run a call that the program can serve; returns what the model's forward would."""
-        return self.front.wrap(self.returns, call, run_program(self.front, program, call, context))
-
 
 def run_program(front: FrontEnd, program: Program, call: Call, context: ForwardContext) -> Sequence[Any]:
     """What a program returns for a call."""

@@ -21,63 +21,28 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from glowplug.cuda_graphs.memory import Reads, addresses, copies_of, equal, key_of, own_of, switches
+from glowplug.cuda_graphs.memory import MOST_STALE, Reads, addresses, copies_of, equal, key_of, own_of, switches
 from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.cuda_graphs.recorder import Recorder, Recording
+from glowplug.cuda_graphs.steps import FixedStep, GrowingStep, Step
 from glowplug.program import Program
 from glowplug.reasons import why
 from glowplug.report import Report
 from glowplug.runtime.forks import make_lock
 
-_MOST_STALE = 3
-"""How often a recording may go stale before steps of its form are no longer recorded."""
 _MOST = 64
 """How many forms of steps are remembered for one cache."""
 
 
 RunProgram = Callable[[Program, Any, Sequence[Any]], Any]
 """Runs a program, given the cache and the inputs."""
-
-
-class Step(Protocol):
-    """One step of a sequence, as far as it is not in the inputs of the program."""
-
-    @property
-    def cache(self) -> Any:
-        """The cache of the sequence, which the recordings of its steps live with."""
-        ...
-
-    @property
-    def grows(self) -> bool:
-        """Whether the cache's tensors grow. Then its code runs at each step; it keeps no tensor that it is given."""
-        ...
-
-    @property
-    def phase(self) -> Hashable:
-        """What the cache's code does, where Python values decide it; of a growing cache, the sizes of the step."""
-        ...
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The tensors of the cache, which a run reads and writes."""
-        ...
-
-    def rebind(self, tensors: Sequence[Tensor]) -> None:
-        """Let the cache hold other tensors in the place of these."""
-        ...
-
-    def recordable(self) -> Any:
-        """The cache as a recorded run uses it: it changes tensors alone, in place, and no Python value."""
-        ...
-
-    def advance(self) -> None:
-        """Change the Python values of the cache as a run would have done."""
-        ...
+_Run = Callable[[Any, Sequence[Any]], Any]
+"""The same of one program."""
 
 
 @dataclass
@@ -180,17 +145,19 @@ class CudaGraphs:
                 return None
             return self._replay(form, step, inputs)
 
-    def _run_pieces(self, step: Step, program: Program, inputs: Sequence[Any], run: RunProgram) -> list[Any] | None:
+    def _run_pieces(
+        self, step: GrowingStep, program: Program, inputs: Sequence[Any], run: RunProgram
+    ) -> list[Any] | None:
         """The same for a step over a growing cache."""
         if self._pieces is None or self._pieces.program is not program:
             self._pieces = PieceGraphs(program, self._recorder, self._reads(), self._report)
-        if not self._pieces.begin((switches(), step.phase)):
+        if not self._pieces.begin((switches(), step.sizes)):
             return None
         self._follow()
         outputs = run(self._pieces.wrapped, step.cache, inputs)
         return copies_of(outputs)
 
-    def _group(self, step: Step) -> _Group:
+    def _group(self, step: FixedStep) -> _Group:
         """The recordings for the cache of a step: its own, or those of a cache that is gone."""
         number = id(step.cache)
         group = self._groups.get(number)
@@ -219,7 +186,12 @@ class CudaGraphs:
             self._groups.pop(number, None)
 
     def _is_current(
-        self, form: _Form, group: _Group, step: Step, inputs: Sequence[Any], run: Callable[[Any, Sequence[Any]], Any]
+        self,
+        form: _Form,
+        group: _Group,
+        step: FixedStep,
+        inputs: Sequence[Any],
+        run: _Run,
     ) -> bool:
         """Whether a form has a recording that serves a step. Records one where there is none."""
         if form.recording is None:
@@ -230,11 +202,11 @@ class CudaGraphs:
             return True
         form.drop()
         form.stale += 1
-        if form.stale >= _MOST_STALE:
+        if form.stale >= MOST_STALE:
             self._refuse(form, "weights or the cache move from step to step")
         return False
 
-    def _record(self, form: _Form, step: Step, inputs: Sequence[Any], run: Callable[[Any, Sequence[Any]], Any]) -> bool:
+    def _record(self, form: _Form, step: FixedStep, inputs: Sequence[Any], run: _Run) -> bool:
         if self._size() >= self._recorder.budget:
             self._refuse(form, f"others already take {self._size() >> 20} MiB of memory")
             return False
@@ -261,7 +233,7 @@ class CudaGraphs:
         form.refused = True
         self._report.fall_back(f"a step is recorded in no CUDA graph: {reason}", to="launches")
 
-    def _replay(self, form: _Form, step: Step, inputs: Sequence[Any]) -> list[Any]:
+    def _replay(self, form: _Form, step: FixedStep, inputs: Sequence[Any]) -> list[Any]:
         assert form.recording is not None
         self._follow()
         with torch.no_grad():

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_STALE = 3
+"""How often a recording may go stale, as weights or a cache moved, before nothing of its form is recorded."""
 _dtype = operator.attrgetter("dtype")
 
 

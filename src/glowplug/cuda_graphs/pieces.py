@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from glowplug.cuda_graphs.memory import Reads, addresses, key_of, own_of
+from glowplug.cuda_graphs.memory import MOST_STALE, Reads, addresses, key_of, own_of
 from glowplug.cuda_graphs.recorder import Recorder, Recording
 from glowplug.program import Program
 from glowplug.reasons import why
 from glowplug.report import Report
 
-_MOST_STALE = 3
-"""How often weights may move before pieces are no longer recorded."""
 _MOST = 16
 """How many sizes of steps are recorded."""
 
@@ -67,7 +65,7 @@ class PieceGraphs:
             self.fixed.clear()
             for piece in self._pieces:
                 piece.forms.clear()
-        if self._stale >= _MOST_STALE or self._held >= self.recorder.budget:
+        if self._stale >= MOST_STALE or self._held >= self.recorder.budget:
             return False
         if sizes not in self._known:  # the first step sets up what a recording can't
             if len(self._known) < _MOST:

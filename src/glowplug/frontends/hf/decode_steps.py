@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,14 +52,14 @@ class _RecordableCache(StaticCache):
 
 @dataclass(frozen=True)
 class StaticStep:
-    """One token for each sequence of a static cache; see `glowplug.cuda_graphs.Step`.
+    """One token for each sequence of a static cache; see `glowplug.cuda_graphs.FixedStep`.
 
     Attributes:
         cache: the cache.
     """
 
     cache: StaticCache
-    grows = False
+    grows: ClassVar[Literal[False]] = False
 
     @property
     def phase(self) -> tuple[bool, ...]:
@@ -68,20 +68,20 @@ class StaticStep:
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """See `Step.tensors`."""
+        """See `FixedStep.tensors`."""
         return [t for layer in self.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
     def rebind(self, tensors: Sequence[Tensor]) -> None:
-        """See `Step.rebind`."""
+        """See `FixedStep.rebind`."""
         for layer, own in zip(self.cache.layers, zip(*[iter(tensors)] * 3, strict=True), strict=True):
             layer.keys, layer.values, layer.cumulative_length = own
 
     def recordable(self) -> StaticCache:
-        """See `Step.recordable`."""
+        """See `FixedStep.recordable`."""
         return _RecordableCache.of(self.cache)
 
     def advance(self) -> None:
-        """See `Step.advance`."""
+        """See `FixedStep.advance`."""
         for layer in self.cache.layers:
             if type(layer) is StaticSlidingWindowLayer:
                 layer.cumulative_length_int += 1
@@ -89,28 +89,17 @@ class StaticStep:
 
 @dataclass(frozen=True)
 class GrowingStep:
-    """One token for each sequence of a growing cache; see `glowplug.cuda_graphs.Step`. Its layers copy what they are
-    given.
+    """One token for each sequence of a growing cache; see `glowplug.cuda_graphs.GrowingStep`. Its layers copy what they
+    are given.
 
     Attributes:
         cache: the cache.
-        phase: the sizes of the step's input.
+        sizes: those of the step's input.
     """
 
     cache: Cache
-    phase: tuple[int, ...]
-    grows = True
-    tensors = ()
-
-    def rebind(self, tensors: Sequence[Tensor]) -> None:
-        """See `Step.rebind`: a growing cache is never recorded."""
-
-    def recordable(self) -> Cache:
-        """See `Step.recordable`."""
-        return self.cache
-
-    def advance(self) -> None:
-        """See `Step.advance`: its code has run."""
+    sizes: tuple[int, ...]
+    grows: ClassVar[Literal[True]] = True
 
 
 _LAYERS: dict[type[Cache], set[type]] = {
