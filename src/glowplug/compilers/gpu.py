@@ -8,6 +8,7 @@ torch 2.11 with Triton 3.6.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -149,6 +150,32 @@ def _index_without_guard() -> None:
         return torch.ops.aten.index.Tensor(tensor, [chosen.get(at) for at in range(max(chosen) + 1)])
 
     torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
+
+
+def warm_up(device: int | None) -> None:
+    """Do the one-off work of Inductor and Triton, in a thread: imports, and hashes of both. What is missing is reported
+    by those who need it.
+
+    Args:
+        device: the index of the GPU that the calling thread uses; None on a CPU.
+    """
+    with contextlib.suppress(Exception):
+        _warm_up(device)
+
+
+def _warm_up(device: int | None) -> None:
+    import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
+    from torch._inductor import compile_fx  # noqa: F401
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    torch_key()
+    if device is not None:
+        from torch.utils._triton import triton_hash_with_backend
+        from triton.compiler import code_generator  # noqa: F401
+
+        with torch.cuda.device(device):  # each thread has its own
+            triton_hash_with_backend()
+            CacheBase.get_system()
 
 
 class GpuForks:

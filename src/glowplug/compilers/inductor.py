@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +14,12 @@ import torch
 from torch import fx
 
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import GpuForks
+from glowplug.compilers.gpu import GpuForks, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
+from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
 
 try:
@@ -59,6 +62,8 @@ class InductorCompiler:
         """Start Inductor's one-off work, which then runs during the trace."""
         if device_type == "cpu":
             cpu_toolchain()
+        elif self._may_fork and torch.cuda.is_initialized():
+            begin_thread(functools.partial(warm_up, torch.cuda.current_device()), "glowplug-warm-up")
         else:  # as torch.compile does: start the processes that compile Triton kernels
             with quiet():
                 importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
@@ -80,7 +85,7 @@ class InductorCompiler:
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`. No forks if Inductor is limited to one process. Pieces for a GPU are compiled in
         forks that this process waits for, and pieces for a CPU only if this process uses no GPU."""
-        if config.compile_threads == 1 or self.options.get("compile_threads") == 1:
+        if not self._may_fork:
             return False
         if several and all(map(_on_gpu, inputs)):
             return self._gpu_forks.prepare()
@@ -92,6 +97,12 @@ class InductorCompiler:
             with quiet():
                 importlib.import_module("torch._inductor.compile_fx")
         return True
+
+    @property
+    def _may_fork(self) -> bool:
+        """Whether pieces may be compiled in forks, as far as the platform and the options decide it."""
+        limit = self.options.get("compile_threads", config.compile_threads)
+        return sys.platform == "linux" and limit != 1
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
@@ -125,6 +136,8 @@ class InductorCompiler:
         return self._compile(piece, inputs, patches, aot)
 
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
+        if _on_gpu(inputs) and self._may_fork:  # instead of processes of Inductor's, which start for seconds
+            patches = {"compile_threads": 1, **patches}
         patches = {"cpp.threads": self.threads, **self.options, **patches}
         if on_cpu(inputs):
             cpu_toolchain().wait()

@@ -214,26 +214,6 @@ def _symbolic_dims(value: Any) -> Iterator[int]:
             yield dim
 
 
-def warm_up(device: int | None) -> None:
-    """Do the one-off work of Inductor and Triton while the weights load: imports, and hashes of both.
-
-    Args:
-        device: the index of the GPU that the calling thread uses; None on a CPU.
-    """
-    import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
-    from torch._inductor import compile_fx  # noqa: F401
-    from torch._inductor.codecache import CacheBase, torch_key
-
-    torch_key()
-    if device is not None:
-        from torch.utils._triton import triton_hash_with_backend
-        from triton.compiler import code_generator  # noqa: F401
-
-        with torch.cuda.device(device):  # each thread has its own
-            triton_hash_with_backend()
-            CacheBase.get_system()
-
-
 _STORABLE = "VLLM_USE_MEGA_AOT_ARTIFACT"
 """The environment variable of vLLM by which it compiles into a form that can be stored."""
 
