@@ -29,7 +29,7 @@ class Config:
     Attributes:
         pairs: the most pairs; a power of two.
         by_pair: whether a program belongs to a pair, of which the first of each expert works, or to an expert.
-        block_m: rows of an expert that a program handles at a time; a power of two, at least 16.
+        block_m: rows of an expert that a program handles at a time; a power of two from 16 to `pairs`.
         block_n: columns of a program; a power of two, at least 16.
         block_k: inputs read at a time; a power of two, at least 16.
         stages: blocks in flight.
@@ -57,7 +57,7 @@ def config_of(pairs: int, experts: int, n: int, k: int, transposed: bool, size: 
         size: bytes of an element.
     """
     most = next(bound for bound in _SIZES if pairs <= bound)
-    block_m = 16 if most <= 4 * experts else 32 if most <= 8 * experts else 64
+    block_m = min(most, 16 if most <= 4 * experts else 32 if most <= 8 * experts else 64)
     block_k = (128 if k > 64 else 64) * 2 // size
     return Config(most, most <= experts, block_m, 64, block_k, 4 if block_m < 64 else 3, 4)
 
@@ -96,13 +96,11 @@ def expert_linear(
     Raises:
         ValueError: shapes or dtypes don't fit together.
     """
-    output: Tensor = torch.ops.glowplug.expert_linear(input, weight, experts, bias, top_k, transposed)
+    output: Tensor = torch.ops.glowplug.expert_linear.default(input, weight, experts, bias, top_k, transposed)
     return output
 
 
-def _run(
-    input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool
-) -> Tensor:
+def _run(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool) -> Tensor:
     _check(input, weight, experts, bias, top_k, transposed)
     input, experts = input.contiguous(), experts.contiguous()
     bias = bias.contiguous() if bias is not None else None
@@ -119,15 +117,11 @@ def _run(
     return _gathered(input, weight, experts, bias, top_k, transposed)
 
 
-def _fake(
-    input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool
-) -> Tensor:
+def _fake(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool) -> Tensor:
     return input.new_empty((experts.shape[0], weight.shape[2 if transposed else 1]))
 
 
-def _check(
-    input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool
-) -> None:
+def _check(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool) -> None:
     if input.dim() != 2 or weight.dim() != 3 or experts.dim() != 1:
         raise ValueError("expert_linear takes an input of 2 dimensions, a weight of 3 and experts of 1")
     n, k = weight.shape[2 if transposed else 1], weight.shape[1 if transposed else 2]
@@ -194,7 +188,7 @@ def _grouped(
 ) -> Tensor:
     """Many pairs: sorted by their expert."""
     count = weight.shape[0]
-    chosen, order = torch.where((experts >= 0) & (experts < count), experts, count).sort(stable=True)
+    chosen, order = experts.masked_fill((experts < 0) | (experts >= count), count).sort(stable=True)
     ends = torch.searchsorted(
         chosen, torch.arange(count, dtype=chosen.dtype, device=chosen.device), right=True, out_int32=True
     )

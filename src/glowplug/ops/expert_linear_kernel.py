@@ -2,6 +2,7 @@
 
 Checked on Triton 3.6.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -43,20 +44,21 @@ def _multiply(
     depth = tl.where(known, K, 0)
     in_n = columns < N
     offsets = tl.arange(0, BLOCK_K)
-    x_ptrs = input_ptr + (rows // top_k)[:, None] * K + offsets[None, :]
-    w_ptrs = weight_ptr + expert.to(tl.int64) * stride_e + offsets[:, None] * stride_k + columns[None, :] * stride_n
+    from_x = (rows // top_k)[:, None] * K + offsets[None, :]
+    from_w = offsets[:, None] * stride_k + columns[None, :] * stride_n
+    weight_ptr += expert.to(tl.int64) * stride_e
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=in_n[None, :], other=0.0)
+            x = tl.load(input_ptr + from_x, mask=valid[:, None], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_n[None, :], other=0.0)
         else:
             in_k = offsets < K - start
-            x = tl.load(x_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+            x = tl.load(input_ptr + from_x, mask=valid[:, None] & in_k[None, :], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_k[:, None] & in_n[None, :], other=0.0)
         total = tl.dot(x, w, total, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * stride_k
+        input_ptr += BLOCK_K
+        weight_ptr += BLOCK_K * stride_k
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert * N + columns, mask=in_n & known, other=0.0)
         total += bias.to(tl.float32)[None, :]
@@ -90,8 +92,8 @@ def _expert_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (block of columns, slot). A slot is a pair that works if no earlier pair has its expert (BY_PAIR), or else
-    an expert. The last slot of experts, and a pair without a known expert, write zeros."""
+    """Program (block of columns, slot). A slot is a pair, which works if no earlier pair has its expert (BY_PAIR); or an
+    expert. The last slot of experts, and a pair without a known expert, write zeros."""
     slot = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     numbers = tl.arange(0, PAIRS)
@@ -103,19 +105,14 @@ def _expert_linear(
     else:
         expert = slot
     matches = (chosen == expert) & (numbers < pairs)
-    if BY_PAIR:
-        if tl.min(tl.where(matches, numbers, PAIRS), 0) < slot:
-            return
     count = tl.sum(matches.to(tl.int32), 0)
+    if BY_PAIR:
+        count = tl.where(tl.min(tl.where(matches, numbers, PAIRS), 0) == slot, count, 0)
     if count == 0:
         return
-    if PAIRS <= BLOCK_M:
-        rows = tl.arange(0, BLOCK_M)
-        ids = tl.load(experts_ptr + rows, mask=rows < pairs, other=0)
-        chosen = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
-        valid = (chosen == expert) & (rows < pairs)
+    if PAIRS == BLOCK_M:
         _multiply(
-            input_ptr, weight_ptr, bias_ptr, output_ptr, rows, valid, columns, expert, top_k, num_experts, N, K,
+            input_ptr, weight_ptr, bias_ptr, output_ptr, numbers, matches, columns, expert, top_k, num_experts, N, K,
             stride_e, stride_n, stride_k, HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
