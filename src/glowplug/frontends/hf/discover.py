@@ -21,8 +21,10 @@ from glowplug.frontends.hf.entries import rope_types, rotary_layers
 from glowplug.frontends.hf.sharding import sharded_modules
 from glowplug.graph.capture import in_mode_of, is_fake
 from glowplug.layers.copies import TreeCopy
+from glowplug.layers.reads import hooks_of
 from glowplug.layers.stack import LayerStack, find_stack
 from glowplug.ops.attention import ATTENTION_FN_ATTR, layer_index
+from glowplug.ops.expert_linear import has_kernel
 from glowplug.ops.moe import shared_experts_name
 
 NAME = "glowplug"
@@ -31,6 +33,10 @@ _CACHE_ARGUMENTS = {"cache_params", "past_key_values", "past_key_value", "layer_
 _READS_VALUES = {"tolist", "item", "nonzero"}
 """Methods that take a tensor's values into Python."""
 _TRACEABLE = ("grouped_mm", "batched_mm")
+BY_EXPERT = "glowplug_by_expert"
+"""glowplug's own experts implementation for the graph: two calls of `glowplug::expert_linear`."""
+SAME_EXPERTS = (None, "eager", *_TRACEABLE)
+"""Experts implementations between which generate() itself switches on a GPU; they compute the same."""
 
 
 class Shadow(TreeCopy):
@@ -104,7 +110,7 @@ def plan(model: PreTrainedModel, choice: str, *, bodies: bool = False) -> Expert
     on_cpu = next(model.parameters()).device.type == "cpu"
     inline = (own in _TRACEABLE or not experts) and not (bodies and on_cpu)
     if choice == "inline" or (choice == "auto" and inline):
-        implementation = (own if own in _TRACEABLE else _TRACEABLE[0]) if experts else None
+        implementation = _traced_implementation(own, experts) if experts else None
         return ExpertsPlan("inline", implementation, {}, {}, layers, orders)
     blocks = _shared_blocks(model, hidden_size, all_experts)
     in_blocks = {id(module) for block in blocks.values() for module in block.modules()}
@@ -114,6 +120,33 @@ def plan(model: PreTrainedModel, choice: str, *, bodies: bool = False) -> Expert
     orders["glowplug::moe_forward_shared"] = list(blocks)
     layers = {name: m for name, m in modules.items() if name in layers or name in routed or name in blocks}
     return ExpertsPlan("opaque", NAME if experts else None, blocks, routed_only, layers, orders)
+
+
+def _traced_implementation(own: str | None, experts: Mapping[str, nn.Module]) -> str:
+    """The implementation that a trace leaves in the graph, for a model's own one and all of its experts."""
+    if own in SAME_EXPERTS and all(map(_takes_kernel, experts.values())):
+        return BY_EXPERT
+    return own if own in _TRACEABLE else _TRACEABLE[0]
+
+
+def _takes_kernel(layer: nn.Module) -> bool:
+    """Whether experts are of plain weights, which the kernel of `glowplug::expert_linear` takes, and nothing is put
+    around their forward."""
+    tables = [layer._parameters.get(name) for name in ("gate_up_proj" if _has_gate(layer) else "up_proj", "down_proj")]
+    weights = [weight for weight in tables if weight is not None]
+    return (
+        len(weights) == 2
+        and "forward" not in layer.__dict__
+        and not hooks_of(layer)
+        and len({weight.dtype for weight in weights}) == 1
+        and weights[0].dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(weight.dim() == 3 and (type(weight) is nn.Parameter or is_fake(weight)) for weight in weights)
+        and has_kernel(weights[0].device)
+    )
+
+
+def _has_gate(layer: Any) -> bool:
+    return bool(getattr(layer, "has_gate", True))
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -46,8 +46,6 @@ from glowplug.runtime.fitness import unfit
 from glowplug.store.address import class_modules, sources_of
 from glowplug.verify.check import Agree, Case, why_wrong
 
-_SAME_EXPERTS = (None, "eager", "grouped_mm", "batched_mm")
-"""Experts implementations between which generate() itself switches on a GPU; they compute the same."""
 _FEW = 4
 """Token mixers of a model that need no template."""
 
@@ -193,7 +191,7 @@ class HfFrontEnd:
     def _read_settings(self) -> tuple[Any, ...]:
         config = self.model.config.get_text_config()
         experts = getattr(config, "_experts_implementation", None)
-        return config._attn_implementation, None if experts in _SAME_EXPERTS else experts
+        return config._attn_implementation, None if experts in discover.SAME_EXPERTS else experts
 
     def builds(self, report: Report) -> Builds:
         """See `FrontEnd.builds`."""

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from glowplug.errors import CaptureError
 from glowplug.frontends.hf.caches import own_cache_class
 from glowplug.frontends.hf.discover import (
+    BY_EXPERT,
     NAME,
     ExpertsPlan,
     Shadow,
@@ -31,6 +32,7 @@ from glowplug.frontends.hf.sharding import entry_of, sharded_modules
 from glowplug.layers.reads import FORWARD_HOOKS
 from glowplug.ops.arguments import encode
 from glowplug.ops.attention import attention, kv_cache_update
+from glowplug.ops.expert_linear import expert_linear
 from glowplug.ops.moe import moe_forward, moe_forward_shared
 
 
@@ -47,9 +49,28 @@ def _experts_entry(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return moe_forward(module, hidden_states, top_k_index, top_k_weights)
 
 
+def _by_expert(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function that traces see if experts stay in the graph and `glowplug::expert_linear` has a kernel.
+    Computes what transformers' `batched_mm_experts_forward` does."""
+    tokens, top_k = top_k_index.shape
+    experts = top_k_index.reshape(-1)
+    transposed = module.is_transposed
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    inner = expert_linear(hidden_states, getattr(module, name), experts, bias, top_k, transposed)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    bias = module.down_proj_bias if module.has_bias else None
+    output = expert_linear(inner, module.down_proj, experts, bias, 1, transposed)
+    if getattr(module, "has_post_expert_norm", False):  # not in transformers 5.17
+        output = module.post_expert_norm(output)
+    weighted = output * top_k_weights.reshape(-1, 1)
+    return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
 AttentionInterface.register(NAME, _attention_entry)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_entry)
+ALL_EXPERTS_FUNCTIONS.register(BY_EXPERT, _by_expert)
 
 
 class CaptureCache(Cache):

@@ -1,0 +1,177 @@
+"""The Triton kernel of `glowplug::expert_linear` for few pairs. The only module that imports Triton; imported on CUDA.
+
+Checked on Triton 3.6.
+"""
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glowplug.ops.expert_linear import Config
+
+
+@triton.jit
+def _multiply(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    output_ptr,
+    rows,
+    valid,
+    columns,
+    expert,
+    top_k,
+    num_experts,
+    N,
+    K,
+    stride_e,
+    stride_n,
+    stride_k,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write the columns of these rows (pairs) of one expert. Unknown experts give zeros."""
+    known = expert < num_experts
+    depth = tl.where(known, K, 0)
+    in_n = columns < N
+    offsets = tl.arange(0, BLOCK_K)
+    from_x = (rows // top_k)[:, None] * K + offsets[None, :]
+    from_w = offsets[:, None] * stride_k + columns[None, :] * stride_n
+    weight_ptr += expert.to(tl.int64) * stride_e
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(input_ptr + from_x, mask=valid[:, None], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_n[None, :], other=0.0)
+        else:
+            in_k = offsets < K - start
+            x = tl.load(input_ptr + from_x, mask=valid[:, None] & in_k[None, :], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        total = tl.dot(x, w, total, input_precision="ieee")
+        input_ptr += BLOCK_K
+        weight_ptr += BLOCK_K * stride_k
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert * N + columns, mask=in_n & known, other=0.0)
+        total += bias.to(tl.float32)[None, :]
+    output_ptrs = output_ptr + rows[:, None] * N + columns[None, :]
+    tl.store(output_ptrs, total.to(output_ptr.dtype.element_ty), mask=valid[:, None] & in_n[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["pairs", "top_k", "num_experts"],
+    do_not_specialize_on_alignment=["experts_ptr", "bias_ptr"],
+)
+def _expert_linear(
+    input_ptr,
+    weight_ptr,
+    experts_ptr,
+    bias_ptr,
+    output_ptr,
+    pairs,
+    top_k,
+    num_experts,
+    N,
+    K,
+    stride_e,
+    stride_n,
+    stride_k,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BY_PAIR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (block of columns, slot). A slot is a pair, which works if no earlier pair has its expert (BY_PAIR); or an
+    expert. The last slot of experts, and a pair without a known expert, write zeros."""
+    slot = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    numbers = tl.arange(0, PAIRS)
+    ids = tl.load(experts_ptr + numbers, mask=numbers < pairs, other=0)
+    chosen = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    if BY_PAIR:
+        mine = tl.load(experts_ptr + slot)
+        expert = tl.where((mine >= 0) & (mine < num_experts), mine, num_experts).to(tl.int32)
+    else:
+        expert = slot
+    matches = (chosen == expert) & (numbers < pairs)
+    count = tl.sum(matches.to(tl.int32), 0)
+    if BY_PAIR:
+        count = tl.where(tl.min(tl.where(matches, numbers, PAIRS), 0) == slot, count, 0)
+    if count == 0:
+        return
+    if PAIRS == BLOCK_M:
+        _multiply(
+            input_ptr, weight_ptr, bias_ptr, output_ptr, numbers, matches, columns, expert, top_k, num_experts, N, K,
+            stride_e, stride_n, stride_k, HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        rank = tl.cumsum(matches.to(tl.int32), 0) - 1
+        for first in range(0, count, BLOCK_M):
+            wanted = first + tl.arange(0, BLOCK_M)
+            hits = (rank[None, :] == wanted[:, None]) & matches[None, :]
+            rows = tl.sum(tl.where(hits, numbers[None, :], 0), 1)
+            _multiply(
+                input_ptr, weight_ptr, bias_ptr, output_ptr, rows, wanted < count, columns, expert, top_k, num_experts,
+                N, K, stride_e, stride_n, stride_k, HAS_BIAS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+def launch(
+    input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool, config: Config
+) -> Tensor:
+    """Run the kernel once: `expert_linear` of at most `config.pairs` pairs.
+
+    Args:
+        input: `[S / top_k, K]`, contiguous.
+        weight: `[E, N, K]`, or `[E, K, N]` if `transposed`; each expert spans fewer than 2**31 elements.
+        experts: `[S]`, contiguous.
+        bias: `[E, N]`, contiguous, or None.
+        top_k: pairs of each row of the input.
+        transposed: see `weight`.
+        config: see `glowplug.ops.expert_linear.config_of`.
+
+    Returns:
+        `[S, N]`.
+    """
+    (pairs,), (count, *_) = experts.shape, weight.shape
+    along_n, along_k = (2, 1) if transposed else (1, 2)
+    n, k = weight.shape[along_n], weight.shape[along_k]
+    output = torch.empty((pairs, n), dtype=input.dtype, device=input.device)
+    grid = (triton.cdiv(n, config.block_n), pairs if config.by_pair else count + 1)
+    kernel: Any = _expert_linear[grid]
+    kernel(
+        input,
+        weight,
+        experts,
+        bias,
+        output,
+        pairs,
+        top_k,
+        count,
+        n,
+        k,
+        weight.stride(0),
+        weight.stride(along_n),
+        weight.stride(along_k),
+        HAS_BIAS=bias is not None,
+        EVEN_K=k % config.block_k == 0,
+        BY_PAIR=config.by_pair,
+        PAIRS=config.pairs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_stages=config.stages,
+        num_warps=config.warps,
+    )
+    return output
