@@ -167,6 +167,27 @@ def implementation(model: Any, choice: str = "inline") -> str | None:
     return discover.plan(model, choice).implementation
 
 
+def test_the_comparison_with_eager_rounds_as_eager_does(forced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs run without the kernel, and what serves runs with it."""
+    modes: list[bool] = []
+    own = room._gathered
+
+    def gathered(*args: Any) -> Tensor:
+        modes.append(room._mode.without_kernel)
+        return own(*args)
+
+    monkeypatch.setattr(room, "_gathered", gathered)
+    model = families.build("qwen3_moe")
+    glowplug.compile(model, compiler="eager", cache_dir="off")
+    ids = families.prompt(1, 5)
+    with torch.no_grad():
+        model(ids)
+        assert set(modes) == {True, False} and glowplug.report(model).fallbacks == []
+        modes.clear()
+        model(ids)
+    assert set(modes) == {False}
+
+
 def test_on_a_cpu_nothing_changes() -> None:
     assert implementation(families.build("qwen3_moe")) == "grouped_mm"
 

@@ -6,8 +6,11 @@ once. Nothing waits for the GPU, so that a CUDA graph can record it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +60,7 @@ def config_of(pairs: int, experts: int, n: int, k: int, transposed: bool, size: 
         size: bytes of an element.
     """
     most = next(bound for bound in _SIZES if pairs <= bound)
-    block_m = min(most, 16 if most <= 4 * experts else 32 if most <= 8 * experts else 64)
+    block_m = min(most, 16 if most <= 32 * experts else 32)
     block_k = (128 if k > 64 else 64) * 2 // size
     return Config(most, most <= experts, block_m, 64, block_k, 4 if block_m < 64 else 3, 4)
 
@@ -75,6 +78,26 @@ def has_kernel(device: torch.device) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+class _Mode(threading.local):
+    """How this thread computes."""
+
+    without_kernel = False
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def without_kernel() -> Iterator[None]:
+    """In this context, round where transformers' `grouped_mm` experts do: the Triton kernel adds the bias before it
+    rounds."""
+    before, _mode.without_kernel = _mode.without_kernel, True
+    try:
+        yield
+    finally:
+        _mode.without_kernel = before
 
 
 def expert_linear(
@@ -107,7 +130,7 @@ def _run(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, to
     pairs = experts.shape[0]
     if pairs == 0 or weight.numel() == 0:
         return _fake(input, weight, experts, bias, top_k, transposed).zero_()
-    triton = has_kernel(weight.device) and _spans(weight) < 2**31
+    triton = has_kernel(weight.device) and _spans(weight) < 2**31 and not _mode.without_kernel
     if triton and pairs <= FEW:
         return _by_kernel(input, weight, experts, bias, top_k, transposed)
     if _can_group(weight):
