@@ -92,8 +92,8 @@ def _expert_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (block of columns, slot). A slot is a pair, which works if no earlier pair has its expert (BY_PAIR); or an
-    expert. The last slot of experts, and a pair without a known expert, write zeros."""
+    """Program (block of columns, slot). A slot is a pair, which works if no earlier pair has its expert (BY_PAIR), or
+    an expert. The last slot of experts, and a pair without a known expert, write zeros."""
     slot = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     numbers = tl.arange(0, PAIRS)
