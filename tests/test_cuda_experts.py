@@ -129,13 +129,12 @@ def test_few_compilations() -> None:
 def test_a_model(family: str, compiler: str) -> None:
     own, model = (families.build(family, layers=8).to("cuda") for _ in range(2))
     assert discover.plan(model, "inline").implementation == discover.BY_EXPERT
-    glowplug.compile(model, compiler=compiler, experts="inline", cache_dir="off")
+    glowplug.compile(model, compiler=compiler, experts="inline")
     settings: dict[str, Any] = {
         "max_new_tokens": 16,
         "do_sample": False,
         "output_logits": True,
         "return_dict_in_generate": True,
-        "cache_implementation": "static",
     }
     for batch in (1, 3):
         prompt = families.prompt(batch, 9).cuda()
