@@ -72,8 +72,8 @@ def add_figures(
     figures: dict[str, Callable[[], Any]] = {
         "static_ms": lambda: round(decoder.step_s(one, spec.steady_s) * 1000, 4),
         "tokens_equal_eager": lambda: leading_equal(decoder.tokens(one, len(expected)), expected),
-        "launches": lambda: count_launches(decoder, one, len(layer_stack(model))),
         "dynamic_ms": lambda: round(decoder.step_s(one, spec.steady_s, static=False) * 1000, 4),
+        "launches": lambda: count_launches(decoder, one, len(layer_stack(model))),
         "static_tokens_s_16": lambda: round(
             BATCH / decoder.step_s(_prompts(model, BATCH, spec.prefill), spec.steady_s), 1
         ),
