@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, T5Config, ViTConfig
 
 from glowplug.bench import runner
-from glowplug.bench.measure import measure, relative_error
+from glowplug.bench.measure import measure
 from glowplug.bench.models import check_model, load_model, true_depth
 from glowplug.bench.presets import build_model
 from glowplug.bench.results import plot
@@ -20,6 +20,7 @@ from glowplug.bench.results.environment import describe_environment
 from glowplug.bench.results.record import empty_record, error_record
 from glowplug.bench.results.table import hoisted_cold_start, record_line, results_table
 from glowplug.bench.spec import Spec
+from glowplug.bench.stepping import relative_error
 from glowplug.bench.strategies import DEFAULT_STRATEGIES, STRATEGIES, hit_recompile_limit, layer_stack
 from glowplug.bench.workers.isolate import Isolated, IsolatedError, run_isolated
 from glowplug.bench.workers.turns import FOLDER, Turner, take_turns

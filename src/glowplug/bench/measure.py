@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import glowplug
+from glowplug.bench import gpu
+from glowplug.bench.gpu.decoding import finish
 from glowplug.bench.models import load_model
 from glowplug.bench.overhead import OVERHEAD_STEPS, overhead_us
 from glowplug.bench.results.record import Record, empty_record
 from glowplug.bench.spec import Spec
+from glowplug.bench.stepping import Sequence, Text, relative_error, two_tokens
 from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
 from glowplug.bench.workers.turns import my_turns
 
@@ -32,109 +32,54 @@ _STEPS_A_TURN = 8
 _WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Text:
-    """Random text for one sequence.
+def measure(spec: Spec, keep: Callable[[Record], None] = lambda record: None) -> Record:
+    """Measure one strategy in this process; raises whatever the strategy raises.
 
-    Attributes:
-        ids: token ids, `[1, tokens]`.
-        position_ids: `[..., 1, tokens]`, as `generate` makes them for the model.
+    Args:
+        spec: what to measure.
+        keep: is called with the record so far after the cold start and, on a GPU, after each of its figures.
     """
-
-    ids: Tensor
-    position_ids: Tensor
-
-    @classmethod
-    def make(cls, model: PreTrainedModel, tokens: int) -> Text:
-        """Seeded text of a length for a model, on its device."""
-        generator = torch.Generator().manual_seed(1)
-        vocab = model.config.get_text_config().vocab_size
-        ids = torch.randint(vocab, (1, tokens), generator=generator).to(model.device)
-        prepare: Any = getattr(model, "_prepare_position_ids_for_generation", None)
-        positions = prepare(ids, {}) if prepare is not None else torch.arange(tokens, device=ids.device)[None]
-        return cls(ids, positions)
-
-
-class Sequence:
-    """One sequence that a model reads step by step, with a cache of its own."""
-
-    def __init__(self, model: PreTrainedModel, text: Text) -> None:
-        self.model = model
-        self.text = text
-        self.read = 0
-        self.cache = DynamicCache(config=model.config.get_text_config())
-
-    def step(self, tokens: int) -> Tensor:
-        """Read the next tokens; returns their logits, `[1, tokens, vocab]`."""
-        part = slice(self.read, self.read + tokens)
-        output = self.model(
-            input_ids=self.text.ids[:, part].contiguous(),
-            position_ids=self.text.position_ids[..., part].contiguous(),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.read += tokens
-        return output.logits
-
-
-def measure(spec: Spec) -> Record:
-    """Measure one strategy in this process; raises whatever the strategy raises."""
-    strategy = get_strategy(spec.strategy)
+    strategy, on_gpu = get_strategy(spec.strategy), spec.device == "cuda"
     record = empty_record(spec)
     model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
     text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1, spec.prefill + OVERHEAD_STEPS))
+
+    def observe(record: Record) -> None:
+        record["fallback"] = _fallbacks(strategy, model)
+        record["peak_rss_mb"] = _peak_rss_mb()
+        if on_gpu:
+            record["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        keep(record)
+
     with torch.no_grad():
-        expected, _ = two_tokens(model, text, spec.prefill)
-        _finish(model.device)
-        start = time.perf_counter()
-        strategy.apply(model, spec)
-        actual, _ = two_tokens(model, text, spec.prefill)
-        _finish(model.device)
-        record["cold_start_s"] = round(time.perf_counter() - start, 4)
-        record["max_rel_err"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+        if on_gpu:
+            expected = gpu.start(model, strategy, spec, record)
+        else:
+            _start(model, strategy, spec, text, record)
         if strategy.compiles_by == "glowplug":
             _add_report(record, model)
+        observe(record)
         glowplug.settle(model)
-        record["steady_ms"] = _steady_ms(model, text, spec)
-        if strategy.compiles_by == "glowplug":
+        if on_gpu:
+            gpu.add_figures(model, strategy, spec, record, expected, observe)
+        elif strategy.compiles_by == "glowplug":
             sequence = Sequence(model, text)
             sequence.step(spec.prefill)
             record["overhead_us"] = overhead_us(model, lambda: sequence.step(1))
-    record["fallback"] = _fallbacks(strategy, model)
-    record["peak_rss_mb"] = _peak_rss_mb()
-    if model.device.type == "cuda":
-        record["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        if not strategy.auto_compile:  # it compiles nothing outside of `generate`
+            record["steady_ms"] = _steady_ms(model, text, spec)
+    observe(record)
     return record
 
 
-def two_tokens(model: PreTrainedModel, text: Text, prefill: int) -> tuple[list[Tensor], list[float]]:
-    """A prefill and one decode step: their logits, and the seconds after which each greedy token was there.
-
-    The decode step reads the text's own next token whatever the prefill chose, so that two runs have equal inputs.
-    """
-    sequence, start = Sequence(model, text), time.perf_counter()
-    logits: list[Tensor] = []
-    times: list[float] = []
-    for tokens in (prefill, 1):
-        logits.append(sequence.step(tokens))
-        int(logits[-1][0, -1].argmax())  # waits for the token, as `generate` does
-        times.append(time.perf_counter() - start)
-    return logits, times
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max|actual - expected| / max|expected|.
-
-    Raises:
-        RuntimeError: shapes differ, or a value is not finite.
-    """
-    if actual.shape != expected.shape:
-        raise RuntimeError(f"the logits have shape {tuple(actual.shape)}, eager's {tuple(expected.shape)}")
-    expected = expected.float()
-    error = float((actual.float() - expected).abs().max() / expected.abs().max())
-    if not math.isfinite(error):
-        raise RuntimeError("the logits, or eager's, are not finite")
-    return error
+def _start(model: PreTrainedModel, strategy: Strategy, spec: Spec, text: Text, record: Record) -> None:
+    """Compile a model and read two tokens; fills in `cold_start_s` and `max_rel_err`."""
+    expected, _ = two_tokens(model, text, spec.prefill)
+    begin = time.perf_counter()
+    strategy.apply(model, spec)
+    actual, _ = two_tokens(model, text, spec.prefill)
+    record["cold_start_s"] = round(time.perf_counter() - begin, 4)
+    record["max_rel_err"] = max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def _steady_ms(model: PreTrainedModel, text: Text, spec: Spec) -> dict[str, float]:
@@ -156,12 +101,12 @@ def _times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s
     """Seconds of each of `steps` steps, or of as many as fit into `cap_s` seconds, after a warm-up."""
     for _ in range(_WARM_UP):
         step()
-    _finish(device)
+    finish(device)
     times: list[float] = []
     while len(times) < steps and (not times or sum(times) < cap_s):
         start = time.perf_counter()
         step()
-        _finish(device)
+        finish(device)
         times.append(time.perf_counter() - start)
     return times
 
@@ -178,11 +123,6 @@ def _fallbacks(strategy: Strategy, model: PreTrainedModel) -> list[str]:
     if not hit_recompile_limit():
         return []
     return [f"Dynamo hit its recompile limit ({torch._dynamo.config.recompile_limit}); calls past it run eager"]
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _peak_rss_mb() -> float:

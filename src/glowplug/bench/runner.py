@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glowplug.bench.models import check_model, default_dtype, resolve_device, true_depth
+from glowplug.bench.models import check_dtype, check_model, default_dtype, resolve_device, true_depth
 from glowplug.bench.presets import Width
 from glowplug.bench.results.record import Record, error_record
 from glowplug.bench.spec import Spec
@@ -30,6 +30,7 @@ def make_grid(
     experts: str = "auto",
     width: Width = "tiny",
     device: str = "cpu",
+    dtype: str | None = None,
     compiler: str = "inductor",
 ) -> list[Spec]:
     """The measurements of every strategy at every depth, in that order of depths.
@@ -41,15 +42,18 @@ def make_grid(
         experts, compiler: options of `glowplug.compile`, for glowplug's strategies.
         width: of a preset.
         device: `"cpu"` or `"cuda"`.
+        dtype: of the weights; None for `default_dtype(device)`.
 
     Raises:
         UsageError: an argument is wrong, as far as can be seen before a model is built.
     """
-    for strategy in strategies:
-        get_strategy(strategy)
+    on_gpu = [name for name in strategies if get_strategy(name).auto_compile]
     if not strategies:
         raise UsageError("no strategy given")
-    resolve_device(device)
+    if resolve_device(device).type == "cpu" and on_gpu:
+        raise UsageError(f"{on_gpu[0]} needs --device cuda: transformers compiles nothing by itself on a CPU")
+    dtype = dtype or default_dtype(device)
+    check_dtype(dtype)
     if width not in ("tiny", "full"):
         raise UsageError(f"width must be tiny or full, not {width!r}")
     Options(experts=experts, compiler=compiler)  # type: ignore[arg-type]
@@ -64,7 +68,7 @@ def make_grid(
             experts=experts,
             compiler=compiler,
             device=device,
-            dtype=default_dtype(device),
+            dtype=dtype,
         )
         for depth in chosen
         for strategy in strategies
@@ -132,7 +136,7 @@ def _run_in_turns(
             try:
                 keep(turner.process.answer())
             except IsolatedError as exc:
-                keep(error_record(spec, str(exc)))
+                keep(error_record(spec, str(exc), exc.answer))
     finally:
         for turner in turners:
             turner.process.close()
@@ -142,7 +146,7 @@ def _run_one(spec: Spec, timeout_s: float) -> Record:
     try:
         return run_isolated(WORKER, spec.to_json(), timeout_s=timeout_s)
     except IsolatedError as exc:
-        return error_record(spec, str(exc))
+        return error_record(spec, str(exc), exc.answer)
 
 
 def check_writable(path: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glowplug.bench.models import check_dtype, check_model, find_folder
 from glowplug.bench.presets import PRESETS, Width, build_model
 from glowplug.bench.workers.isolate import Isolated, IsolatedError
@@ -44,7 +46,14 @@ class Started:
 
 
 def model_folder(
-    model: str, depth: int | None, width: Width, dtype: str, place: Path, *, all_experts: bool = False
+    model: str,
+    depth: int | None,
+    width: Width,
+    dtype: str,
+    place: Path,
+    *,
+    all_experts: bool = False,
+    device: str = "cpu",
 ) -> str:
     """The folder of a model; a preset is built and saved in `place`.
 
@@ -55,6 +64,7 @@ def model_folder(
         dtype: the dtype of a preset's weights.
         place: an empty folder.
         all_experts: give a preset as many experts a layer as the released model has.
+        device: where to make a preset's weights; a GPU is much faster.
 
     Raises:
         UsageError: no such model or dtype, or a depth or a number of experts for a folder.
@@ -65,8 +75,10 @@ def model_folder(
             raise UsageError("--depth and --all-experts are for presets; a folder's model has its own")
         return str(find_folder(model))
     weights = check_dtype(dtype)
-    built = build_model(model, depth=depth, width=width, device="cpu", dtype=weights, all_experts=all_experts)
+    built = build_model(model, depth=depth, width=width, device=device, dtype=weights, all_experts=all_experts)
     built.save_pretrained(place)
+    del built
+    torch.cuda.empty_cache()  # does nothing unless the GPU was used
     return str(place)
 
 

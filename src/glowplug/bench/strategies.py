@@ -1,4 +1,4 @@
-"""The strategies to compare: eager, torch.compile in three ways, and glowplug's."""
+"""The strategies to compare: eager, torch.compile in four ways, and glowplug's."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class Strategy:
         name: its name in tables.
         compiles_by: `""`, `"torch"` or `"glowplug"`.
         apply: changes the model in place so that it compiles at its next calls.
+        auto_compile: whether `generate` compiles the steps over a static cache by itself, as transformers does on GPUs.
     """
 
     name: str
     compiles_by: str
     apply: Callable[[nn.Module, Spec], None]
+    auto_compile: bool = False
 
 
 def layer_stack(model: nn.Module) -> nn.ModuleList:
@@ -77,8 +79,13 @@ def _glowplug(identity: str) -> Strategy:
 
 
 def _stamped(model: nn.Module, spec: Spec) -> None:
-    """glowplug's default: a stamped template."""
-    glowplug.compile(model, experts=spec.experts, compiler=spec.compiler)
+    """glowplug with a stamped template; on a GPU decode steps are replayed as CUDA graphs."""
+    glowplug.compile(model, experts=spec.experts, compiler=spec.compiler, cuda_graphs="auto")
+
+
+def _stamped_launches(model: nn.Module, spec: Spec) -> None:
+    """Stamped, with each kernel launched from Python."""
+    glowplug.compile(model, experts=spec.experts, compiler=spec.compiler, cuda_graphs="off")
 
 
 def _stamped_whole(model: nn.Module, spec: Spec) -> None:
@@ -98,10 +105,14 @@ STRATEGIES: dict[str, Strategy] = {
         _glowplug("hoisted"),
         Strategy("stamped", "glowplug", _stamped),
         Strategy("stamped-whole", "glowplug", _stamped_whole),
+        Strategy("stamped-launches", "glowplug", _stamped_launches),
+        Strategy("torch-static", "torch", _eager, auto_compile=True),
     )
 }
 
 DEFAULT_STRATEGIES = ("eager", "torch-regional", "baked", "ordered", "hoisted", "stamped")
+GPU_STRATEGIES = ("eager", "torch-regional", "torch-static", "stamped-launches", "stamped")
+"""Those to compare on a GPU by default."""
 
 
 def get_strategy(name: str) -> Strategy:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import glowplug
 from glowplug.bench.families import build_family, depth_as_released, families, released_ropes
-from glowplug.bench.measure import Sequence, Text, relative_error
 from glowplug.bench.models import one_line
+from glowplug.bench.stepping import Sequence, Text, relative_error
 from glowplug.bench.workers.isolate import IsolatedError, run_isolated, run_worker
 from glowplug.errors import UsageError
 from glowplug.frontends.hf.caches import new_cache

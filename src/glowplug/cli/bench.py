@@ -16,7 +16,7 @@ from glowplug.bench.results.record import Record
 from glowplug.bench.results.table import record_line, results_table
 from glowplug.bench.runner import TIMEOUT_S, check_writable, make_grid, run_grid
 from glowplug.bench.spec import Spec
-from glowplug.bench.strategies import DEFAULT_STRATEGIES
+from glowplug.bench.strategies import DEFAULT_STRATEGIES, GPU_STRATEGIES, STRATEGIES
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 
@@ -25,11 +25,16 @@ def bench(
     model: Annotated[str, typer.Argument(help=f"A local folder, or a preset: {', '.join(PRESETS)}.")],
     depth: Annotated[str | None, typer.Option(help="Layers, such as 12,36. Default: the model's own.")] = None,
     strategies: Annotated[
-        str, typer.Option(help="Also: torch-full, torch-nested (torch.compile of the whole model).")
-    ] = ",".join(DEFAULT_STRATEGIES),
+        str | None,
+        typer.Option(
+            help=f"Some of {', '.join(STRATEGIES)}. Default: {','.join(DEFAULT_STRATEGIES)}; "
+            f"on a GPU {','.join(GPU_STRATEGIES)}."
+        ),
+    ] = None,
     experts: Annotated[str, typer.Option(help="auto, inline or opaque; for glowplug's strategies.")] = "auto",
-    width: Annotated[str, typer.Option(help="tiny, or full: a preset's real sizes, with few experts.")] = "tiny",
+    width: Annotated[str, typer.Option(help="tiny, or full: a preset's real sizes, with all or few experts.")] = "tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on a CPU, bfloat16 on a GPU.")] = None,
     compiler: Annotated[str, typer.Option(help="inductor, or eager: glowplug's pieces uncompiled.")] = "inductor",
     timeout: Annotated[float, typer.Option(help="Time limit of one measurement, in seconds.")] = TIMEOUT_S,
     rounds: Annotated[
@@ -41,13 +46,15 @@ def bench(
 ) -> None:
     """Measure how fast a model starts: each strategy at each depth, in a fresh process with fresh compiler caches."""
     quiet_transformers()
+    default = GPU_STRATEGIES if device == "cuda" else DEFAULT_STRATEGIES
     specs = make_grid(
         model,
         depths=_depths(depth),
-        strategies=read_names(strategies),
+        strategies=list(default) if strategies is None else read_names(strategies),
         experts=experts,
         width=width,  # type: ignore[arg-type]
         device=device,
+        dtype=dtype,
         compiler=compiler,
     )
     if timeout <= 0:

@@ -75,7 +75,15 @@ def starts(
         "evict": evict,
     }
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
-        folder = model_folder(model, depth, width, dtype, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
+        folder = model_folder(
+            model,
+            depth,
+            width,  # type: ignore[arg-type]
+            dtype,
+            Path(place),
+            all_experts=all_experts,
+            device=device,
+        )
         start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
         finished: list[Started] = []
         fleets: dict[str, Any] = {}

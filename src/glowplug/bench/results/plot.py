@@ -12,8 +12,11 @@ from glowplug.bench.strategies import STRATEGIES
 from glowplug.errors import UsageError
 
 # Colour-blind safe (after Okabe and Ito); a strategy keeps its colour and marker in every plot.
-_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#0072b2", "#009e73", "#8c6d31", "#999999")
-_MARKERS = "oDsXv^PHd"
+_COLOURS = (
+    *("#000000", "#e69f00", "#56b4e9", "#cc79a7", "#d55e00", "#0072b2"),
+    *("#009e73", "#8c6d31", "#999999", "#f0e442", "#882255"),
+)
+_MARKERS = "oDsXv^PHd<>"
 
 
 def check_plot(path: Path) -> None:

@@ -18,8 +18,17 @@ def empty_record(spec: Spec) -> Record:
 
     Keys, with units: model, depth, width, strategy, experts, compiler, device, dtype, torch (version), cold_start_s,
     phases (name -> s), pieces, distinct_pieces, pending_pieces (still uncompiled at the second token),
-    steady_ms ({"decode": ms, "prefill128": ms}), overhead_us (see `glowplug.bench.overhead`), peak_rss_mb and
-    cuda_peak_mb (MiB), max_rel_err, fallback (reasons), error.
+    steady_ms ({"decode": ms, "prefill128": ms}), overhead_us (on a CPU; see `glowplug.bench.overhead`), peak_rss_mb
+    and cuda_peak_mb (MiB), max_rel_err, gpu, fallback (reasons), error.
+
+    The cold start lasts until the second token; on a GPU that is the second of `generate` over a static cache.
+
+    `gpu` is None on a CPU. Its keys, each of which holds an error's text if it could not be measured:
+    ready_s (until the third decode step is done, so that recording CUDA graphs is included), static_ms and dynamic_ms
+    (a token of `generate` over the static and the default cache), static_tokens_s_16 (tokens a second of 16 sequences
+    over the static cache), launches (see `glowplug.bench.gpu.launches`), graphs (the report's `cuda_graphs`; None
+    without glowplug), tokens_equal_eager (how many of the first 64 greedy tokens are eager's, up to the first that
+    is not; in half precision rounding alone can change one).
 
     Raises:
         UsageError: unknown strategy.
@@ -46,11 +55,12 @@ def empty_record(spec: Spec) -> Record:
         "peak_rss_mb": None,
         "cuda_peak_mb": None,
         "max_rel_err": None,
+        "gpu": None,
         "fallback": [],
         "error": None,
     }
 
 
-def error_record(spec: Spec, error: str) -> Record:
-    """The record of a measurement that failed."""
-    return {**empty_record(spec), "error": error}
+def error_record(spec: Spec, error: str, measured: Record | None = None) -> Record:
+    """The record of a measurement that failed, with what had been measured by then."""
+    return {**empty_record(spec), **(measured or {}), "error": error}

@@ -24,7 +24,15 @@ _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GLOWPLUG_CACHE")
 
 
 class IsolatedError(Exception):
-    """The process timed out or died without an answer; the message says which."""
+    """The process timed out or died without an answer; the message says which.
+
+    Attributes:
+        answer: the last answer that it printed on its way, or None.
+    """
+
+    def __init__(self, message: str, answer: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer
 
 
 class Isolated:
@@ -76,7 +84,8 @@ class Isolated:
         try:
             code = self._process.wait(timeout=0 if self._expired else self.timeout_s)
         except subprocess.TimeoutExpired:
-            raise IsolatedError(f"timeout: not finished after {self.timeout_s:g} s") from None
+            message = f"timeout: not finished after {self.timeout_s:g} s"
+            raise IsolatedError(message, _last_answer(self.folder)) from None
         finally:
             _stop(self._process)
         return _answer(self.folder, code)
@@ -109,6 +118,11 @@ def run_worker(
         answer = work(argument)
     except Exception as exc:  # a failure is a result, too
         answer = failed(argument, f"{type(exc).__name__}: {one_line(exc, limit)}")
+    print_answer(answer)
+
+
+def print_answer(answer: dict[str, Any]) -> None:
+    """In the process: print an answer, the last one or one on the way."""
     print("\n" + json.dumps(answer), flush=True)
 
 
@@ -120,13 +134,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _answer(folder: Path, code: int) -> dict[str, Any]:
+    answer = _last_answer(folder)
+    if code == 0 and answer is not None:
+        return answer
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    errors = (folder / "stderr").read_text(errors="replace").strip().splitlines()
+    raise IsolatedError(f"the process {ended}" + (f": {errors[-1]}" if errors else ""), answer)
+
+
+def _last_answer(folder: Path) -> dict[str, Any] | None:
+    """The JSON object on the last line of a process's output, or None."""
     lines = (folder / "stdout").read_text(errors="replace").strip().splitlines()
     try:
         answer = json.loads(lines[-1]) if lines else None
     except ValueError:
-        answer = None
-    if code == 0 and isinstance(answer, dict):
-        return answer
-    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    errors = (folder / "stderr").read_text(errors="replace").strip().splitlines()
-    raise IsolatedError(f"the process {ended}" + (f": {errors[-1]}" if errors else ""))
+        return None
+    return answer if isinstance(answer, dict) else None

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 import glowplug
-from glowplug.bench.measure import Sequence, Text, relative_error, two_tokens
+from glowplug.bench.stepping import Sequence, Text, relative_error, two_tokens
 from glowplug.bench.workers.isolate import run_worker
 from glowplug.frontends.hf.builds import auto_class, read_config
 

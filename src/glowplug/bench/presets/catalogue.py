@@ -1,28 +1,10 @@
-"""Well-known models as configurations with random weights: the true depth and pattern of layers, as these make a cold
-start slow; at either of two widths."""
+"""The presets: the depth, the pattern of layers and the sizes of well-known models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
-import transformers
-
-from glowplug.errors import UsageError
-
-Width = Literal["tiny", "full"]
-
-_TINY: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-_TINY_VISION: dict[str, Any] = {"depth": 1, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128}
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +19,7 @@ class Preset:
         model_class: its class in transformers.
         config_class: the class of its (text) configuration.
         pattern: depth -> the arguments that set the kind of each layer.
-        full: arguments with the real sizes, and few enough experts for one GPU of 140 GB.
+        full: arguments with the real sizes, and as many experts as one GPU of 140 GB holds in bfloat16: all, or few.
         tiny: arguments that differ from the common ones of width tiny.
     """
 
@@ -82,7 +64,7 @@ def _uniform(depth: int) -> dict[str, Any]:
     return {}
 
 
-def _gpt_oss(name: str, depth: int, experts: int) -> Preset:
+def _gpt_oss(name: str, depth: int, experts: int, *, full_experts: int) -> Preset:
     return Preset(
         name,
         depth,
@@ -98,7 +80,7 @@ def _gpt_oss(name: str, depth: int, experts: int) -> Preset:
             "num_attention_heads": 64,
             "num_key_value_heads": 8,
             "head_dim": 64,
-            "num_local_experts": 8,
+            "num_local_experts": full_experts,
             "num_experts_per_tok": 4,
             "sliding_window": 128,
         },
@@ -107,7 +89,14 @@ def _gpt_oss(name: str, depth: int, experts: int) -> Preset:
 
 
 def _qwen3_moe(
-    name: str, depth: int, *, hidden: int, intermediate: int, heads: int, experts_intermediate: int
+    name: str,
+    depth: int,
+    *,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    experts_intermediate: int,
+    full_experts: int,
 ) -> Preset:
     return Preset(
         name,
@@ -125,7 +114,7 @@ def _qwen3_moe(
             "num_key_value_heads": 4,
             "head_dim": 128,
             "moe_intermediate_size": experts_intermediate,
-            "num_experts": 8,
+            "num_experts": full_experts,
             "num_experts_per_tok": 8,
             "norm_topk_prob": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
@@ -135,8 +124,8 @@ def _qwen3_moe(
 
 
 _ALL = (
-    _gpt_oss("gpt-oss-120b", 36, 128),
-    _gpt_oss("gpt-oss-20b", 24, 32),
+    _gpt_oss("gpt-oss-120b", 36, 128, full_experts=8),
+    _gpt_oss("gpt-oss-20b", 24, 32, full_experts=32),
     Preset(
         "glm-4.7",
         92,
@@ -191,8 +180,24 @@ _ALL = (
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [3, 3, 2]},
         },
     ),
-    _qwen3_moe("qwen3-235b-a22b", 94, hidden=4096, intermediate=12288, heads=64, experts_intermediate=1536),
-    _qwen3_moe("qwen3-30b-a3b", 48, hidden=2048, intermediate=6144, heads=32, experts_intermediate=768),
+    _qwen3_moe(
+        "qwen3-235b-a22b",
+        94,
+        hidden=4096,
+        intermediate=12288,
+        heads=64,
+        experts_intermediate=1536,
+        full_experts=8,
+    ),
+    _qwen3_moe(
+        "qwen3-30b-a3b",
+        48,
+        hidden=2048,
+        intermediate=6144,
+        heads=32,
+        experts_intermediate=768,
+        full_experts=128,
+    ),
     Preset(
         "deepseek-v3",
         61,
@@ -306,102 +311,3 @@ _ALL = (
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
-
-
-def get_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        UsageError: there is none; the message lists them.
-    """
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def check_depth(depth: int | None) -> None:
-    """Raise `UsageError` for a depth below 1."""
-    if depth is not None and depth < 1:
-        raise UsageError(f"depth must be at least 1, not {depth}")
-
-
-_EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"}
-"""Names of the number of routed experts a layer in configurations."""
-
-
-def build_config(
-    preset: str,
-    *,
-    depth: int | None = None,
-    width: Width = "tiny",
-    dtype: torch.dtype | None = None,
-    all_experts: bool = False,
-) -> transformers.PreTrainedConfig:
-    """The configuration of a preset.
-
-    Args:
-        preset: its name.
-        depth: number of layers; None for the model's own. Any depth keeps the model's layer pattern.
-        width: `"tiny"`: hidden size 64, 4 heads, 4 experts, 256 tokens. `"full"`: the real sizes and vocabulary, with
-            3 to 8 experts a layer.
-        dtype: recorded in the configuration; None leaves it open.
-        all_experts: as many experts a layer as the released model has.
-
-    Raises:
-        UsageError: unknown preset or width, or a depth below 1.
-    """
-    model = get_preset(preset)
-    check_depth(depth)
-    if width not in get_args(Width):
-        raise UsageError(f"width must be one of {', '.join(get_args(Width))}; not {width!r}")
-    layers = model.depth if depth is None else depth
-    sizes = {**model.full, **_TINY, **model.tiny} if width == "tiny" else dict(model.full)
-    if all_experts:
-        sizes |= dict.fromkeys(_EXPERTS & sizes.keys(), model.experts)
-    # Keeps activations, and so logits, at a scale of one at any width. At the usual 0.02 a narrow model's layers would
-    # add almost nothing to its embeddings, and a wrong layer would hardly show.
-    sizes["initializer_range"] = sizes["hidden_size"] ** -0.5
-    sizes |= {"num_hidden_layers": layers, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = getattr(transformers, model.config_class)(**sizes, **model.pattern(layers), dtype=dtype)
-    if model.config_class == "Ernie4_5_VLMoeTextConfig":
-        return _with_vision(config, width)
-    return config
-
-
-def _with_vision(text: transformers.PreTrainedConfig, width: Width) -> transformers.PreTrainedConfig:
-    """The whole configuration around a text configuration. The vision tower has one block, as text never enters it."""
-    vision = dict(_TINY_VISION) if width == "tiny" else {"depth": 1}
-    return transformers.Ernie4_5_VLMoeConfig(text_config=text.to_dict(), vision_config=vision, dtype=text.dtype)
-
-
-def build_model(
-    preset: str,
-    *,
-    depth: int | None = None,
-    width: Width = "tiny",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    all_experts: bool = False,
-) -> transformers.PreTrainedModel:
-    """A preset's model in eval mode, with random weights created on the device itself.
-
-    Args:
-        preset, depth, width, all_experts: see `build_config`.
-        device: where the weights are created.
-        dtype: dtype of the weights.
-        seed: seed of the weights; the caller's random state does not change.
-
-    Raises:
-        UsageError: as `build_config`.
-    """
-    config = build_config(preset, depth=depth, width=width, dtype=dtype, all_experts=all_experts)
-    model_class = getattr(transformers, get_preset(preset).model_class)
-    place = torch.device(device)
-    cuda = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), place:
-        torch.manual_seed(seed)
-        model = model_class._from_config(config, dtype=dtype)
-    model.requires_grad_(False)
-    model.generation_config.eos_token_id = None
-    return model.eval()
