@@ -74,6 +74,7 @@ class Target:
         check: may refuse the traced steps by raising.
         cut_at_layers: whether to cut the graph at the layers of the stack, too.
         is_unread: whether a source stands for a size in the trace, and is read by no run.
+        meanwhile: what this process does while forks compile the pieces, if they do.
     """
 
     function: Callable[..., Any]
@@ -83,6 +84,7 @@ class Target:
     check: Callable[[Sequence[Step], Captured], None]
     cut_at_layers: bool = False
     is_unread: Callable[[str], bool] = lambda source: False
+    meanwhile: Callable[[], None] | None = None
 
     def sort(self, captured: Captured) -> tuple[dict[str, str], dict[str, Any]]:
         """Tell what is handed in at each call (graph value -> source) from what is bound (graph value -> object)."""

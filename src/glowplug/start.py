@@ -240,6 +240,7 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
             drop_unused=True,
             defer=c.defers,
             layer_of=layer_of,
+            meanwhile=target.meanwhile,
         )
         unread = frozenset(entry.node for entry in captured.inputs if target.is_unread(entry.source))
         return Traced(built, traced_files(), unread), read_assumptions(captured, set(target.varying))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 FEW = 512
 """Pairs up to which the kernel runs at once."""
-_SIZES = (16, 64, 256, FEW)
+SIZES = (16, 64, 256, FEW)
 """Numbers of pairs for which a kernel is compiled; one for up to 16 pairs, and so on. Powers of two."""
 _GATHERED_BYTES = 64 << 20
 """The memory that weights gathered for single pairs may take at a time."""
@@ -49,7 +49,7 @@ class Config:
 
 
 def config_of(pairs: int, experts: int, n: int, k: int, transposed: bool, size: int = 2) -> Config:
-    """The configuration for at most `FEW` pairs. Depends on the number of pairs only by `_SIZES`.
+    """The configuration for at most `FEW` pairs. Depends on the number of pairs only by `SIZES`.
 
     Args:
         pairs: S.
@@ -59,7 +59,7 @@ def config_of(pairs: int, experts: int, n: int, k: int, transposed: bool, size: 
         transposed: whether the outputs, not the inputs, lie next to each other in memory.
         size: bytes of an element.
     """
-    most = next(bound for bound in _SIZES if pairs <= bound)
+    most = next(bound for bound in SIZES if pairs <= bound)
     block_m = min(most, 16 if most <= 32 * experts else 32)
     block_k = (128 if k > 64 else 64) * 2 // size
     return Config(most, most <= experts, block_m, 64, block_k, 4 if block_m < 64 else 3, 4)

@@ -84,6 +84,7 @@ def build_program(
     drop_unused: bool = False,
     defer: bool = False,
     layer_of: LayerOf | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -99,6 +100,7 @@ def build_program(
         drop_unused: leave out arguments that no step reads.
         defer: let pieces that run seldom start uncompiled, see `glowplug.program.slots`.
         layer_of: also cut at the boundaries of layers.
+        meanwhile: see `compile_pieces`.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -132,7 +134,7 @@ def build_program(
     with report.phase("compile"), cache.lock:
         uses = Counter(step.slot for step in plan.deep if step.slot is not None) if defer else None
         before = cache.count
-        slots = compile_pieces(distinct, compiler, cache, captured, uses)
+        slots = compile_pieces(distinct, compiler, cache, captured, uses, meanwhile)
         report.compiled_pieces += cache.count - before
     with report.phase("bind"):
         binder = stamping.binder if stamping is not None else None

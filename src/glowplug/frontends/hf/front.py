@@ -29,6 +29,7 @@ from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, outp
 from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_step
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
 from glowplug.frontends.hf.positions import Positions
+from glowplug.frontends.hf.gpu import warm_up
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
@@ -232,7 +233,9 @@ class HfFrontEnd:
         """See `FrontEnd.target`."""
         if rung.way == trace.CUT:
             discover.give_attention_functions(self.model)
-        return trace.target(model, call, rung, self.plan)
+        target = trace.target(model, call, rung, self.plan)
+        alone = call.device.type == "cuda" and self.processes is None
+        return replace(target, meanwhile=functools.partial(warm_up, self.model, self.plan, call)) if alone else target
 
     def read_forms(self, captured: Captured, registry: LayerRegistry, call: HfCall) -> Forms:
         """See `FrontEnd.read_forms`."""
