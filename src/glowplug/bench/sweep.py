@@ -94,7 +94,11 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
         raise UsageError(f"no MoE family {', '.join(unknown)} in this transformers; there are {', '.join(known)}")
     if depth < 1:
         raise UsageError(f"--depth must be 1 or more, not {depth}")
-    for name in names or known:
+    return _try_all(names or known, depth, experts, timeout_s)
+
+
+def _try_all(names: list[str], depth: int, experts: str, timeout_s: float) -> Iterator[Row]:
+    for name in names:
         case = Case(family=name, depth=depth_as_released(name, depth), experts=experts)
         try:
             yield Row(**run_isolated("glowplug.bench.sweep", json.dumps(asdict(case)), timeout_s=timeout_s))

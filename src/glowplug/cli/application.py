@@ -38,6 +38,11 @@ class OneLineGroup(TyperGroup):
         except _CommandLineError as exc:
             _say(exc.format_message() + missing)
             code = USAGE_EXIT
+        except OSError as exc:  # a full disk, no permission
+            if exc.filename is None:
+                raise
+            _say(f"{exc.strerror}: {exc.filename}")
+            code = USAGE_EXIT
         except (KeyboardInterrupt, typer.Abort):
             _say("interrupted")
             code = INTERRUPTED_EXIT

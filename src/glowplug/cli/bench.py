@@ -48,7 +48,7 @@ def bench(
         device=device,
         compiler=compiler,
     )
-    if timeout <= 0:
+    if not timeout > 0:
         raise UsageError(f"--timeout must be more than 0 s, not {timeout:g}")
     if rounds < 0:
         raise UsageError(f"--rounds must be 0 or more, not {rounds}")

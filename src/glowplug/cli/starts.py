@@ -51,10 +51,17 @@ def starts(
     Options(experts=experts)  # type: ignore[arg-type]
     chosen = tuple(read_names(ways))
     unknown = [name for name in chosen if name not in WAYS[:-1]]
-    if unknown or width not in ("tiny", "full") or fleet < 0 or rounds < 1:
-        sizes = "width is tiny or full, --fleet 0 or more, and --rounds 1 or more"
-        wrong = f"unknown way {unknown[0]!r}" if unknown else sizes
-        raise UsageError(f"{wrong}; ways: {', '.join(WAYS[:-1])}")
+    if unknown or not (chosen or fleet):
+        wrong = f"unknown way {unknown[0]!r}" if unknown else "no way to start given"
+        raise UsageError(f"{wrong}; --ways takes some of {', '.join(WAYS[:-1])}")
+    if "warm" in chosen and "cold" not in chosen[: chosen.index("warm")]:
+        raise UsageError("a warm start needs the store of a cold one before it: --ways cold,warm")
+    if width not in ("tiny", "full"):
+        raise UsageError(f"width must be tiny or full, not {width!r}")
+    if fleet < 0:
+        raise UsageError(f"--fleet must be 0 or more, not {fleet}")
+    if rounds < 1:
+        raise UsageError(f"--rounds must be 1 or more, not {rounds}")
     if json_path is not None:
         check_writable(json_path)
     resolve_device(device)
@@ -62,7 +69,6 @@ def starts(
     check_dtype(dtype)
     console = make_console()
     environment = describe_environment(device)
-    console.print(f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}", markup=False)
     about = {
         "environment": environment,
         "model": model if model in PRESETS else Path(model).name,
@@ -75,7 +81,10 @@ def starts(
         "evict": evict,
     }
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
-        folder = model_folder(model, depth, width, dtype, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
+        with console.status(f"making {model}"):
+            folder = model_folder(model, depth, width, dtype, Path(place), all_experts=all_experts)  # type: ignore[arg-type]
+        versions = f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}"
+        console.print(versions, markup=False)
         start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
         finished: list[Started] = []
         fleets: dict[str, Any] = {}
