@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from glowplug.bench.models import check_dtype, default_dtype, resolve_device
@@ -98,7 +99,7 @@ def starts(
                         write_starts(json_path, about, finished, fleets)
         if finished:
             console.print()
-            console.print(starts_table(medians(finished)))
+            print_starts(console, medians(finished))
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(start, fleet, at_once=at_once)
@@ -118,14 +119,13 @@ def _start_line(started: Started) -> str:
     return f"{started.way}: ready after {ready:.2f} s"
 
 
-def starts_table(starts: list[Started]) -> Table:
-    """A table with one row for each start."""
+def print_starts(console: Console, starts: list[Started]) -> None:
+    """A table with one row for each start, and below it, as tables are narrow, what else happened."""
     table = Table()
-    table.add_column("start")
-    times = ("loading\ns", "first token\ns", "second token\ns", "ready\ns", "compiled\nafter s")
-    for name in (*times, "largest\nrel. error"):
+    table.add_column("start", no_wrap=True)
+    times = ("loading\ns", "first\ntoken\ns", "second\ntoken\ns", "ready\ns", "compiled\nafter\ns")
+    for name in (*times, "largest\nrelative\nerror"):
         table.add_column(name, justify="right")
-    table.add_column("what happened", overflow="fold")
     for started in starts:
         result = started.result
         compiled_after = result.get("taken_over_s", result.get("second_token_s"))
@@ -137,9 +137,11 @@ def starts_table(starts: list[Started]) -> Table:
             _seconds(result.get("ready_s", result.get("load_s"))),
             _seconds(compiled_after if started.way not in ("eager", "load") else None),
             f"{result['error']:.0e}" if result.get("error") is not None else "-",
-            _note(result),
         )
-    return table
+    console.print(table)
+    for started in starts:
+        if note := started.error or _note(started.result):
+            console.print(f"{started.way}: {note}", markup=False, soft_wrap=True)
 
 
 def _seconds(value: float | None) -> str:
@@ -150,13 +152,15 @@ def _note(result: dict[str, Any]) -> str:
     report = result.get("report")
     if not report:
         return f"error of {result['rounds_to']} itself, against float32" if "rounds_to" in result else ""
-    notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct", f"{report['start']} start"]
+    notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct"]
     elsewhere = report.get("elsewhere")
     if elsewhere and elsewhere["reason"] is None and elsewhere["seconds"] is not None:
-        hidden = f"{elsewhere['hidden_seconds']:.1f} s hidden"
+        hidden = f"{elsewhere['hidden_seconds']:.1f} s of it hidden"
         notes.append(f"built in another process in {elsewhere['seconds']:.1f} s, {hidden}")
+    else:
+        notes.append(f"{report['start']} start")
     if "tokens_equal" in result:
-        notes.append(f"{result['steps']} tokens, {_eagers(result)}")
+        notes.append(f"{result['steps']} tokens meanwhile, {_eagers(result)}")
     notes += [fallback["reason"] for fallback in report["fallbacks"]]
     return "; ".join(notes)
 
