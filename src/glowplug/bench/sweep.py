@@ -150,7 +150,8 @@ def markdown(rows: list[Row], versions: str) -> str:
         "",
         f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
         f"widths, uncompiled pieces; {versions}.",
-        "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
+        "`glowplug sweep --markdown docs/families.md` makes this page.",
+        "*Kinds*: of layers. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two more steps.",
         "Each family has its default config. Where released checkpoints use another rope, an extra row names it.",
         "",
