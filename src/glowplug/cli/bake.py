@@ -46,10 +46,11 @@ def bake_command(
     start = time.perf_counter()
     weightless = weightless_model(config, dtype=chosen, device=place)
     size = sum(p.numel() * p.element_size() for p in weightless.parameters())
-    billions = sum(p.numel() for p in weightless.parameters()) / 1e9
+    number = sum(p.numel() for p in weightless.parameters())
+    parameters = f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
     console.print(machine_line(describe_environment(device)), markup=False)
     console.print(
-        f"{type(weightless).__name__}, {billions:.1f} billion parameters, {show_size(size)} of weights, none in memory",
+        f"{type(weightless).__name__}, {parameters} parameters, {show_size(size)} of weights, none in memory",
         markup=False,
     )
     report = bake(weightless, options).report
