@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import glowplug
 from glowplug.bench.presets import build_model
 from glowplug.cli import app
+from glowplug.report import StoreReport
 
 PROMPT = "A plug glows"
 
@@ -83,12 +87,44 @@ def assert_refused(result: Any, *words: str) -> None:
         (["generate", "no/such/folder", "--prompt", "x"], ["no such preset or folder"]),
         (["generate", "glm-4.7", "--prompt", "x"], ["preset", "local folder"]),
         (["generate", "glm-4.7", "--prompt", "x", "--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["generate", "tiny-gpt-oss", "--prompt", "x", "--report", __file__], ["--report", "is a file"]),
+        (["bench", "glm-4.7", "--timeout", "nan"], ["--timeout"]),
         (["demo", "--compiler", "gcc"], ["'gcc'"]),
+        (["cache"], ["ls, verify, or prune"]),
+        (["cache", "prune", "--max-size", "1G", "--cache", ""], ["empty"]),
+        (["sweep", "--families", ","], ["--families"]),
+        (["sweep", "--families", "gpt2"], ["gpt2", "gpt_oss"]),
+        (["sweep", "--families", "mixtral", "--depth", "0"], ["--depth"]),
+        (["sweep", "--timeout", "nan"], ["--timeout"]),
+        (["bake", "tiny-gpt-oss", "--width", "wide"], ["'wide'"]),
+        (["bake", "tiny-gpt-oss", "--out", ""], ["empty"]),
+        (["bake", "tiny-gpt-oss", "--out", "off"], ["--out"]),
+        (["bake", "tiny-gpt-oss", "--out", __file__], ["not a folder"]),
     ],
-    ids=lambda value: " ".join(value) if value and value[0] in ("bench", "explain", "generate", "demo") else "",
+    ids=lambda value: " ".join(value)[:60] if value and isinstance(value, list) else "",
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
     assert_refused(run(*arguments), *words)
+
+
+def test_a_bake_that_stores_nothing_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = glowplug.Report(
+        programs=1, store=StoreReport(str(tmp_path), {"manifest misses": 1}, ("the disk is full",))
+    )
+    monkeypatch.setattr("glowplug.cli.bake.bake", lambda *_: SimpleNamespace(report=report))
+    result = run("bake", "tiny-gpt-oss", "--out", tmp_path / "store")
+    assert result.exit_code == 2
+    assert result.stderr == "glowplug: the program was not stored: the disk is full\n"
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "model/config.json")
+
+    monkeypatch.setattr("glowplug.cli.explain.load_model", lambda *_, **__: refuse())
+    assert_refused(run("explain", tmp_path), "Permission denied: model/config.json")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert_refused(run("cache", "ls", "--cache", tmp_path), "can't be read: permission denied")
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="needs a machine without CUDA")

@@ -84,7 +84,7 @@ def test_the_demo_compares_shows_texts_and_ends_with_three_sentences(answers: ty
     assert f"eager, baked, ordered, hoisted, stamped, {AGAIN} wrote: {PROMPT} is right" in output
     assert f"ordered, checks off: garbage, and no error {PROMPT} [GARBAGE]" in output
     assert "ordered: refused LayerOrderError: a layer ran twice" in output
-    assert f"hoisted: eager's text {PROMPT} is right" in output
+    assert f"hoisted: the text that eager writes {PROMPT} is right" in output
     sentences = output.split(" - ")[-3:]
     assert sentences[0].startswith(
         "glowplug's default, stamped, wrote its first token after 5.25 s, and baked after 12.50 s"

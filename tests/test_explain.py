@@ -169,7 +169,8 @@ def test_a_block_for_each_step_of_each_layer() -> None:
     page = shown(report)
     assert len(page.titles) == sum(len(row.blocks) for row in program)
     assert "piece B, layers 0-1" in page.titles
-    assert "op attention, layers 0" in page.titles
+    assert "op attention, layer 0" in page.titles
+    assert any(re.fullmatch(r"once, \d+ ops, layer 0", words) for words in page.words)
     assert "b" in page.words and "attention" in page.words, "the legend says what b stands for"
     assert any("serving: program" in words for words in page.words)
 
@@ -189,6 +190,12 @@ def test_what_comes_from_a_model_is_escaped() -> None:
     text = " ".join(Text(page).words)
     assert "</div><script>alert(1)</script> (<b>layer</b>)" in text
     assert shown(report).tags <= {"div", "span", "b"}
+
+
+def test_a_step_down_names_few_of_many_layers() -> None:
+    report = glowplug.Report()
+    report.fall_back("too wide", tuple(f"layers.{number}" for number in range(92)), to="launches")
+    assert "launched kernels one by one : too wide (layers.0, layers.1, layers.2, ...)" in " ".join(shown(report).words)
 
 
 def test_no_text_has_a_colour_without_a_background() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from glowplug.errors import StoreError
+from glowplug.errors import StoreError, UsageError
 from glowplug.store import ArtifactStore, LocalStore, open_store, opening
 
 KEY = "ab" + "c" * 62
@@ -137,7 +137,8 @@ def test_which_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert open_store(text) is None
     monkeypatch.setenv("GLOWPLUG_CACHE", str(tmp_path / "named"))
     assert open_store().place == str(tmp_path / "named")
-    assert open_store("").place == str(tmp_path / "named")
+    with pytest.raises(UsageError, match="empty"):  # as of a variable that is not set: not the user's own store
+        open_store("")
     assert open_store(tmp_path / "given").place == str(tmp_path / "given")
     monkeypatch.delenv("GLOWPLUG_CACHE")
     monkeypatch.setattr(opening, "default_root", lambda: tmp_path / "own")

@@ -84,10 +84,10 @@ def test_verify(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "checksum" in result.stdout
     assert "nobody looks" in result.stdout
-    assert "3 artifacts are whole, 2 are not" in result.stdout
+    assert "3 artifacts whole, 2 not" in result.stdout
     assert run(*arguments, "--delete").exit_code == 1
     assert not damaged.exists() and not misplaced.exists() and good.exists()
-    assert "3 artifacts are whole, 0 are not" in run(*arguments).stdout
+    assert "3 artifacts whole, 0 not" in run(*arguments).stdout
 
 
 def test_verify_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_verify_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ArtifactStore(tmp_path / "store", signing_key=SigningKey(b"k" * 16)).put("piece", KEY, b"x")
     result = run("verify", "--signed", "--cache", tmp_path / "store")
     assert result.exit_code == 1
-    assert "1 artifacts are whole, 4 are not" in result.stdout
+    assert "1 artifact whole, 4 not" in result.stdout
 
 
 def test_prune_command(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from glowplug.errors import CaptureError, GlowplugError, NotStampableError, Usag
 from glowplug.layers.copies import make_twin
 from glowplug.layers.stack import find_repetition
 from glowplug.options import Options
-from glowplug.reasons import said
+from glowplug.reasons import counted, said
 from glowplug.report import Fallback, Report
 from glowplug.show.html import explanation_html
 from glowplug.show.pieces import PieceSummary, Programs, read_programs
@@ -43,7 +43,8 @@ class Difference:
     def __str__(self) -> str:
         shown = ", ".join(f"{piece}: {value}" for piece, value in list(self.values.items())[:4])
         more = f" and {len(self.values) - 4} more" if len(self.values) > 4 else ""
-        return f"argument {self.argument} of {self.op} differs ({shown}{more}). {self.hint}"
+        what = "the output" if self.argument == "output" else f"argument {self.argument}"
+        return f"{what} of {self.op} differs ({shown}{more}). {self.hint}"
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ class Explanation:
     @property
     def heading(self) -> list[str]:
         """The first lines: the numbers of pieces and layers, and the program in short."""
-        total = sum(piece.count for piece in self.pieces)
-        lines = [f"identity {self.identity}, experts {self.experts}: {total} pieces, {len(self.pieces)} distinct"]
+        total, distinct = sum(piece.count for piece in self.pieces), len(self.pieces)
+        lines = [f"identity {self.identity}, experts {self.experts}: {counted(total, 'piece')}, {distinct} distinct"]
         if self.kinds:
             layout = _fold([f"k{kind}" for kind in self.kinds])
-            lines.append(f"{len(self.kinds)} layers of {len(set(self.kinds))} kinds: {layout}")
+            kinds = counted(len(set(self.kinds)), "kind")
+            lines.append(f"{counted(len(self.kinds), 'layer')} of {kinds}: {layout}")
         return [*lines, f"program: {self.layout}"]
 
     def __str__(self) -> str:

@@ -66,6 +66,11 @@ def plain(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST].rpartition(' ')[0]} ..."
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: `1 piece`, `2 pieces`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """A text on one line, with objects replaced by their names or types, without addresses."""
     for pattern, replacement in _REPLACEMENTS:

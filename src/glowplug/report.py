@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glowplug.errors import UsageError
-from glowplug.reasons import one_line
+from glowplug.reasons import counted, one_line
 from glowplug.runtime.forks import make_lock
 
 logger = logging.getLogger("glowplug")
@@ -40,6 +40,12 @@ class Fallback:
     reason: str
     layers: tuple[str, ...] = ()
     to: str = "eager"
+
+    @property
+    def where(self) -> str:
+        """The first of the layers, in parentheses; empty if there are none."""
+        more = ", ..." if len(self.layers) > 3 else ""
+        return f" ({', '.join(self.layers[:3])}{more})" if self.layers else ""
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,7 @@ class Report:
             if fallback in self.fallbacks:
                 return
             self.fallbacks.append(fallback)
-        where = f" ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})" if layers else ""
-        logger.warning("glowplug: %s: %s%s", _STEPS_DOWN[to], fallback.reason, where)
+        logger.warning("glowplug: %s: %s%s", _STEPS_DOWN[to], fallback.reason, fallback.where)
 
     def add_stored_program(self, program: Any, facts: Mapping[str, Any], distinct: int) -> None:
         """Record a program that came from the store."""
@@ -271,7 +276,7 @@ class Report:
         lines = [
             f"strategy {self.strategy}, experts {self.experts}, compiler {self.compiler}"
             + (", attention whole" if self.attention == "whole" else ""),
-            f"{self.pieces} pieces, {self.distinct_pieces} distinct"
+            f"{counted(self.pieces, 'piece')}, {self.distinct_pieces} distinct"
             + (f"; {self.pending_pieces} of them are still being compiled" if self.pending_pieces else ""),
             phases,
         ]
@@ -284,7 +289,7 @@ class Report:
         for inside in self.insides:
             used = {0: "not used", None: "used"}.get(inside.tokens, f"used up to {inside.tokens} tokens")
             times = f"{inside.compiled_us:.0f} us, eager {inside.eager_us:.0f} us"
-            lines.append(f"inside of {inside.op} ({len(inside.layers)} layers): {times}; {used}")
+            lines.append(f"inside of {inside.op} ({counted(len(inside.layers), 'layer')}): {times}; {used}")
         if self.cuda_graphs.count:
             lines.append(str(self.cuda_graphs))
         lines += [f"{fallback.to}: {fallback.reason}" for fallback in self.fallbacks]

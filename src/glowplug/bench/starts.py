@@ -8,6 +8,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,9 @@ def run_fleet(start: Start, processes: int, *, at_once: bool) -> list[Started]:
     with tempfile.TemporaryDirectory(prefix="glowplug-fleet-") as store:
         if not at_once:
             return [_finish("fleet", _begin(start, Path(store, "store"))) for _ in range(processes)]
-        begun = [_begin(start, Path(store, "store")) for _ in range(processes)]
-        return [_finish("fleet", process) for process in begun]
+        with ExitStack() as stack:
+            begun = [stack.enter_context(closing(_begin(start, Path(store, "store")))) for _ in range(processes)]
+            return [_finish("fleet", process) for process in begun]
 
 
 def _begin(start: Start, store: Path) -> Isolated:

@@ -94,7 +94,11 @@ def sweep(names: list[str], depth: int, experts: str, timeout_s: float) -> Itera
         raise UsageError(f"no MoE family {', '.join(unknown)} in this transformers; there are {', '.join(known)}")
     if depth < 1:
         raise UsageError(f"--depth must be 1 or more, not {depth}")
-    for name in names or known:
+    return _try_all(names or known, depth, experts, timeout_s)
+
+
+def _try_all(names: list[str], depth: int, experts: str, timeout_s: float) -> Iterator[Row]:
+    for name in names:
         case = Case(family=name, depth=depth_as_released(name, depth), experts=experts)
         try:
             yield Row(**run_isolated("glowplug.bench.sweep", json.dumps(asdict(case)), timeout_s=timeout_s))
@@ -146,7 +150,8 @@ def markdown(rows: list[Row], versions: str) -> str:
         "",
         f"{_stamped(families)} families stamped at {depth} layers{f' ({deeper})' if deeper else ''}{ropes}, tiny "
         f"widths, uncompiled pieces; {versions}.",
-        "`glowplug sweep --markdown docs/families.md` makes this page. *Template*: how many layers were traced.",
+        "`glowplug sweep --markdown docs/families.md` makes this page.",
+        "*Kinds*: of layers. *Template*: how many layers were traced.",
         "*Error*: largest relative error of the logits against eager, over a prefill and two more steps.",
         "Each family has its default config. Where released checkpoints use another rope, an extra row names it.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,11 @@ class OneLineGroup(TyperGroup):
             code = USAGE_EXIT
         except _CommandLineError as exc:
             _say(exc.format_message() + missing)
+            code = USAGE_EXIT
+        except OSError as exc:  # a full disk, no permission
+            if exc.filename is None:
+                raise
+            _say(f"{exc.strerror}: {exc.filename}")
             code = USAGE_EXIT
         except (KeyboardInterrupt, typer.Abort):
             _say("interrupted")
@@ -87,4 +93,8 @@ missing = _register()
 
 def main() -> None:
     """The entry point of the `glowplug` command."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            # An exception, as for Ctrl-C, so that the command stops its processes and deletes its temporary folders.
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     app()

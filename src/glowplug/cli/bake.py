@@ -19,6 +19,7 @@ from glowplug.cli.sizes import show_size
 from glowplug.errors import UsageError
 from glowplug.frontends.hf.builds import bake, read_dtype, weightless_model
 from glowplug.options import Options
+from glowplug.store import open_store
 
 
 def bake_command(
@@ -35,24 +36,32 @@ def bake_command(
     """Compile a model without its weights, so that later processes start warm."""
     quiet_transformers()
     place = resolve_device(device)
+    if width not in ("tiny", "full", "real"):
+        raise UsageError(f"width must be tiny, full or real; not {width!r}")
     options = Options(experts=experts, cache_dir=out, ends="compiled")  # type: ignore[arg-type]
+    if open_store(out) is None:
+        raise UsageError("the artifact store is off, so nothing would be kept; name one by --out")
     config, chosen = _config(model, depth, width, dtype, device)
     console = make_console()
     start = time.perf_counter()
     weightless = weightless_model(config, dtype=chosen, device=place)
     size = sum(p.numel() * p.element_size() for p in weightless.parameters())
-    billions = sum(p.numel() for p in weightless.parameters()) / 1e9
+    number = sum(p.numel() for p in weightless.parameters())
+    parameters = f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
     console.print(machine_line(describe_environment(device)), markup=False)
     console.print(
-        f"{type(weightless).__name__}, {billions:.1f} billion parameters, {show_size(size)} of weights, none in memory",
+        f"{type(weightless).__name__}, {parameters} parameters, {show_size(size)} of weights, none in memory",
         markup=False,
     )
     report = bake(weightless, options).report
     console.print(str(report), markup=False, soft_wrap=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(f"{time.perf_counter() - start:.1f} s; peak memory of this process {show_size(peak)}", markup=False)
-    if report.store is None or not report.programs:
-        raise UsageError(f"nothing was stored: {report.fallbacks[-1].reason if report.fallbacks else 'no store'}")
+    store = report.store
+    if store is None or not (store.counts.get("manifest stored") or store.counts.get("manifest hits")):
+        problem = store.problems[0] if store is not None and store.problems else "there is no store"
+        reason = report.fallbacks[-1].reason if report.fallbacks else problem
+        raise UsageError(f"the program was not stored: {reason}")
 
 
 def _config(
@@ -61,8 +70,6 @@ def _config(
     """The configuration, and the dtype to compile for."""
     wanted = check_dtype(dtype) if dtype is not None else None
     if model in PRESETS:
-        if width not in ("tiny", "full", "real"):
-            raise UsageError(f"width must be tiny, full or real; not {width!r}")
         chosen = wanted or check_dtype(default_dtype(device))
         size: str = "tiny" if width == "tiny" else "full"
         config = build_config(model, depth=depth, width=size, dtype=chosen, all_experts=width == "real")  # type: ignore[arg-type]

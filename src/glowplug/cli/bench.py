@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +55,7 @@ def bench(
         dtype=dtype,
         compiler=compiler,
     )
-    if timeout <= 0:
+    if not timeout > 0:
         raise UsageError(f"--timeout must be more than 0 s, not {timeout:g}")
     if rounds < 0:
         raise UsageError(f"--rounds must be 0 or more, not {rounds}")
@@ -67,8 +65,6 @@ def bench(
         if path is not None:
             check_writable(path)
     environment = describe_environment(device)
-    # The processes have sessions of their own, so a terminated run must stop them itself.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = make_console()
     console.print(f"{machine_line(environment)}; transformers {environment['transformers']}", markup=False)
     with console.status("") as status:

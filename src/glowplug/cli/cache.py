@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,22 +14,33 @@ from rich.text import Text
 from glowplug.cli.console import make_console
 from glowplug.cli.sizes import read_size, show_age, show_size
 from glowplug.errors import UsageError
+from glowplug.reasons import counted
 from glowplug.store import LocalStore, SigningKey, open_store
 from glowplug.store.envelope import plain
 from glowplug.store.local import unlink
 
-cache_app = typer.Typer(help="The artifact store: ls, verify, prune.", no_args_is_help=True)
+cache_app = typer.Typer()
 
 Location = Annotated[str | None, typer.Option("--cache", help="A folder; default: GLOWPLUG_CACHE, or your own store.")]
+
+
+@cache_app.callback(invoke_without_command=True)
+def cache_command(context: typer.Context) -> None:
+    """The artifact store: ls, verify, prune."""
+    if context.invoked_subcommand is None:
+        raise UsageError("glowplug cache needs one of its commands: ls, verify, or prune")
 
 
 def _open(location: str | None) -> LocalStore:
     """The local store; for a URL, the local folder in front of it."""
     if location and "://" not in location and not Path(location).expanduser().is_dir():
-        raise UsageError(f"there is no artifact store {location}")
+        raise UsageError(f"there is no artifact store in {location}; name the folder of one, or a URL")
     store = open_store(location)
     if store is None:
         raise UsageError("the artifact store is off (GLOWPLUG_CACHE); name one by --cache FOLDER")
+    root = store.local.root
+    if root.exists() and not os.access(root, os.R_OK | os.X_OK):
+        raise UsageError(f"the artifact store {root} can't be read: permission denied")
     return store.local
 
 
@@ -55,8 +67,8 @@ def list_entries(cache: Location = None) -> None:
     console = make_console()
     if entries:
         console.print(table)
-    total = sum(entry.size for entry in entries)
-    console.print(f"{len(entries)} artifacts, {show_size(total)}, in {store.root}", markup=False, soft_wrap=True)
+    number, total = counted(len(entries), "artifact"), show_size(sum(entry.size for entry in entries))
+    console.print(f"{number}, {total}, in {store.root}", markup=False, soft_wrap=True)
 
 
 @cache_app.command("verify")
@@ -76,8 +88,7 @@ def verify(
             outcome = "; deleted" if unlink(entry.path) else "; it can't be deleted"
         line = f"{entry.kind} {entry.key[:12]}: {problem}{outcome}"
         console.print(plain(line), markup=False, soft_wrap=True)
-    whole = number - len(bad)
-    console.print(f"{whole} artifacts are whole, {len(bad)} are not", markup=False)
+    console.print(f"{counted(number - len(bad), 'artifact')} whole, {len(bad)} not", markup=False)
     if bad:
         raise typer.Exit(1)
 
@@ -98,7 +109,6 @@ def prune(
     store = _open(cache)
     removed = store.prune(read_size(max_size))
     left = store.entries()
-    freed, kept = sum(entry.size for entry in removed), sum(entry.size for entry in left)
-    make_console().print(
-        f"deleted {len(removed)} artifacts, {show_size(freed)}; {len(left)} left, {show_size(kept)}", markup=False
-    )
+    freed, kept = (show_size(sum(entry.size for entry in some)) for some in (removed, left))
+    line = f"deleted {counted(len(removed), 'artifact')}, {freed}; {len(left)} left, {kept}"
+    make_console().print(line, markup=False)

@@ -27,7 +27,7 @@ from glowplug.bench.starts import Started, run_ways
 from glowplug.bench.workers.start import Start
 from glowplug.checkpoints import CHECKPOINTS, find_checkpoint
 from glowplug.cli.console import make_console, quiet_transformers
-from glowplug.cli.starts import starts_table
+from glowplug.cli.starts import print_starts
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
 
@@ -50,7 +50,7 @@ def demo(
     _introduce(console, steps, everything=everything)
     starts = _run(console, steps)
     console.print()
-    console.print(_start_table(starts))
+    _print_starts(console, starts)
     _print_texts(console, starts)
     ways = _ways(console) if stores and everything else []
     console.print(
@@ -104,37 +104,36 @@ def _brief(outcome: Outcome) -> str:
     return f"first token after {seconds(outcome.result['first_token_s'])} s"
 
 
-def _start_table(outcomes: list[Outcome]) -> Table:
+def _print_starts(console: Console, outcomes: list[Outcome]) -> None:
+    """A table with one row for each strategy, and below it, as tables are narrow, what else happened."""
     table = Table()
-    table.add_column("strategy")
+    table.add_column("strategy", no_wrap=True)
     for name in ("layers\ntraced", "pieces\ndistinct", "first token\ns", "a token\nms"):
         table.add_column(name, justify="right")
     table.add_column("tokens equal\nto eager's")
-    notes = any(outcome.error is not None or outcome.result["fallback"] for outcome in outcomes)
-    if notes:
-        table.add_column("note", overflow="fold", max_width=50)
+    notes = []
     for outcome in outcomes:
-        depth, result = outcome.step.generation.depth, outcome.result
-        name = outcome.step.name if depth is None else f"{outcome.step.name}\nat {depth} layers"
+        name, depth, result = outcome.step.name, outcome.step.generation.depth, outcome.result
         if outcome.error is not None:
-            table.add_row(name, *[NONE] * 5, Text(f"failed: {outcome.error}"))
+            table.add_row(name, *[NONE] * 4, Text("failed", style="bold red"))
+            notes.append(f"{name}: {outcome.error}")
             continue
         same = sum(a == b for a, b in zip(result["tokens"], result["expected"], strict=False))
-        cells: list[str | Text] = [
-            name,
+        table.add_row(
+            name if depth is None else f"{name}\nat {depth} layers",
             _share(result["traced_layers"], result["layers"]),
             _share(result["distinct_pieces"], result["pieces"]),
             seconds(result["first_token_s"]),
             f"{result['ms_per_token']:.1f}",
             f"all {same}" if outcome.equal else Text(f"{same} of {len(result['expected'])}", style="bold red"),
-        ]
-        style = "bold" if outcome.step.name.startswith("stamped") else "" if depth is None else "dim"
-        table.add_row(*cells, *([Text("; ".join(result["fallback"]))] if notes else []), style=style)
-    short = [outcome.step for outcome in outcomes if outcome.step.generation.depth is not None]
-    if short:
-        names, depth = ", ".join(step.name for step in short), short[0].generation.depth
-        table.caption = f"{names} ran on the first {depth} layers alone; --all runs all layers"
-    return table
+            style="bold" if name.startswith("stamped") else "" if depth is None else "dim",
+        )
+        notes += [f"{name}: {reason}" for reason in result["fallback"]]
+        if depth is not None:
+            notes.append(f"{name} ran on the first {depth} layers alone; --all runs all layers")
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def _share(some: int | None, every: int | None) -> str:
@@ -157,7 +156,7 @@ def _ways(console: Console) -> list[Started]:
             console.print(f"  {way.way}: {brief}", markup=False, style="dim", soft_wrap=True)
             status.update(WAYS[min(len(starts), len(WAYS) - 1)])
     console.print()
-    console.print(starts_table(starts))
+    print_starts(console, starts)
     return starts
 
 
@@ -187,6 +186,6 @@ def _print_order(console: Console, outcomes: list[Outcome]) -> None:
             console.print(f"{name}: refused", style="bold yellow", markup=False)
             console.print(f"  {outcome.error}", markup=False, soft_wrap=True)
         else:
-            verdict = "eager's text" if outcome.equal else "garbage, and no error"
+            verdict = "the text that eager writes" if outcome.equal else "garbage, and no error"
             console.print(f"{name}: {verdict}", style="bold green" if outcome.equal else "bold red", markup=False)
             _print_text(console, outcome.result["text"])

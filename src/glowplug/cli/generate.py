@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, TextStreamer
 import glowplug
 from glowplug.bench.models import find_folder, load_model, one_line
 from glowplug.bench.presets import PRESETS
+from glowplug.bench.runner import check_writable
 from glowplug.checkpoints import CHECKPOINTS
 from glowplug.cli.console import quiet_transformers
 from glowplug.errors import UsageError
@@ -50,6 +51,8 @@ def generate(
     if model in PRESETS:
         raise UsageError(f"{model} is a preset with random weights and no tokenizer; give a local folder")
     folder = str(find_folder(model))
+    if report is not None:
+        _check_folder(report)
     glowplug.Options(identity=identity, experts=experts, compiler=compiler)  # type: ignore[arg-type]
     language_model = load_model(folder, device=device)
     tokenizer, inputs = _tokenize(folder, prompt, language_model.config.get_text_config().vocab_size)
@@ -64,6 +67,17 @@ def generate(
     print(_speed(streamer.times, start))
     if report is not None:
         print(f"report and program in {glowplug.report(language_model).save(report)}")
+
+
+def _check_folder(path: Path) -> None:
+    """Make a folder, and raise `UsageError` if nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as exc:
+        raise UsageError(f"--report takes a folder, and {path} is a file") from exc
+    except OSError as exc:
+        raise UsageError(f"can't make the folder {path}: {exc.strerror or exc}") from exc
+    check_writable(path / "report.json")
 
 
 def _tokenize(folder: str, prompt: str, vocab_size: int) -> tuple[Any, Any]:

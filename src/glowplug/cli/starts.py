@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from glowplug.bench.models import check_dtype, default_dtype, resolve_device
@@ -51,10 +52,17 @@ def starts(
     Options(experts=experts)  # type: ignore[arg-type]
     chosen = tuple(read_names(ways))
     unknown = [name for name in chosen if name not in WAYS[:-1]]
-    if unknown or width not in ("tiny", "full") or fleet < 0 or rounds < 1:
-        sizes = "width is tiny or full, --fleet 0 or more, and --rounds 1 or more"
-        wrong = f"unknown way {unknown[0]!r}" if unknown else sizes
-        raise UsageError(f"{wrong}; ways: {', '.join(WAYS[:-1])}")
+    if unknown or not (chosen or fleet):
+        wrong = f"unknown way {unknown[0]!r}" if unknown else "no way to start given"
+        raise UsageError(f"{wrong}; --ways takes some of {', '.join(WAYS[:-1])}")
+    if "warm" in chosen and "cold" not in chosen[: chosen.index("warm")]:
+        raise UsageError("a warm start needs the store of a cold one before it: --ways cold,warm")
+    if width not in ("tiny", "full"):
+        raise UsageError(f"width must be tiny or full, not {width!r}")
+    if fleet < 0:
+        raise UsageError(f"--fleet must be 0 or more, not {fleet}")
+    if rounds < 1:
+        raise UsageError(f"--rounds must be 1 or more, not {rounds}")
     if json_path is not None:
         check_writable(json_path)
     resolve_device(device)
@@ -62,7 +70,6 @@ def starts(
     check_dtype(dtype)
     console = make_console()
     environment = describe_environment(device)
-    console.print(f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}", markup=False)
     about = {
         "environment": environment,
         "model": model if model in PRESETS else Path(model).name,
@@ -75,15 +82,18 @@ def starts(
         "evict": evict,
     }
     with tempfile.TemporaryDirectory(prefix="glowplug-model-") as place:
-        folder = model_folder(
-            model,
-            depth,
-            width,  # type: ignore[arg-type]
-            dtype,
-            Path(place),
-            all_experts=all_experts,
-            device=device,
-        )
+        with console.status(f"making {model}"):
+            folder = model_folder(
+                model,
+                depth,
+                width,  # type: ignore[arg-type]
+                dtype,
+                Path(place),
+                all_experts=all_experts,
+                device=device,
+            )
+        versions = f"{machine_line(environment)}; transformers {environment['transformers']}; {dtype}"
+        console.print(versions, markup=False)
         start = Start(folder=folder, experts=experts, device=device, dtype=dtype, evict=evict)
         finished: list[Started] = []
         fleets: dict[str, Any] = {}
@@ -97,7 +107,7 @@ def starts(
                         write_starts(json_path, about, finished, fleets)
         if finished:
             console.print()
-            console.print(starts_table(medians(finished)))
+            print_starts(console, medians(finished))
         for name, at_once in (("one after another", False), ("at once", True)) if fleet else ():
             with console.status(f"{fleet} processes {name}"):
                 result = run_fleet(start, fleet, at_once=at_once)
@@ -117,14 +127,13 @@ def _start_line(started: Started) -> str:
     return f"{started.way}: ready after {ready:.2f} s"
 
 
-def starts_table(starts: list[Started]) -> Table:
-    """A table with one row for each start."""
+def print_starts(console: Console, starts: list[Started]) -> None:
+    """A table with one row for each start, and below it, as tables are narrow, what else happened."""
     table = Table()
-    table.add_column("start")
-    times = ("loading\ns", "first token\ns", "second token\ns", "ready\ns", "compiled\nafter s")
-    for name in (*times, "largest\nrel. error"):
+    table.add_column("start", no_wrap=True)
+    times = ("loading\ns", "first\ntoken\ns", "second\ntoken\ns", "ready\ns", "compiled\nafter\ns")
+    for name in (*times, "largest\nrelative\nerror"):
         table.add_column(name, justify="right")
-    table.add_column("what happened", overflow="fold")
     for started in starts:
         result = started.result
         compiled_after = result.get("taken_over_s", result.get("second_token_s"))
@@ -136,9 +145,11 @@ def starts_table(starts: list[Started]) -> Table:
             _seconds(result.get("ready_s", result.get("load_s"))),
             _seconds(compiled_after if started.way not in ("eager", "load") else None),
             f"{result['error']:.0e}" if result.get("error") is not None else "-",
-            _note(result),
         )
-    return table
+    console.print(table)
+    for started in starts:
+        if note := started.error or _note(started.result):
+            console.print(f"{started.way}: {note}", markup=False, soft_wrap=True)
 
 
 def _seconds(value: float | None) -> str:
@@ -149,13 +160,15 @@ def _note(result: dict[str, Any]) -> str:
     report = result.get("report")
     if not report:
         return f"error of {result['rounds_to']} itself, against float32" if "rounds_to" in result else ""
-    notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct", f"{report['start']} start"]
+    notes = [f"{report['distinct_pieces']} of {report['pieces']} pieces distinct"]
     elsewhere = report.get("elsewhere")
     if elsewhere and elsewhere["reason"] is None and elsewhere["seconds"] is not None:
-        hidden = f"{elsewhere['hidden_seconds']:.1f} s hidden"
+        hidden = f"{elsewhere['hidden_seconds']:.1f} s of it hidden"
         notes.append(f"built in another process in {elsewhere['seconds']:.1f} s, {hidden}")
+    else:
+        notes.append(f"{report['start']} start")
     if "tokens_equal" in result:
-        notes.append(f"{result['steps']} tokens, {_eagers(result)}")
+        notes.append(f"{result['steps']} tokens meanwhile, {_eagers(result)}")
     notes += [fallback["reason"] for fallback in report["fallbacks"]]
     return "; ".join(notes)
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from glowplug.bench.results.environment import describe_environment, machine_line
 from glowplug.bench.runner import check_writable
 from glowplug.bench.sweep import COLUMNS, Row, markdown, sweep
+from glowplug.cli.bench import read_names
 from glowplug.cli.console import make_console, quiet_transformers
 from glowplug.errors import UsageError
 from glowplug.options import Options
@@ -27,11 +28,14 @@ def sweep_command(
     """Try every MoE family of transformers: is it stamped, with how many pieces, and equal to eager?"""
     quiet_transformers()
     Options(experts=experts)  # type: ignore[arg-type]
-    if timeout <= 0:
+    if not timeout > 0:
         raise UsageError(f"--timeout must be more than 0 s, not {timeout:g}")
     if markdown_path is not None:
         check_writable(markdown_path)
-    names = [name.strip() for name in families.split(",") if name.strip()] if families is not None else []
+    names = read_names(families) if families is not None else []
+    if families is not None and not names:
+        raise UsageError("--families names none; leave it out for all")
+    found = sweep(names, depth, experts, timeout)
     console = make_console()
     environment = describe_environment("cpu")
     versions = f"transformers {environment['transformers']}, torch {environment['torch']}"
@@ -39,7 +43,7 @@ def sweep_command(
     rows: list[Row] = []
     with console.status("") as status:
         status.update("starting")
-        for row in sweep(names, depth, experts, timeout):
+        for row in found:
             rows.append(row)
             status.update(f"{len(rows)} families; last {row.family}")
             console.print(f"  {row.family}: {_brief(row)}", markup=False, style="dim", soft_wrap=True)

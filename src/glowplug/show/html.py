@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from glowplug.show.pieces import Block, LayerBlocks, Programs, letter, read_programs
+from glowplug.show.pieces import Block, LayerBlocks, Programs, letter, name_layers, read_programs
 
 if TYPE_CHECKING:
     from glowplug.explain import Explanation
@@ -20,7 +20,12 @@ _BLOCK = (
     "text-align:center;"
 )
 _FAINT = "opacity:.75;font-size:85%;"
-_STEPS = {"eager": "ran eager", "hoisted": "traced every layer", "op": "left ops uncompiled"}
+_STEPS = {
+    "eager": "ran eager",
+    "hoisted": "traced every layer",
+    "op": "left ops uncompiled",
+    "launches": "launched kernels one by one",
+}
 
 
 def report_html(report: Report) -> str:
@@ -42,7 +47,7 @@ def _page(heading: str, lines: Iterable[str], content: str) -> str:
     """The element; `content` is HTML, all else is text."""
     text = "".join(f'<div style="{_FAINT}">{html.escape(line)}</div>' for line in lines)
     return (
-        '<div style="font-family:sans-serif;line-height:1.5;text-align:left">'
+        '<div style="font-family:sans-serif;line-height:1.5;text-align:left;overflow-wrap:anywhere">'
         f"<div><b>{html.escape(heading)}</b></div>{text}{content}</div>"
     )
 
@@ -74,7 +79,7 @@ def _column(row: LayerBlocks, ops: Mapping[str, str]) -> str:
 
 def _block(block: Block, ops: Mapping[str, str]) -> str:
     kind, short = ("op", ops[block.name]) if block.piece is None else ("piece", block.name)
-    where = f", layers {block.layers}" if block.layers else ""
+    where = f", {name_layers(block.layers)}" if block.layers else ""
     title = html.escape(f"{kind} {block.name}{where}")
     return f'<span title="{title}" style="{_BLOCK}{_colour(block.piece)}">{html.escape(short)}</span>'
 
@@ -82,7 +87,7 @@ def _block(block: Block, ops: Mapping[str, str]) -> str:
 def _meaning(piece: int | None, short: str, text: str) -> str:
     """What the name of a block stands for."""
     block = f'<span style="{_BLOCK}{_colour(piece)}">{html.escape(short)}</span>'
-    return f'<div>{block} <span style="{_FAINT}">{html.escape(text)}</span></div>'
+    return f'<div style="margin:2px 0">{block} <span style="{_FAINT}">{html.escape(text)}</span></div>'
 
 
 def _colour(piece: int | None) -> str:
@@ -92,12 +97,7 @@ def _colour(piece: int | None) -> str:
 
 def _steps_down(fallbacks: Sequence[Fallback]) -> str:
     """Each step down the ladder, with its reason."""
-    rows = []
-    for fallback in fallbacks:
-        named = f" ({', '.join(fallback.layers)})" if fallback.layers else ""
-        rows.append(
-            f"<b>{html.escape(_STEPS.get(fallback.to, fallback.to))}</b>: {html.escape(fallback.reason + named)}"
-        )
+    rows = [f"<b>{_STEPS[one.to]}</b>: {html.escape(one.reason + one.where)}" for one in fallbacks]
     return _list("Steps down", rows)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.sources import parse
 from glowplug.program.program import StepOutline
+from glowplug.reasons import counted
 
 Path = tuple[str, ...]
 
@@ -34,8 +35,9 @@ class PieceSummary:
     @property
     def what(self) -> str:
         """How often it runs, its size, and its layers, in words."""
-        where = f"layers {', '.join(self.layers)}" if any(self.layers) else "no layer's weights"
-        return f"{self.count} times, {self.ops} ops, {where}"
+        runs = "once" if self.count == 1 else f"{self.count} times"
+        where = name_layers(", ".join(self.layers)) if any(self.layers) else "no layer's weights"
+        return f"{runs}, {counted(self.ops, 'op')}, {where}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def _stack(paths: Sequence[Sequence[Path]]) -> Path | None:
         for prefix, index in lowest.items():
             first.setdefault(prefix, set()).add(index)
     return max(first, key=lambda prefix: (len(first[prefix]), -len(prefix)), default=None)
+
+
+def name_layers(layers: str) -> str:
+    """Layers in words: `layer 3`, `layers 3-4`."""
+    return f"layer{'' if layers.isdecimal() else 's'} {layers}"
 
 
 def letter(number: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from glowplug.errors import StoreError
+from glowplug.errors import StoreError, UsageError
 from glowplug.store.envelope import KEY_FILE_VARIABLE, KEY_VARIABLE, SigningKey
 from glowplug.store.remote import hide_password
 from glowplug.store.store import ArtifactStore, logger
@@ -32,10 +32,11 @@ def open_store(location: str | os.PathLike[str] | None = None, *, strict: bool =
 
     Raises:
         StoreError: others can write to the folder, or the URL has no signing key or an unknown protocol.
-        UsageError: the signing key can't be used.
+        UsageError: the location is empty, or the signing key can't be used.
     """
-    text = os.fspath(location) if location is not None else ""
-    text = text or os.environ.get(CACHE_VARIABLE, "")
+    if location is not None and not os.fspath(location):
+        raise UsageError("the artifact store's place is empty; name a folder or a URL, or leave it out for your own")
+    text = os.fspath(location) if location is not None else os.environ.get(CACHE_VARIABLE, "")
     if text.lower() in OFF:
         return None
     key = SigningKey.from_environment()

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class IsolatedError(Exception):
 class Isolated:
     """A process that runs `python -m module argument` with empty compiler caches, which are deleted with it.
 
-    `extra` adds environment variables; `{}` in a value stands for the process's own folder.
+    It does not outlive this process, even if that is killed: see `run_worker`. `extra` adds environment variables; `{}`
+    in a value stands for the process's own folder.
     """
 
     def __init__(self, module: str, argument: str, *, timeout_s: float, extra: dict[str, str] | None = None) -> None:
@@ -59,7 +61,7 @@ class Isolated:
         with (self.folder / "stdout").open("w") as output, (self.folder / "stderr").open("w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, argument],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # nothing is written; it closes when this process ends
                 stdout=output,
                 stderr=errors,
                 env=environment,
@@ -111,6 +113,8 @@ def run_worker(
     limit: int = 300,
 ) -> None:
     """In the process: call `work` with the JSON argument and print its answer, or that of `failed` with the error."""
+    if os.getsid(0) == os.getpid():  # `Isolated` started it, not a person by hand
+        threading.Thread(target=_end_with_starter, daemon=True).start()
     argument = json.loads(sys.argv[1])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -126,11 +130,20 @@ def print_answer(answer: dict[str, Any]) -> None:
     print("\n" + json.dumps(answer), flush=True)
 
 
+def _end_with_starter() -> None:
+    """Wait until the process that started this one ends, however it does: that closes the pipe on stdin. Then kill this
+    process, and all that it started."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and the compile workers that it started, if they still run."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _answer(folder: Path, code: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from glowplug.layers.describe import inner_text
 from glowplug.layers.stack import LayerStack, find_repetition
 from glowplug.program import template as templates
 from glowplug.program.template import Template
+from glowplug.reasons import counted
 
 _FIRST, _END = "start_layer", "end_layer"
 
@@ -41,7 +42,7 @@ def choose(decoder: nn.Module, read: Collection[str]) -> Template | str:
     if (first, end) != (0, len(stack.layers)):
         return f"it runs layers {first} to {end} of {len(stack.layers)}"
     template = templates.choose(stack)
-    return template if template is not None else f"it has only {len(stack.layers)} layers"
+    return template if template is not None else f"it has only {counted(len(stack.layers), 'layer')}"
 
 
 def short_decoder(decoder: nn.Module, template: Template) -> nn.Module:
