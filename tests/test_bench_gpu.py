@@ -23,7 +23,16 @@ from glowplug.bench.workers.isolate import IsolatedError, run_isolated
 from glowplug.errors import UsageError
 from test_cli import run
 
-FIGURES = {"ready_s", "static_ms", "tokens_equal_eager", "launches", "dynamic_ms", "static_tokens_s_16", "graphs"}
+FIGURES = {
+    "ready_s",
+    "step_ms",
+    "static_ms",
+    "tokens_equal_eager",
+    "launches",
+    "dynamic_ms",
+    "static_tokens_s_16",
+    "graphs",
+}
 
 
 def spec(strategy: str, **changes: Any) -> Spec:
@@ -233,6 +242,7 @@ def test_the_table_of_a_gpu() -> None:
     measured |= {"cold_start_s": 20.0, "pieces": 5, "distinct_pieces": 3, "cuda_peak_mb": 43000.0, "max_rel_err": 0.01}
     measured["gpu"] = {
         "ready_s": 21.0,
+        "step_ms": 3.0,
         "static_ms": 4.0,
         "dynamic_ms": 8.0,
         "static_tokens_s_16": 1500.0,
@@ -246,7 +256,22 @@ def test_the_table_of_a_gpu() -> None:
     table = results_table([measured, slow, failed])
     rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert rows[0] == (
-        *("2", "stamped", "opaque", "20.00", "21.00", "3/5", "4.00", "8.00", "1500", "8.0", "12", "64", "43000"),
+        *(
+            "2",
+            "stamped",
+            "opaque",
+            "20.00",
+            "21.00",
+            "3/5",
+            "3.00",
+            "4.00",
+            "8.00",
+            "1500",
+            "8.0",
+            "12",
+            "64",
+            "43000",
+        ),
         "",
     )
     assert rows[1][2:6] == ("inline", "90.00", "95.00", "-")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from glowplug.program import PieceCache, PieceStore
 from glowplug.program import pieces as program_pieces
 from glowplug.program.pieces import compile_pieces
 from glowplug.store import ArtifactStore, LocalStore
+from storing import StoringGraphs
 
 
 class Stored(EagerCompiler):
@@ -146,6 +149,35 @@ def test_a_piece_that_writes_down_relations_is_compiled_in_the_parent() -> None:
     cache = PieceCache()
     assert results(Relating(), pieces(5), cache, capture=capture) == [1, 2, 3, 4, 5]
     assert len(capture.guards) == 5 and cache.compiled == {}  # they hold in this capture alone
+
+
+class Relating(StoringGraphs):
+    """Each piece relies on a relation of sizes. Counts what is compiled in this process."""
+
+    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+                assert value.numel() < 12345
+        time.sleep(0.5 if os.getpid() == self.home else 0)  # so that forks take the other pieces
+        return super().compile(piece, inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compiles in forks on Linux")
+def test_relations_that_forks_write_down_reach_the_program(tmp_path: Path) -> None:
+    """The parent compiles one piece at most, a call that breaks a relation is refused, and a warm start knows them."""
+    own = families.build("glm4_moe", layers=8)
+    for way in ("cold", "warm"):
+        model, compiler = families.build("glm4_moe", layers=8), Relating()
+        glowplug.compile(model, compiler=compiler, cache_dir=tmp_path, ends="compiled")
+        with torch.no_grad():
+            ids = families.prompt(2, 5)
+            torch.testing.assert_close(model(ids).logits, own(ids).logits)
+            report = glowplug.report(model)
+            assert (report.start, report.strategy, report.fallbacks) == (way, "stamped", [])
+            assert compiler.compiled <= 1
+            model(families.prompt(20, 40))
+        (fallback,) = report.fallbacks
+        assert "12344" in fallback.reason or "12345" in fallback.reason
 
 
 def test_what_another_process_would_not_know_goes_through_no_lasting_store(tmp_path: Path) -> None:

@@ -205,7 +205,10 @@ def test_changed_weights_are_seen(recorder: AnyRecorder, change: Callable[[Any],
                 for model in (own.model, twin.model):
                     change(model.model.layers[2])
         torch.testing.assert_close(twin(), own())
-    assert recorder.replays >= 6
+    if DEVICE == "cuda" and experts == "opaque":  # in float32 transformers' own experts wait for the GPU
+        assert recorder.replays == 0
+    else:
+        assert recorder.replays >= 6
 
 
 def test_an_attribute_that_a_layer_reads_when_it_runs(recorder: AnyRecorder) -> None:

@@ -31,7 +31,7 @@ def compile(
     ends: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     background: bool = False,
-    cuda_graphs: str = "off",
+    cuda_graphs: str = "auto",
 ) -> M:
     """Make a model start fast and run compiled: each distinct piece is compiled once, at the first call.
 

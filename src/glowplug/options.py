@@ -53,7 +53,8 @@ class Options:
             pieces, which run uncompiled until their code arrives and use it from the next sequence on. `"compiled"`:
             compile them before the first answer, as `strict` always does.
         cuda_graphs: `"auto"`: on NVIDIA GPUs, record each decode step over a static cache as a CUDA graph at the second
-            step of its form, and replay it since. `"off"`: launch each kernel from Python.
+            step of its form, and replay it since; over a growing cache, each piece between attention ops. `"off"`:
+            launch each kernel from Python.
 
     Raises:
         UsageError: a value is not allowed, or two options contradict each other.
@@ -70,7 +71,7 @@ class Options:
     ends: Literal["auto", "compiled"] = "auto"
     cache_dir: str | os.PathLike[str] | None = None
     background: bool = False
-    cuda_graphs: Literal["auto", "off"] = "off"
+    cuda_graphs: Literal["auto", "off"] = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

@@ -10,17 +10,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import glowplug
 from glowplug.bench import gpu
-from glowplug.bench.gpu.decoding import finish
 from glowplug.bench.models import load_model
 from glowplug.bench.overhead import OVERHEAD_STEPS, overhead_us
 from glowplug.bench.results.record import Record, empty_record
 from glowplug.bench.spec import Spec
-from glowplug.bench.stepping import Sequence, Text, relative_error, two_tokens
+from glowplug.bench.stepping import WARM_UP, Sequence, Text, relative_error, times_s, two_tokens
 from glowplug.bench.strategies import Strategy, get_strategy, hit_recompile_limit
 from glowplug.bench.workers.turns import my_turns
 
@@ -29,7 +27,6 @@ PREFILL = 128
 STEPS = 40
 """The largest number of decode steps in the steady state."""
 _STEPS_A_TURN = 8
-_WARM_UP = 3
 
 
 def measure(spec: Spec, keep: Callable[[Record], None] = lambda record: None) -> Record:
@@ -42,7 +39,7 @@ def measure(spec: Spec, keep: Callable[[Record], None] = lambda record: None) ->
     strategy, on_gpu = get_strategy(spec.strategy), spec.device == "cuda"
     record = empty_record(spec)
     model = load_model(spec.model, depth=spec.depth, width=spec.width, device=spec.device, dtype=spec.dtype)
-    text = Text.make(model, max(PREFILL, spec.prefill + _WARM_UP + STEPS + 1, spec.prefill + OVERHEAD_STEPS))
+    text = Text.make(model, max(PREFILL, spec.prefill + WARM_UP + STEPS + 1, spec.prefill + OVERHEAD_STEPS))
 
     def observe(record: Record) -> None:
         record["fallback"] = _fallbacks(strategy, model)
@@ -91,24 +88,10 @@ def _steady_ms(model: PreTrainedModel, text: Text, spec: Spec) -> dict[str, floa
         steps, cap_s = (STEPS, spec.steady_s) if turns is None else (_STEPS_A_TURN, spec.steady_s / 10)
         sequence = Sequence(model, text)
         sequence.step(spec.prefill)
-        decode += _times_s(functools.partial(sequence.step, 1), model.device, steps, cap_s)
-        prefill += _times_s(lambda: Sequence(model, text).step(PREFILL), model.device, steps, cap_s)
+        decode += times_s(functools.partial(sequence.step, 1), model.device, steps, cap_s)
+        prefill += times_s(lambda: Sequence(model, text).step(PREFILL), model.device, steps, cap_s)
     measured = {"decode": decode, "prefill128": prefill}
     return {name: round(statistics.median(times) * 1000, 4) for name, times in measured.items() if times}
-
-
-def _times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s: float) -> list[float]:
-    """Seconds of each of `steps` steps, or of as many as fit into `cap_s` seconds, after a warm-up."""
-    for _ in range(_WARM_UP):
-        step()
-    finish(device)
-    times: list[float] = []
-    while len(times) < steps and (not times or sum(times) < cap_s):
-        start = time.perf_counter()
-        step()
-        finish(device)
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def _add_report(record: Record, model: PreTrainedModel) -> None:

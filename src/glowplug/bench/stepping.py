@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+WARM_UP = 3
+"""Steps before those that are timed."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ class Text:
 
 
 class Sequence:
-    """One sequence that a model reads step by step, with a cache of its own."""
+    """One sequence that a model reads step by step, with a cache of its own: by default one that grows."""
 
-    def __init__(self, model: PreTrainedModel, text: Text) -> None:
+    def __init__(self, model: PreTrainedModel, text: Text, cache: Cache | None = None) -> None:
         self.model = model
         self.text = text
         self.read = 0
-        self.cache = DynamicCache(config=model.config.get_text_config())
+        self.cache = cache if cache is not None else DynamicCache(config=model.config.get_text_config())
 
     def step(self, tokens: int) -> Tensor:
         """Read the next tokens; returns their logits, `[1, tokens, vocab]`."""
@@ -85,3 +89,23 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if not math.isfinite(error):
         raise RuntimeError("the logits, or eager's, are not finite")
     return error
+
+
+def times_s(step: Callable[[], Tensor], device: torch.device, steps: int, cap_s: float) -> list[float]:
+    """Seconds of each of `steps` steps, or of as many as fit into `cap_s` seconds, after a warm-up."""
+    for _ in range(WARM_UP):
+        step()
+    finish(device)
+    times: list[float] = []
+    while len(times) < steps and (not times or sum(times) < cap_s):
+        start = time.perf_counter()
+        step()
+        finish(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

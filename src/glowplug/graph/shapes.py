@@ -6,7 +6,9 @@ environment (private; checked on torch 2.11 and 2.13).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +86,20 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
         ):
             raise CaptureError(f"the trace relied on {relation}, a relation of sizes that a call does not give")
     return ShapeAssumptions(dims, tuple(r for r in relations if r.free_symbols <= symbols))
+
+
+def pickled_guards(guards: Sequence[Any]) -> list[str]:
+    """Guards that a fork's compilation added, for `add_guards` in its parent."""
+    return [base64.b64encode(pickle.dumps(guard.expr)).decode() for guard in guards]
+
+
+def add_guards(captured: Captured, pickled: Sequence[str]) -> bool:
+    """Add guards to a capture. Returns False if one does not hold for the sizes of the trace, or can't be read."""
+    environment = captured.fake_mode.shape_env
+    try:
+        return all(bool(environment.create_symboolnode(pickle.loads(base64.b64decode(each)))) for each in pickled)
+    except Exception:
+        return False
 
 
 def _only_excludes_zero_and_one(relation: Any) -> bool:

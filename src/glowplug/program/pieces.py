@@ -20,6 +20,7 @@ from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.errors import CompileError
 from glowplug.graph.capture import Captured, is_restart
 from glowplug.graph.fingerprint import Fingerprint
+from glowplug.graph.shapes import add_guards, pickled_guards
 from glowplug.graph.split import Piece
 from glowplug.program.piece_store import PieceStore, Run
 from glowplug.program.slots import PieceSlot, choose_deferred
@@ -173,6 +174,7 @@ class _Compilation:
 
     Attributes:
         local: pieces whose compilation added guards on sizes, so that they are valid in this capture only.
+        jobs: the forks that compile for this capture, as long as it has not noted what they did.
     """
 
     def __init__(self, compiler: PieceCompiler, cache: PieceCache, captured: Captured) -> None:
@@ -180,16 +182,18 @@ class _Compilation:
         self.cache = cache
         self.captured = captured
         self.local: list[Fingerprint] = []
+        self.jobs: list[Job] = []
 
     def compile(self, pieces: Mapping[Fingerprint, Piece], meanwhile: Callable[[], None] | None = None) -> None:
         """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
         pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
         workers = _workers(len(pieces), _cores())
         channel = self._channel(pieces, several=True) if workers > 1 else None
-        jobs = []
+        jobs: list[Job] = []
         if channel is not None:
             work = functools.partial(self._work, pieces, channel)
             jobs = [Job.fork(work, nice=0) for _ in range(workers - (meanwhile is None))]
+        self.jobs = list(jobs)
         with piece_progress(len(pieces)) as advance:
             try:
                 start = time.monotonic()
@@ -205,13 +209,32 @@ class _Compilation:
                 for job in jobs:
                     job.stop()
             self._compile_free(pieces, channel or self.cache.store, LOCK_TIMEOUT_S, advance)
-        for job in jobs:
-            if (outcome := job.outcome()) is not None and outcome.reason is not None:
-                logger.debug("glowplug: pieces were not compiled in a fork: %s", outcome.reason)
-        ours = sum(len(outcome.facts.get("compiled", ())) for job in jobs if (outcome := job.outcome()))
-        self.cache.count += ours
         if channel is not None:
-            channel.store.counts.update({"piece stored": ours, "piece hits": -ours})
+            self._take_over(pieces, channel, advance)
+
+    def _take_over(self, pieces: Mapping[Fingerprint, Piece], store: PieceStore, advance: Callable[[], None]) -> None:
+        """Note what forks have done, and load what they compiled with guards, which this capture takes over."""
+        for job in list(self.jobs):
+            outcome = job.outcome()
+            if outcome is None:
+                continue
+            self.jobs.remove(job)
+            if outcome.reason is not None:
+                logger.debug("glowplug: pieces were not compiled in a fork: %s", outcome.reason)
+            guarded = outcome.facts.get("guarded", {})
+            ours = len(outcome.facts.get("compiled", ())) + len(guarded)
+            self.cache.count += ours
+            store.store.counts.update({"piece stored": ours, "piece hits": -ours})
+            for fingerprint in pieces:
+                address, guards = guarded.get(fingerprint.digest, (None, ()))
+                if address is None or fingerprint in self.cache.compiled or not add_guards(self.captured, guards):
+                    continue
+                run = store.load(address)
+                if run is not None:
+                    self.cache.compiled[fingerprint] = run
+                    self.local.append(fingerprint)
+                    self.cache.addresses[fingerprint] = address
+                    advance()
 
     def may_defer(self, fingerprint: Fingerprint) -> bool:
         """Whether a piece may be deferred. If an earlier job left it unfinished, it is compiled now."""
@@ -249,7 +272,9 @@ class _Compilation:
             shared = store if store is not None and store.takes(fingerprint) else None
             lock = shared.lock(fingerprint.digest, wait_s) if shared is not None else contextlib.nullcontext(True)
             with lock as locked:
-                if locked or wait_s:
+                if shared is not None:
+                    self._take_over(pieces, shared, advance)
+                if (locked or wait_s) and fingerprint not in self.cache.compiled:
                     run = shared.load(fingerprint.digest) if shared is not None else None
                     self.cache.compiled[fingerprint] = run or self._compile(fingerprint, piece, shared)
                     advance()
@@ -271,12 +296,15 @@ class _Compilation:
         self.cache.count += 1
         if len(self._guards()) > before:
             self.local.append(fingerprint)
-            relations = repr([str(guard.expr) for guard in self._guards()])
-            address = f"{address}-{hashlib.sha256(relations.encode()).hexdigest()}"
-            self.cache.addresses[fingerprint] = address
+            address = self.cache.addresses[fingerprint] = self._address(address)
         if store is not None and artifact is not None:
             store.keep(address, artifact, piece.gm)
         return run
+
+    def _address(self, digest: str) -> str:
+        """The address of a piece that is valid only with the guards collected so far."""
+        relations = repr([str(guard.expr) for guard in self._guards()])
+        return f"{digest}-{hashlib.sha256(relations.encode()).hexdigest()}"
 
     def _guards(self) -> Sequence[Any]:
         """The guards on sizes that the capture has collected so far."""
@@ -287,13 +315,22 @@ class _Compilation:
 
     def _work(self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, say: Say) -> None:
         """Compile pieces that no other process has locked, in parallel with the parent, which does the same."""
-        compiled = []
-        for fingerprint, piece in pieces.items():
-            digest = fingerprint.digest
-            with channel.lock(digest, 0) as locked:
-                if locked and not channel.has(digest) and self._compile_into(channel, digest, piece):
-                    compiled.append(digest)
-        say(compiled=compiled)
+        compiled: list[str] = []
+        guarded: dict[str, tuple[str, list[str]]] = {}
+        begun = len(self._guards())
+        with contextlib.ExitStack() as held:  # the locks of pieces that the parent must take over with their guards
+            for fingerprint, piece in pieces.items():
+                digest = fingerprint.digest
+                with contextlib.ExitStack() as lock:
+                    if not lock.enter_context(channel.lock(digest, 0)) or channel.has(digest):
+                        continue
+                    address = self._compile_into(channel, digest, piece)
+                    if address == digest:
+                        compiled.append(digest)
+                    elif address is not None:
+                        guarded[digest] = address, pickled_guards(self._guards()[begun:])
+                        held.push(lock.pop_all())
+            say(compiled=compiled, guarded=guarded)
 
     def _work_on_deferred(self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, say: Say) -> None:
         """Compile deferred pieces that no other process is compiling or has stored. Each stays locked from the start
@@ -311,17 +348,19 @@ class _Compilation:
             say(compiled=list(locks))
             for digest, (piece, lock) in locks.items():
                 with lock:
-                    self._compile_into(channel, digest, piece)
+                    self._compile_into(channel, digest, piece, guarded=False)
 
-    def _compile_into(self, channel: PieceStore, digest: str, piece: Piece) -> bool:
-        """Compile a piece; store it unless its compilation added guards, which the parent's capture would lack.
-        Returns whether it was stored."""
+    def _compile_into(self, channel: PieceStore, digest: str, piece: Piece, *, guarded: bool = True) -> str | None:
+        """Compile a piece and store it. Returns its address: its digest, unless its compilation added guards, which the
+        parent's capture lacks. None if it was not stored: nobody waits for it any more, or it must not be `guarded`."""
         before = len(self._guards())
         artifact = channel.compiler.compile_to_bytes(piece.gm, _inputs(piece))
-        stored = len(self._guards()) == before and not orphaned()
-        if stored:
-            channel.keep(digest, artifact, piece.gm)
-        return stored
+        has_guards = len(self._guards()) > before
+        if orphaned() or (has_guards and not guarded):
+            return None
+        address = self._address(digest) if has_guards else digest
+        channel.keep(address, artifact, piece.gm)
+        return address
 
 
 def _inputs(piece: Piece) -> list[Any]:

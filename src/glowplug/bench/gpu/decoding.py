@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from glowplug.bench.stepping import finish
+
 NEW_TOKENS = 112
 """The new tokens that every static cache has room for, so that all are of one size. With a prompt of 16 they just fill
 gpt-oss's window of 128, so that all steps are alike."""
@@ -88,9 +90,3 @@ class Decoder:
         clock = Clock(NEW_TOKENS, cap_s)
         self.generate(ids, clock, static=static)
         return clock.step_s()
-
-
-def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

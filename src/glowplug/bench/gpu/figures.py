@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import glowplug
-from glowplug.bench.gpu.decoding import Clock, Decoder, finish
+from glowplug.bench.gpu.decoding import NEW_TOKENS, Clock, Decoder
 from glowplug.bench.gpu.launches import count_launches
 from glowplug.bench.models import one_line
 from glowplug.bench.results.record import Record
 from glowplug.bench.spec import Spec
-from glowplug.bench.stepping import Text, relative_error
+from glowplug.bench.stepping import Sequence, Text, finish, relative_error, times_s
 from glowplug.bench.strategies import Strategy, layer_stack
 
 BATCH = 16
 """Sequences at once in `static_tokens_s_16`."""
 COMPARED = 64
 """Tokens compared with eager's."""
+_STEPS = 96
+"""Steps timed in `step_ms`."""
 _READY = 4
 """The token of the third decode step: the second step of a form is recorded, the third is the first that is replayed
 alone."""
@@ -70,6 +74,7 @@ def add_figures(
     decoder = Decoder(model, strategy.auto_compile)
     one = _prompts(model, 1, spec.prefill)
     figures: dict[str, Callable[[], Any]] = {
+        "step_ms": lambda: None if strategy.auto_compile else round(_step_s(model, spec) * 1000, 4),
         "static_ms": lambda: round(decoder.step_s(one, spec.steady_s) * 1000, 4),
         "tokens_equal_eager": lambda: leading_equal(decoder.tokens(one, len(expected)), expected),
         "dynamic_ms": lambda: round(decoder.step_s(one, spec.steady_s, static=False) * 1000, 4),
@@ -85,6 +90,15 @@ def add_figures(
         except Exception as exc:  # the other figures are worth having
             record["gpu"][name] = f"{type(exc).__name__}: {one_line(exc)}"
         keep(record)
+
+
+def _step_s(model: PreTrainedModel, spec: Spec) -> float:
+    """Median seconds of a step over a static cache, the model called step by step."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=spec.prefill + NEW_TOKENS)
+    sequence = Sequence(model, Text.make(model, spec.prefill + NEW_TOKENS), cache)
+    with torch.no_grad():
+        sequence.step(spec.prefill)
+        return statistics.median(times_s(lambda: sequence.step(1), model.device, _STEPS, spec.steady_s))
 
 
 def leading_equal(tokens: list[int], expected: list[int]) -> int:

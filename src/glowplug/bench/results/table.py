@@ -117,6 +117,7 @@ _GPU: dict[str, _Cell] = {
     **_START,
     "ready\ns": lambda record, _: _gpu(record, "ready_s", ".2f"),
     "pieces\ndistinct/all": lambda record, _: _pieces(record),
+    "ms a step\nstatic": lambda record, _: _gpu(record, "step_ms", ".2f"),
     "ms a token\nstatic": lambda record, _: _gpu(record, "static_ms", ".2f"),
     "ms a token\ndefault cache": lambda record, _: _gpu(record, "dynamic_ms", ".2f"),
     "tokens/s\nat 16": lambda record, _: _gpu(record, "static_tokens_s_16", ".0f"),

@@ -54,11 +54,14 @@ def seen_tokens(cache: Cache | None) -> int | Tensor | None:
         return None
 
 
-def has_begun(cache: Cache | None) -> bool:
-    """Whether a cache holds tokens already; False if it can't say."""
+def has_begun(cache: Cache | None, tokens: int) -> bool:
+    """Whether a call of so many tokens continues what a cache holds; False if it can't say. A cache may count its
+    tokens on the GPU, which a single token does not wait for: only a cache that was emptied could get it anew."""
     if cache is None:
         return False
     seen = seen_tokens(cache)
+    if isinstance(seen, Tensor) and tokens == 1:
+        return True
     try:
         return bool(cache.has_previous_state()) if seen is None else int(seen) > 0
     except Exception:

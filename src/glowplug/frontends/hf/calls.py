@@ -74,7 +74,7 @@ class HfCall:
     @property
     def has_begun(self) -> bool:
         """Whether the call continues a sequence."""
-        return has_begun(self.cache)
+        return has_begun(self.cache, self.inputs.shape[1])
 
 
 def first_call(model: PreTrainedModel) -> HfCall | str:
