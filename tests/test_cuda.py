@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import families
 import glowplug
+from glowplug.cuda_graphs.recorder import CudaRecorder
 from glowplug.ops.moe import moe_forward_shared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -97,3 +99,15 @@ def test_shared_experts_run_on_another_stream() -> None:
             torch.testing.assert_close(moe_forward_shared(block, hidden), expected, rtol=1e-5, atol=1e-5)
     assert streams[0] == torch.cuda.current_stream()
     assert all(stream != torch.cuda.current_stream() for stream in streams[1:])
+
+
+def test_recording_goes_on_after_all_recordings_are_gone() -> None:
+    """They share a pool, which ends with the last of them."""
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    x = torch.ones(4, device="cuda")
+    for number in range(1, 4):
+        recording: Any = recorder.record(lambda number=number: (x + number,))
+        recording.replay()
+        assert recording.outputs[0].tolist() == [1 + number] * 4
+        recording = None
+        gc.collect()

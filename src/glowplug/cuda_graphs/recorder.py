@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -70,20 +71,25 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._recordings: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
 
     def record(self, run: Callable[[], Sequence[Any]]) -> Recording:
         """See `Recorder.record`."""
         before = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
+        if not self._recordings:  # a pool ends with its last graph, and can't be used again
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             # Other threads may go on to allocate memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = run()
         except BaseException:
             torch.cuda.set_stream(before)  # torch leaves its own in force
-            self._pool = torch.cuda.graph_pool_handle()
+            self._recordings.clear()
             raise
-        return _CudaRecording(graph, outputs)
+        recording = _CudaRecording(graph, outputs)
+        self._recordings.add(recording)
+        return recording
 
     def memory(self) -> int:
         """See `Recorder.memory`."""
