@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where there are more, those that wait leave the cores to the rest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GLOWPLUG_CACHE"] = "off"
 
@@ -19,11 +20,9 @@ from torch import fx
 torch.set_num_threads(1)
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Keep torch's structured trace, thousands of empty lines a test, out of the reports of failures."""
-    plugin = session.config.pluginmanager.getplugin("logging-plugin")
-    if plugin is not None:
-        plugin.report_handler.addFilter(lambda record: record.name != "torch.__trace")
+# pytest listens to every logger that does not propagate. torch's structured trace, which is off while nobody listens, is
+# one of them: it would write out each graph several times.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True, scope="session")
