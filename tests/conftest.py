@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import fx
 
+from storing import stored_at
+
 torch.set_num_threads(1)
 
 
-# pytest listens to every logger that does not propagate. torch's structured trace, which is off while nobody listens, is
-# one of them: it would write out each graph several times.
+# pytest listens to every logger that does not propagate. torch's structured trace, which is off while nobody listens,
+# is one of them: it would write out each graph several times.
 logging.getLogger("torch.__trace").propagate = True
 
 
@@ -44,6 +46,12 @@ def glowplug_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCapture
     """The messages of glowplug's logger."""
     with caplog.at_level(logging.INFO, logger="glowplug"):
         yield caplog
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options by which the models of a module are traced once: for tests of what comes after."""
+    return stored_at(tmp_path_factory.mktemp("store"))
 
 
 class CountingCompiler:
