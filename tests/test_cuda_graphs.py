@@ -20,14 +20,16 @@ from glowplug.cuda_graphs.memory import Reads
 from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.report import Report
 from recorder import TapeRecorder
+from storing import PickleCompiler
 
 FAMILIES = ["gpt_oss", "glm4_moe", "qwen3_moe"]
 NEW = 24
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
-    """What records, in the place of a GPU."""
+def recorder(monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]) -> TapeRecorder:
+    """What records, in the place of a GPU; and a store, as all record what was traced once."""
+    monkeypatch.setenv("GLOWPLUG_CACHE", str(stored["cache_dir"]))
     tape = TapeRecorder()
     monkeypatch.setattr(glowplug.compilation, "recorder_for", lambda device: tape)
     return tape
@@ -36,7 +38,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> TapeRecorder:
 def compiled(family: str, **options: Any) -> tuple[Any, Any]:
     """A model and its compiled twin."""
     own, twin = families.build(family), families.build(family)
-    glowplug.compile(twin, compiler="eager", cuda_graphs="auto", cache_dir="off", **options)
+    settings = {"compiler": PickleCompiler(), "ends": "compiled", "inside": "eager"}
+    glowplug.compile(twin, cuda_graphs="auto", **(settings | options))
     return own, twin
 
 

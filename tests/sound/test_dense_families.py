@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,12 @@ def pair(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     return model, glowplug.compile(copy.deepcopy(model), compiler="eager", **options)
 
 
+@functools.cache
+def pair_with_caches(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same, for calls that all have a cache."""
+    return pair(name)
+
+
 def same(eager: PreTrainedModel, twin: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
         expected, found = (model(*args, **copy.deepcopy(kwargs)).logits for model in (eager, twin))
@@ -116,7 +123,7 @@ def test_calls(name: str, verify: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_on_a_cache(name: str) -> None:
-    eager, twin = pair(name)
+    eager, twin = pair_with_caches(name)
     ids = families.prompt(3, 14)
     for mask in padded(14):
         caches = [DynamicCache(config=model.config) for model in (eager, twin)]
@@ -136,7 +143,7 @@ def test_steps_on_a_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str) -> None:
-    eager, twin = pair(name)
+    eager, twin = pair_with_caches(name)
     ids, mask = families.prompt(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     for given in ({}, {"attention_mask": mask}, {"attention_mask": mask, "num_beams": 2}):

@@ -207,8 +207,7 @@ def _capture(
         torch.no_grad(),
         # Unless told otherwise, don't specialise sizes 0 and 1, so that the trace records its assumptions on sizes.
         symbolic_config.patch(backed_size_oblivious=not specialise),  # type: ignore[attr-defined]
-        # A collection right after the trace would only scan what the program is made of.
-        torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False, run_gc_after_compile=False),
+        torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
         _default_stance(),
         quiet(),
     ):
