@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -43,6 +43,13 @@ def compiled(prepare: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
     with torch.no_grad():
         model(families.prompt(1, 3))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_models() -> Iterator[None]:
+    """Keep none of them for the rest of the suite."""
+    yield
+    compiled.cache_clear()
 
 
 def passes(model: PreTrainedModel) -> list[Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -83,6 +83,13 @@ def pair(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
 def pair_with_caches(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same, for calls that all have a cache."""
     return pair(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_models() -> Iterator[None]:
+    """Keep none of them for the rest of the suite."""
+    yield
+    pair_with_caches.cache_clear()
 
 
 def same(eager: PreTrainedModel, twin: PreTrainedModel, *args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -121,6 +121,13 @@ PLACES: dict[str, Callable[[PreTrainedModel], list[nn.Module]]] = {
 def compiled(experts: str) -> PreTrainedModel:
     """A compiled model, whose submodules are wrapped and unwrapped again."""
     return glowplug.compile(families.build("qwen3_moe", layers=6), compiler="eager", experts=experts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_models() -> Iterator[None]:
+    """Keep none of them for the rest of the suite."""
+    yield
+    compiled.cache_clear()
 
 
 @pytest.mark.parametrize("experts", ["inline", "opaque"])
