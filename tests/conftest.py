@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where there are more, those that wait leave the cores to the rest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GLOWPLUG_CACHE"] = "off"
 
@@ -16,14 +17,14 @@ import pytest
 import torch
 from torch import fx
 
+from storing import stored_at
+
 torch.set_num_threads(1)
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Keep torch's structured trace, thousands of empty lines a test, out of the reports of failures."""
-    plugin = session.config.pluginmanager.getplugin("logging-plugin")
-    if plugin is not None:
-        plugin.report_handler.addFilter(lambda record: record.name != "torch.__trace")
+# pytest listens to every logger that does not propagate. torch's structured trace, which is off while nobody listens,
+# is one of them: it would write out each graph several times.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,6 +46,12 @@ def glowplug_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCapture
     """The messages of glowplug's logger."""
     with caplog.at_level(logging.INFO, logger="glowplug"):
         yield caplog
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options by which the models of a module are traced once: for tests of what comes after."""
+    return stored_at(tmp_path_factory.mktemp("store"))
 
 
 class CountingCompiler:

@@ -12,21 +12,22 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3Model
 
-DEPTH = 12
+DEPTH, FAR = 9, 6
+"""The layers of a model, and one beyond the four of its template: two like all others follow it."""
 
 # -- layers that do something of their own --------------------------------------------------------------------
 
 
 def helper(layer: nn.Module, x: Tensor) -> Tensor:
     """Out of sight of the class."""
-    return x * (1.5 if layer.layer_idx > 9 else 1.0)
+    return x * (1.5 if layer.layer_idx > FAR else 1.0)
 
 
 def flag_helper(layer: nn.Module, x: Tensor) -> Tensor:
     return x * 1.5 if getattr(layer, "special", False) else x
 
 
-TABLE = {index: 1.0 + 0.1 * (index == 10) for index in range(DEPTH)}
+TABLE = {index: 1.0 + 0.1 * (index == 7) for index in range(12)}
 SCALES = {"now": 1.0}
 KEPT: dict[str, Tensor] = {}
 CALLS = {"layers": 0}
@@ -60,7 +61,7 @@ class Modulo(Scaled):
 
 class Beyond(Scaled):
     def change(self, x: Tensor) -> Tensor:
-        return x * 1.5 if self.layer_idx > 9 else x
+        return x * 1.5 if self.layer_idx > FAR else x
 
 
 class BeyondInHelper(Scaled):
@@ -74,7 +75,7 @@ class Slightly(Scaled):
 
 
 def slightly(layer: nn.Module, x: Tensor) -> Tensor:
-    return x * 1.001 if layer.layer_idx == 7 else x
+    return x * 1.001 if layer.layer_idx == 5 else x
 
 
 class LookedUp(Scaled):
@@ -103,7 +104,7 @@ class OwnNameInDict(Scaled):
         return x * 1.001 if self.settings["name"] in SPECIAL else x
 
 
-SPECIAL = ("model.layers.7",)
+SPECIAL = ("model.layers.5",)
 
 
 class FloatScale(Scaled):
@@ -178,7 +179,7 @@ def with_attribute(cls: type[nn.Module], name: str, value: Callable[[int], Any])
 def deep_flag(model: PreTrainedModel) -> None:
     for index, layer in enumerate(model.model.layers):
         layer.mlp.__class__ = DeepFlag
-        layer.mlp.down_proj.special = index == 9
+        layer.mlp.down_proj.special = index == FAR
 
 
 def buffer_of_another_kind(model: PreTrainedModel) -> None:
@@ -189,11 +190,11 @@ def buffer_of_another_kind(model: PreTrainedModel) -> None:
 
 
 def hook(model: PreTrainedModel) -> None:
-    model.model.layers[9].register_forward_hook(lambda module, args, output: output * 1.5)
+    model.model.layers[FAR].register_forward_hook(lambda module, args, output: output * 1.5)
 
 
 def hook_inside(model: PreTrainedModel) -> None:
-    model.model.layers[9].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    model.model.layers[FAR].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
 
 
 def hooks_everywhere(model: PreTrainedModel) -> None:
@@ -202,7 +203,7 @@ def hooks_everywhere(model: PreTrainedModel) -> None:
 
 
 def shared_module(model: PreTrainedModel) -> None:
-    model.model.layers[9].mlp = model.model.layers[2].mlp
+    model.model.layers[FAR].mlp = model.model.layers[2].mlp
 
 
 def shared_weight(model: PreTrainedModel) -> None:
@@ -212,7 +213,7 @@ def shared_weight(model: PreTrainedModel) -> None:
 
 def shared_weight_outside_the_template(model: PreTrainedModel) -> None:
     layers = model.model.layers
-    layers[10].mlp.up_proj.weight = layers[8].mlp.gate_proj.weight
+    layers[7].mlp.up_proj.weight = layers[5].mlp.gate_proj.weight
 
 
 def one_mlp_for_all(model: PreTrainedModel) -> None:
@@ -221,7 +222,7 @@ def one_mlp_for_all(model: PreTrainedModel) -> None:
 
 
 def forward_of_one(model: PreTrainedModel) -> None:
-    layer = model.model.layers[9]
+    layer = model.model.layers[FAR]
     original = layer.forward
     object.__setattr__(layer, "forward", lambda *args, **kwargs: original(*args, **kwargs) * 1.5)
 
@@ -327,7 +328,7 @@ class Skipping(OtherOrder):
 
 class SkippingDeep(OtherOrder):
     def order(self) -> list[nn.Module]:
-        return [layer for index, layer in enumerate(self.layers) if index != 9]
+        return [layer for index, layer in enumerate(self.layers) if index != FAR]
 
 
 class EveryOther(OtherOrder):
@@ -372,6 +373,7 @@ def run_as(cls: type[nn.Module]) -> Callable[[PreTrainedModel], None]:
 
 own_name = with_attribute(OwnName, "name", lambda index: f"model.layers.{index}")
 own_name_in_dict = with_attribute(OwnNameInDict, "settings", lambda index: {"name": f"model.layers.{index}"})
+float_scale = with_attribute(FloatScale, "scale", lambda index: 1.0 + 0.1 * index)
 unread_name = with_attribute(Scaled, "name", lambda index: f"model.layers.{index}")
 
 STAMPED = [
@@ -384,8 +386,8 @@ STAMPED = [
 ]
 """Nothing in these is wrong with stamping."""
 FOOLS = [
-    with_attribute(Flag, "special", lambda index: index == 9),
-    with_attribute(FlagInHelper, "special", lambda index: index == 9),
+    with_attribute(Flag, "special", lambda index: index == FAR),
+    with_attribute(FlagInHelper, "special", lambda index: index == FAR),
     deep_flag,
     become(Modulo),
     become(Beyond),
@@ -395,7 +397,7 @@ FOOLS = [
     become(LookedUpElsewhere),
     own_name,
     own_name_in_dict,
-    with_attribute(FloatScale, "scale", lambda index: 1.0 + 0.1 * index),
+    float_scale,
     become(Chain),
     become(Counter),
     with_attribute(OwnCounter, "calls", lambda index: 0),

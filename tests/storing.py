@@ -63,6 +63,11 @@ class PickleCompiler:
         return graph_from_bytes(artifact)
 
 
+def stored_at(folder: Path) -> dict[str, Any]:
+    """Options by which a model takes over what was traced for one like it."""
+    return {"compiler": PickleCompiler(), "cache_dir": folder, "ends": "compiled", "inside": "eager"}
+
+
 class StoringGraphs(PickleCompiler):
     """The same, in forks too.
 

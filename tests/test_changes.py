@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import families
 import glowplug
+from glowplug.engine import engine_of
+from storing import stored_at
 
 IDS = families.prompt(2, 9)
 Change = Callable[[PreTrainedModel], Any]
@@ -192,14 +195,31 @@ def quiet(model: PreTrainedModel) -> Tensor:
 
 
 def compiled(**options: Any) -> PreTrainedModel:
-    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", **options)
+    return glowplug.compile(families.build("gpt_oss", layers=2), **{"compiler": "eager", **options})
+
+
+@pytest.mark.parametrize("options", [INLINE, OPAQUE], ids=lambda options: options["experts"])
+@pytest.mark.parametrize("layers", [2, 8])
+def test_a_stored_program_is_watched_as_a_traced_one(layers: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """So that what is noticed of the one, below, is noticed of the other."""
+    watched = []
+    for start in ("cold", "warm"):
+        model = families.build("gpt_oss", layers=layers)
+        glowplug.compile(model, **stored_at(tmp_path), **options, verify="off")
+        quiet(model)
+        assert glowplug.report(model).start == start
+        compilation = engine_of(model).compilation
+        names = {id(module): name for name, module in model.named_modules()}
+        watched.append((compilation.reads, {names[id(module)] for module in compilation.front.followed()}))
+    assert watched[0] == watched[1]
+    assert watched[0][0]
 
 
 @pytest.mark.parametrize(
     ("change", "options"), CASES, ids=lambda p: p.__name__ if callable(p) else "-".join(p.values())
 )
-def test_change_between_calls(change: Change, options: dict[str, Any]) -> None:
-    model = compiled(**options, verify="off")
+def test_change_between_calls(change: Change, options: dict[str, Any], stored: dict[str, Any]) -> None:
+    model = compiled(**stored, **options, verify="off")
     before = quiet(model)
     assert torch.equal(before, eager(model))
     change(model)
@@ -354,9 +374,9 @@ MIDWAY = [change for change in [*FOLLOWED, *NOTICED] if change not in WITH_A_CAC
 
 
 @pytest.mark.parametrize("change", MIDWAY, ids=lambda change: change.__name__)
-def test_change_between_two_steps(change: Change) -> None:
+def test_change_between_two_steps(change: Change, stored: dict[str, Any]) -> None:
     expected = changed_midway(families.build("gpt_oss", layers=2), change)
-    model = compiled(verify="off")
+    model = compiled(**stored, verify="off")
     assert torch.equal(changed_midway(model, change), expected)
     if change in FOLLOWED:
         assert glowplug.report(model).fallbacks == []

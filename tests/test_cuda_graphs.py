@@ -20,9 +20,9 @@ from glowplug.cuda_graphs.memory import Reads
 from glowplug.cuda_graphs.pieces import PieceGraphs
 from glowplug.report import Report
 from recorder import RealRecorder, TapeRecorder
+from storing import PickleCompiler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILER = "inductor" if torch.cuda.is_available() else "eager"  # a GPU can't record what Inductor folds
 FAMILIES = ["gpt_oss", "glm4_moe", "qwen3_moe"]
 NEW = 24
 
@@ -31,8 +31,9 @@ AnyRecorder = TapeRecorder | RealRecorder
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> AnyRecorder:
-    """What records, and counts what it did."""
+def recorder(monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]) -> AnyRecorder:
+    """What records, and counts what it did; and a store, as all record what was traced once."""
+    monkeypatch.setenv("GLOWPLUG_CACHE", str(stored["cache_dir"]))
     made = RealRecorder() if DEVICE == "cuda" else TapeRecorder()
     monkeypatch.setattr(glowplug.compilation, "recorder_for", lambda device: made)
     return made
@@ -46,7 +47,9 @@ def prompt(batch: int, tokens: int) -> torch.Tensor:
 def compiled(family: str, **options: Any) -> tuple[Any, Any]:
     """A model and its compiled twin."""
     own, twin = families.build(family).to(DEVICE), families.build(family).to(DEVICE)
-    glowplug.compile(twin, compiler=COMPILER, cuda_graphs="auto", cache_dir="off", **options)
+    compiler = "inductor" if DEVICE == "cuda" else PickleCompiler()  # a GPU can't record what Inductor folds
+    settings: dict[str, Any] = {"compiler": compiler, "ends": "compiled", "inside": "eager"}
+    glowplug.compile(twin, cuda_graphs="auto", **(settings | options))
     return own, twin
 
 
@@ -176,7 +179,7 @@ def test_caches_of_other_classes_and_layers_are_left_alone(recorder: AnyRecorder
 
 def test_off_records_nothing(recorder: AnyRecorder) -> None:
     model = families.build("qwen3_moe").to(DEVICE)
-    glowplug.compile(model, compiler=COMPILER, cuda_graphs="off", cache_dir="off")
+    glowplug.compile(model, compiler="eager", cuda_graphs="off", cache_dir="off")
     generate(model, prompt(1, 5))
     assert recorder.attempts == 0
 

@@ -87,13 +87,13 @@ def served(model: PreTrainedModel) -> None:
 
 
 @pytest.fixture
-def lenient() -> PreTrainedModel:
-    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", verify="off")
+def lenient(stored: dict[str, Any]) -> PreTrainedModel:
+    return glowplug.compile(families.build("gpt_oss", layers=2), verify="off", **stored)
 
 
 @pytest.fixture
-def strict() -> PreTrainedModel:
-    return glowplug.compile(families.build("gpt_oss", layers=2), compiler="eager", verify="off", strict=True)
+def strict(stored: dict[str, Any]) -> PreTrainedModel:
+    return glowplug.compile(families.build("gpt_oss", layers=2), verify="off", strict=True, **stored)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,8 +18,8 @@ CHANGES = [change for change in (*FOLLOWED, *NOTICED) if change.__name__ not in 
 
 @pytest.mark.parametrize("options", [INLINE, OPAQUE], ids=lambda options: options["experts"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_change_of_a_stamped_model(change: Change, options: dict[str, Any]) -> None:
-    model = glowplug.compile(families.build("gpt_oss", layers=8), compiler="eager", verify="off", **options)
+def test_change_of_a_stamped_model(change: Change, options: dict[str, Any], stored: dict[str, Any]) -> None:
+    model = glowplug.compile(families.build("gpt_oss", layers=8), verify="off", **stored, **options)
     before = quiet(model)
     assert glowplug.report(model).strategy == "stamped"
     change(model)

@@ -119,9 +119,9 @@ def test_half_precision_is_measured_against_float32(tmp_path: Path) -> None:
 def test_cold_warm_and_a_fleet(tmp_path: Path) -> None:
     written = tmp_path / "starts.json"
     arguments = (
-        "gpt-oss-20b",
+        "qwen3-30b-a3b",
         "--depth",
-        "6",
+        "5",
         "--experts",
         "opaque",
         "--ways",
@@ -134,7 +134,7 @@ def test_cold_warm_and_a_fleet(tmp_path: Path) -> None:
     result = run("starts", *arguments, "--json", str(written))
     assert result.exit_code == 0, result.output
     told = json.loads(written.read_text())
-    assert (told["model"], told["depth"], told["dtype"]) == ("gpt-oss-20b", 6, "float32")
+    assert (told["model"], told["depth"], told["dtype"]) == ("qwen3-30b-a3b", 5, "float32")
     cold, warm = told["starts"]
     assert (cold["report"]["start"], warm["report"]["start"]) == ("cold", "warm")
     assert cold["report"]["compiled_pieces"] > 0 and warm["report"]["compiled_pieces"] == 0

@@ -124,9 +124,9 @@ CHANGES: list[Change] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("experts", ["inline", "opaque"])
-def test_the_program_serves_again(change: Change, experts: str) -> None:
+def test_the_program_serves_again(change: Change, experts: str, stored: dict[str, Any]) -> None:
     eager, model = families.build("gpt_oss"), families.build("gpt_oss")
-    glowplug.compile(model, compiler="eager", experts=experts)
+    glowplug.compile(model, experts=experts, **stored)
     report = glowplug.report(model)
     assert report.serving == "nothing yet"
     before = logits(model)

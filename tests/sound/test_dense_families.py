@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -78,6 +79,19 @@ def pair(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     return model, glowplug.compile(copy.deepcopy(model), compiler="eager", **options)
 
 
+@functools.cache
+def pair_with_caches(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same, for calls that all have a cache."""
+    return pair(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_models() -> Iterator[None]:
+    """Keep none of them for the rest of the suite."""
+    yield
+    pair_with_caches.cache_clear()
+
+
 def same(eager: PreTrainedModel, twin: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
         expected, found = (model(*args, **copy.deepcopy(kwargs)).logits for model in (eager, twin))
@@ -116,7 +130,7 @@ def test_calls(name: str, verify: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_on_a_cache(name: str) -> None:
-    eager, twin = pair(name)
+    eager, twin = pair_with_caches(name)
     ids = families.prompt(3, 14)
     for mask in padded(14):
         caches = [DynamicCache(config=model.config) for model in (eager, twin)]
@@ -136,7 +150,7 @@ def test_steps_on_a_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str) -> None:
-    eager, twin = pair(name)
+    eager, twin = pair_with_caches(name)
     ids, mask = families.prompt(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     for given in ({}, {"attention_mask": mask}, {"attention_mask": mask, "num_beams": 2}):

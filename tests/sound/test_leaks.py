@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import linecache
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -129,6 +129,16 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def new_objects_only() -> Iterator[None]:
+    """Let collections look only at what is made from here on: one of all that the suite holds takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("new_objects_only")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.inductor] if "inductor" in case else []) for case in CASES]
 )
