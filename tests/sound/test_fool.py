@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
-from transformers import DynamicCache, PreTrainedModel
-
-import families
-import glowplug
 from fools import (
     CALLS,
     DEPTH,
@@ -27,6 +22,11 @@ from fools import (
     own_name,
     own_name_in_dict,
 )
+from torch import Tensor, fx
+from transformers import DynamicCache, PreTrainedModel
+
+import families
+import glowplug
 from storing import PickleCompiler
 
 
