@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from glowplug.compilers.eager import EagerCompiler
 from glowplug.engine import Engine, engine_of
 from glowplug.graph.fingerprint import fingerprint
 from glowplug.program.slots import PieceSlot, choose_deferred, with_arrived
+from storing import StoringGraphs
 from test_changes import eager, quiet
 
 DEPTH = 20
@@ -200,3 +202,26 @@ def test_through_inductor() -> None:
         assert glowplug.report(model).pending_pieces == uncompiled(model) == 0
         assert torch.equal(model.generate(prompt, **settings), expected)
     assert glowplug.report(model).fallbacks == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pieces are deferred on Linux")
+def test_pieces_compile_before_forks_are_asked_for() -> None:
+    """Asking for forks may wait for seconds, as a toolchain is prepared in a thread, which no fork has."""
+    events: list[str] = []
+
+    class Noting(StoringGraphs):
+        def forks(self, inputs: Any, *, several: bool = False) -> bool:
+            events.append(f"forks, {several}")
+            return super().forks(inputs, several=several)
+
+        def compile(self, piece: Any, inputs: Any) -> Any:
+            events.append("compile")
+            return super().compile(piece, inputs)
+
+    model = families.build("gpt_oss", layers=12)
+    glowplug.compile(model, compiler=Noting(), cache_dir="off", inside="eager")
+    with torch.no_grad():
+        model(families.prompt(1, 5))
+    assert glowplug.report(model).pending_pieces == 2
+    assert events == ["compile", "forks, False"]
+    glowplug.settle(model)

@@ -98,6 +98,10 @@ class InductorCompiler:
                 importlib.import_module("torch._inductor.compile_fx")
         return True
 
+    def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
+        """See `PieceCompiler`: of a process that uses a GPU no fork compiles beside serving."""
+        return self._may_fork and not torch.cuda.is_initialized() and all(map(on_cpu, inputs))
+
     @property
     def _may_fork(self) -> bool:
         """Whether pieces may be compiled in forks, as far as the platform and the options decide it."""

@@ -151,9 +151,9 @@ def compile_pieces(
     deferred: dict[Fingerprint, Piece] = {}
     if uses is not None and isinstance(compiler, StoringCompiler):
         chosen = choose_deferred(uses, wanted)
-        deferred = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
-    if deferred and not compilation.may_fork(deferred, several=False):
-        wanted, deferred = wanted | deferred, {}
+        may_defer = getattr(compiler, "may_defer", None)
+        if may_defer is None or may_defer([_inputs(piece) for piece in wanted.values()]):
+            deferred = {key: wanted.pop(key) for key in new if key in chosen and compilation.may_defer(key)}
     compilation.compile(wanted, meanwhile)
     # Fork last, so that the child inherits the modules loaded while compiling the other pieces.
     if deferred and not compilation.defer(deferred):
@@ -250,16 +250,14 @@ class _Compilation:
         self.cache.slots += [PieceSlot(key, piece.gm.forward, channel, job) for key, piece in pieces.items()]
         return True
 
-    def may_fork(self, pieces: Mapping[Fingerprint, Piece], *, several: bool) -> bool:
-        """Whether forks of this process can compile pieces. Called right before forking, too."""
-        compiler = self.compiler
-        if sys.platform != "linux" or not isinstance(compiler, StoringCompiler):
-            return False
-        return compiler.forks([_inputs(piece) for piece in pieces.values()], several=several)
-
     def _channel(self, pieces: Mapping[Fingerprint, Piece], *, several: bool) -> PieceStore | None:
         """The store through which forks hand over pieces; None if the pieces must be compiled in this process."""
-        channel = self.cache.channel(self.compiler) if self.may_fork(pieces, several=several) else None
+        compiler = self.compiler
+        if sys.platform != "linux" or not isinstance(compiler, StoringCompiler):
+            return None
+        if not compiler.forks([_inputs(piece) for piece in pieces.values()], several=several):
+            return None
+        channel = self.cache.channel(compiler)
         return channel if channel is not None and all(map(channel.takes, pieces)) else None
 
     def _compile_free(
