@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import fx
 
+from glowplug.graph import capture as capture_room
 from storing import stored_at
 
 torch.set_num_threads(1)
@@ -52,6 +53,23 @@ def glowplug_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCapture
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options by which the models of a module are traced once: for tests of what comes after."""
     return stored_at(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """Every graph that is captured, as Dynamo handed it over."""
+    seen: list[fx.Graph] = []
+    describe = capture_room.describe
+
+    def spy(gm: fx.GraphModule, *handle: type) -> Any:
+        copied = fx.Graph()
+        copied.graph_copy(gm.graph, {})
+        seen.append(copied)
+        return describe(gm, *handle)
+
+    monkeypatch.setattr(capture_room, "describe", spy)
+    monkeypatch.setattr("glowplug.backend.describe", spy)
+    return seen
 
 
 class CountingCompiler:

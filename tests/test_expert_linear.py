@@ -12,7 +12,6 @@ import families
 import glowplug
 from experts import TOLERANCES, draw, error
 from glowplug.frontends.hf import discover
-from glowplug.graph import capture as capture_room
 from glowplug.ops import expert_linear as room
 from glowplug.ops.expert_linear import FEW, config_of, expert_linear, has_kernel
 
@@ -110,22 +109,6 @@ def test_configurations() -> None:
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any device is taken for one with the kernel."""
     monkeypatch.setattr(discover, "has_kernel", lambda device: True)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """Every graph that is captured."""
-    seen: list[fx.Graph] = []
-    describe = capture_room.describe
-
-    def spy(gm: fx.GraphModule, *handle: type) -> Any:
-        copied = fx.Graph()
-        copied.graph_copy(gm.graph, {})
-        seen.append(copied)
-        return describe(gm, *handle)
-
-    monkeypatch.setattr(capture_room, "describe", spy)
-    return seen
 
 
 def constants(graphs: list[fx.Graph]) -> set[tuple[Any, ...]]:

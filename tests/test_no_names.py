@@ -45,23 +45,6 @@ class Block(nn.Module):
         return moe_forward_shared(self, x)
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    """Every graph that is captured, as Dynamo handed it over."""
-    seen: list[fx.Graph] = []
-    describe = capture_room.describe
-
-    def spy(gm: fx.GraphModule, *handle: type) -> Any:
-        copied = fx.Graph()
-        copied.graph_copy(gm.graph, {})
-        seen.append(copied)
-        return describe(gm, *handle)
-
-    monkeypatch.setattr(capture_room, "describe", spy)
-    monkeypatch.setattr("glowplug.backend.describe", spy)
-    return seen
-
-
 def constants(argument: Any) -> Iterator[Any]:
     """All leaves of a node's arguments that are not values of the graph."""
     if isinstance(argument, (tuple, list)):

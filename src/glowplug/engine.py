@@ -149,13 +149,12 @@ class Engine:
         self.report.serving = "program"
         bodies = running.bodies.unchanged(self.report)
         inputs = self.front.inputs(running.program.arguments, call)
+        run = _runner(state.registry, bodies, self.check_order)
         outputs: Sequence[Any] | None = None
         if state.graphs is not None and (step := self.front.step(call)) is not None:
-            run, held = _runner(state.registry, bodies), (state.registry, *bodies.values())
-            outputs = state.graphs.run(step, running.program, held, inputs, run)
+            outputs = state.graphs.run(step, running.program, (state.registry, *bodies.values()), inputs, run)
         if outputs is None:
-            context = ForwardContext(state.registry, call.cache, self.check_order, bodies)
-            outputs = run_inputs(running.program, inputs, context)
+            outputs = run(running.program, call.cache, inputs)
         return self.front.wrap(ready.returns, call, outputs)
 
     def _poll(self, state: Compilation) -> None:
@@ -249,11 +248,13 @@ class Engine:
             return state.keep(call, what, for_good=True)
 
 
-def _runner(registry: LayerRegistry, bodies: Any) -> Callable[[Program, Any, Sequence[Any]], Any]:
+def _runner(
+    registry: LayerRegistry, bodies: Any, check_order: bool
+) -> Callable[[Program, Any, Sequence[Any]], Sequence[Any]]:
     """What runs a program on a cache and its inputs."""
 
-    def run(program: Program, cache: Any, inputs: Sequence[Any]) -> Any:
-        return run_inputs(program, inputs, ForwardContext(registry, cache, bodies=bodies))
+    def run(program: Program, cache: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+        return run_inputs(program, inputs, ForwardContext(registry, cache, check_order, bodies))
 
     return run
 

@@ -85,11 +85,9 @@ class InductorCompiler:
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`. No forks if Inductor is limited to one process. Pieces for a GPU are compiled in
         forks that this process waits for, and pieces for a CPU only if this process uses no GPU."""
-        if not self._may_fork:
-            return False
-        if several and all(map(_on_gpu, inputs)):
+        if several and self._may_fork and all(map(_on_gpu, inputs)):
             return self._gpu_forks.prepare()
-        if torch.cuda.is_initialized() or not all(map(on_cpu, inputs)):
+        if not self.may_defer(inputs):
             return False
         if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread does not exist in a fork
             return False
