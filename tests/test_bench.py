@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from glowplug.bench.results.table import hoisted_cold_start, record_line, result
 from glowplug.bench.spec import Spec
 from glowplug.bench.stepping import relative_error
 from glowplug.bench.strategies import DEFAULT_STRATEGIES, STRATEGIES, hit_recompile_limit, layer_stack
-from glowplug.bench.workers.isolate import Isolated, IsolatedError, run_isolated
+from glowplug.bench.workers.isolate import Isolated, IsolatedError
 from glowplug.bench.workers.turns import FOLDER, Turner, take_turns
 from glowplug.errors import UsageError
 
@@ -195,17 +197,24 @@ def test_torch_strategies_record_inline_experts_even_when_they_fail() -> None:
 # -- processes ------------------------------------------------
 
 PROBE = """
-import json, os, sys, time
-wanted = json.loads(sys.argv[1])
-if wanted == "sleep":
-    time.sleep(60)
-if wanted == "die":
-    os.abort()
-if wanted == "fail":
-    raise ValueError("as asked")
-folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
-print("some other output")
-print(json.dumps({"folder": folder, "fresh": not os.path.exists(folder), "triton": os.environ["TRITON_CACHE_DIR"]}))
+import json, multiprocessing, os, sys, tempfile, time
+
+def main():
+    wanted = json.loads(sys.argv[1])
+    if wanted == "sleep":
+        time.sleep(60)
+    if wanted == "die":
+        os.abort()
+    if wanted == "fail":
+        raise ValueError("as asked")
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    print("some other output")
+    found = {"folder": folder, "fresh": not os.path.exists(folder), "triton": os.environ["TRITON_CACHE_DIR"]}
+    found |= {"temporary": tempfile.gettempdir(), "children": multiprocessing.get_start_method()}
+    print(json.dumps(found | {"leader": os.getpid() == os.getsid(0) == os.getpgid(0)}))
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -213,25 +222,37 @@ print(json.dumps({"folder": folder, "fresh": not os.path.exists(folder), "triton
 def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module that answers, sleeps, dies or fails."""
     (tmp_path / "isolation_probe.py").write_text(PROBE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for a new Python
+    monkeypatch.syspath_prepend(tmp_path)  # for a fork
     return "isolation_probe"
 
 
-def test_each_process_has_fresh_caches_that_are_deleted(probe: str) -> None:
-    one, two = (run_isolated(probe, '"answer"', timeout_s=30) for _ in range(2))
+def answer_of(probe: str, wanted: str, *, timeout_s: float = 30, forked: bool = False) -> dict[str, Any]:
+    """What it answers in a process of its own."""
+    with closing(Isolated(probe, json.dumps(wanted), timeout_s=timeout_s, forked=forked)) as process:
+        return process.answer()
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_each_process_has_fresh_caches_that_are_deleted(probe: str, forked: bool) -> None:
+    one, two = (answer_of(probe, "answer", forked=forked) for _ in range(2))
     assert one["fresh"]
+    assert one["leader"]
     assert one["folder"] != two["folder"]
     assert one["folder"] != one["triton"]
+    assert one["temporary"] != two["temporary"]
     assert not Path(one["folder"]).parent.exists()
+    assert one["children"] == multiprocessing.get_start_method()
 
 
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [("sleep", "timeout: not finished after 1 s"), ("die", "killed by SIGABRT"), ("fail", "ValueError: as asked")],
 )
-def test_a_process_without_an_answer_is_an_error(probe: str, wanted: str, message: str) -> None:
+def test_a_process_without_an_answer_is_an_error(probe: str, wanted: str, message: str, forked: bool) -> None:
     with pytest.raises(IsolatedError, match=message):
-        run_isolated(probe, json.dumps(wanted), timeout_s=1 if wanted == "sleep" else 30)
+        answer_of(probe, wanted, timeout_s=1 if wanted == "sleep" else 30, forked=forked)
 
 
 # -- the grid ------------------------------------------------

@@ -31,7 +31,9 @@ class Answers:
     wrong: set[str]
     dead: set[str]
 
-    def __init__(self, module: str, argument: str, *, timeout_s: float, extra: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, argument: str, *, timeout_s: float, extra: dict[str, str] | None, forked: bool
+    ) -> None:
         self.wanted = Generation(**json.loads(argument))
         self.begun.append((self.wanted, extra))
 

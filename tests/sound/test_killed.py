@@ -21,9 +21,16 @@ def work(_):
     subprocess.Popen(["sleep", "600"])
     time.sleep(600)
 
-run_worker(work, lambda *_: {})
+def main():
+    run_worker(work, lambda *_: {})
+
+if __name__ == "__main__":
+    main()
 """
-STARTER = "from glowplug.bench.workers.isolate import run_isolated; run_isolated('worker', '{}', timeout_s=600)"
+STARTER = """
+from glowplug.bench.workers.isolate import Isolated
+Isolated("worker", "{{}}", timeout_s=600, forked={}).answer()
+"""
 
 
 def processes() -> list[tuple[int, int, int]]:
@@ -54,8 +61,14 @@ def begin(folder: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
     command = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=null, stderr=null)
 
     def worker() -> int:
+        """The leader of a group that descends from the command."""
         assert command.poll() is None, "it ended by itself"
-        return next((pid for pid, parent, leader in processes() if parent == command.pid and leader == pid), 0)
+        listed = processes()
+        started, before = {command.pid}, set[int]()
+        while started != before:
+            before = started
+            started = started | {pid for pid, parent, _ in listed if parent in started}
+        return next((pid for pid, _, leader in listed if pid in started and leader == pid), 0)
 
     return command, until(worker)
 
@@ -81,9 +94,10 @@ def test_a_command_that_is_stopped_cleans_up(
     assert not list(tmp_path.glob("glowplug-*"))
 
 
-def test_a_killed_command_takes_its_workers_and_theirs_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_killed_command_takes_its_workers_and_theirs_along(forked: bool, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    command, worker = begin(tmp_path, "-c", STARTER)
+    command, worker = begin(tmp_path, "-c", STARTER.format(forked))
     until(lambda: group(worker) == 2)
     command.kill()
     command.wait(PATIENCE_S)

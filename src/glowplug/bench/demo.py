@@ -102,7 +102,10 @@ def order_steps() -> list[Step]:
 
 
 def run_steps(steps: list[Step], *, at_once: bool = False) -> Iterator[Outcome]:
-    """Run each in a fresh process with fresh compiler caches, in turn or all at once, and yield outcomes in order."""
+    """Run each in a process of its own with empty compiler caches, in turn or all at once; yield outcomes in order.
+
+    The processes are forks of one that has imported torch and transformers, which would take longer than most runs.
+    """
     with tempfile.TemporaryDirectory(prefix="glowplug-demo-") as store:
         if not at_once:
             for step in steps:
@@ -118,7 +121,7 @@ def run_steps(steps: list[Step], *, at_once: bool = False) -> Iterator[Outcome]:
 def _begin(step: Step, store: str) -> Isolated:
     extra = {"GLOWPLUG_CACHE": store} if step.shares_store else None
     module = "glowplug.bench.workers.generation"
-    return Isolated(module, step.generation.to_json(), timeout_s=TIMEOUT_S, extra=extra)
+    return Isolated(module, step.generation.to_json(), timeout_s=TIMEOUT_S, extra=extra, forked=True)
 
 
 def _outcome(step: Step, process: Isolated) -> Outcome:

@@ -124,8 +124,12 @@ def _run(model: PreTrainedModel, inputs: Any, tokens: int) -> tuple[list[int], T
     return ids[0, inputs["input_ids"].shape[1] :].tolist(), clock
 
 
-if __name__ == "__main__":
-    # Long errors: one part of the demo shows an error in full.
+def main() -> None:
+    """Print the result as JSON. Errors are long: one part of the demo shows an error in full."""
     run_worker(
         lambda wanted: {**generate(Generation(**wanted)), "error": None}, lambda _, error: {"error": error}, limit=1000
     )
+
+
+if __name__ == "__main__":
+    main()
