@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 import families
 import glowplug
 from glowplug.bodies import Bodies, BoundBody, Forms, read_forms, trial
+from glowplug.bodies.sinks import sink_attention
+from glowplug.frontends.hf import bodies as hf_bodies
 from glowplug.frontends.hf.bodies import body_groups
 from glowplug.frontends.hf.discover import attention_layers
 from glowplug.graph.capture import capture
@@ -231,6 +233,105 @@ def test_a_layer_that_is_called_in_two_ways_gets_none() -> None:
     registry, forms = forms_of(model, "a=1;position_ids=@0", "a=2;position_ids=@0")
     assert forms == {"attention": None}
     assert body_groups(registry, forms) == []
+
+
+# -- attention with sinks, without compilation --------------------------------------------------------------------
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(hf_bodies, "_DIRECT", ("cpu",))
+    monkeypatch.setattr(hf_bodies, "sink_attention", Counting(sink_attention))
+
+
+class Counting:
+    """Counts the calls of a function."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.calls = run, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.run(*args, **kwargs)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 37), (3, 1, 20), (2, 7, 7), (2, 5, 30)])
+def test_sinks_equal_the_models_own(sizes: tuple[int, int, int]) -> None:
+    batch, tokens, cached = sizes
+    layer = next(iter(attention_layers(build()).values()))
+    torch.nn.init.normal_(layer.sinks)
+    heads, kv_heads = layer.config.num_attention_heads, layer.config.num_key_value_heads
+    assert heads > kv_heads
+    query = torch.randn(batch, heads, tokens, layer.head_dim)
+    key, value = (torch.randn(batch, kv_heads, cached, layer.head_dim) for _ in range(2))
+    mask = torch.zeros(batch, 1, tokens, cached)
+    mask.masked_fill_(torch.ones(tokens, cached).triu(cached - tokens + 1).bool(), torch.finfo(torch.float32).min)
+    mask[0, :, :, 0] = torch.finfo(torch.float32).min  # padding; the first token then sees nothing but the sink
+    own = layer.forward.__globals__["eager_attention_forward"]
+    expected = own(layer, query, key, value, mask, scaling=0.3)[0]
+    output = sink_attention(query, key, value, mask, layer.sinks, 0.3)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("inside", ["auto", "compiled"])
+def test_sinks_are_used_from_the_next_sequence_on(direct: None, inside: Any) -> None:
+    eager = build()
+    model = glowplug.compile(build(), compiler=Uncompiled(), inside=inside, experts="inline")
+    ids = families.prompt(2, 40)
+    used: Any = hf_bodies.sink_attention
+    with torch.no_grad():
+        model(ids)
+        assert (used.calls > 0) == (inside == "compiled")
+        mask = torch.ones(2, 40, dtype=torch.long)
+        mask[0, :3] = 0
+        for arguments in ({}, {"attention_mask": mask}):
+            before = used.calls
+            expected = eager(ids, **arguments).logits
+            torch.testing.assert_close(model(ids, **arguments).logits, expected, rtol=1e-5, atol=1e-5)
+            assert used.calls - before >= len(attention_layers(model))
+    for cache in (None, "static"):
+        settings = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+        assert torch.equal(*(m.generate(families.prompt(1, 3), **settings) for m in (eager, model)))
+    report = glowplug.report(model)
+    assert report.fallbacks == []
+    assert [inside.op for inside in report.insides] == ["glowplug::attention"] * len(report.insides)
+    assert sum(len(inside.layers) for inside in report.insides) == len(attention_layers(model))
+
+
+def test_what_computes_something_else_with_its_sinks_keeps_its_own_code(
+    direct: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    scope = type(next(iter(attention_layers(model).values()))).forward.__globals__
+    own = scope["eager_attention_forward"]
+
+    def twice(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output, weights = own(module, *args, **kwargs)
+        return 2 * output, weights
+
+    monkeypatch.setitem(scope, "eager_attention_forward", twice)
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        expected = model(ids).logits
+        glowplug.compile(model, compiler=Uncompiled(), inside="compiled", experts="inline")
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not any(id(layer) in model.forward.compilation.bodies.every for layer in attention_layers(model).values())
+
+
+def test_replaced_sinks_are_seen(direct: None) -> None:
+    eager = build()
+    model = glowplug.compile(build(), compiler=Uncompiled(), inside="compiled", experts="inline")
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        model(ids)
+        for one in (eager, model):
+            for layer in attention_layers(one).values():
+                layer.sinks = nn.Parameter(torch.full_like(layer.sinks, 2.0), requires_grad=False)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.inductor

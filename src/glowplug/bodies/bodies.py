@@ -83,12 +83,15 @@ class Bodies:
         """Compile the bodies that are missing in the user's store. A process with weights will try them."""
         groups, self._groups = self._groups, []
         if self.pieces is not None:
-            self._compile_missing([group for group in groups if group.address is not None])
+            self._compile_missing([group for group in groups if group.address is not None and group.direct is None])
 
     def compile_in_background(self) -> None:
         """Use the stored bodies that were tried already, and start compiling the missing ones if a fork can do that."""
         waiting, missing = [], []
         for group in self._groups:
+            if group.direct is not None:
+                waiting.append(group)
+                continue
             body = self._read(group)
             if body is not None and body.verdict is None:
                 waiting.append(group)
@@ -191,7 +194,11 @@ class Bodies:
             return None
 
     def _take(self, group: Group) -> bool:
-        """Use a group's stored body; returns whether there is one."""
+        """Use a group's direct or stored body; returns whether there is one."""
+        if group.direct is not None:
+            run, arguments = group.direct
+            self._use(group, Body(arguments), lambda *inputs: (run(*inputs),))
+            return True
         body = self._read(group)
         return body is not None and self._load(group, body)
 

@@ -30,6 +30,7 @@ class Group:
         own: `own(layer, *tensors)` computes the op by the layer's own code; this function is traced.
         traced: returns a stand-in for the first layer in the trace.
         address: hash of everything that the body depends on besides the compiler; None if that can't be described.
+        direct: a body that needs no compilation, if there is one: what runs, and `Body.arguments` for it.
     """
 
     form: CallForm
@@ -39,6 +40,7 @@ class Group:
     own: Callable[..., Tensor]
     traced: Callable[[], nn.Module]
     address: str | None = None
+    direct: tuple[Callable[..., Tensor], tuple[str, ...]] | None = None
 
     @property
     def changed(self) -> bool:

@@ -96,6 +96,7 @@ class Gpu:
             get_device_capability=lambda device=None: self.capabilities[self._index(device)],
         )
         _index_without_guard()
+        _fold_constants_on_cpu()
         CachingAutotuner.precompile = _compile_only
 
     def _index(self, device: Any) -> int:
@@ -150,6 +151,25 @@ def _index_without_guard() -> None:
         return torch.ops.aten.index.Tensor(tensor, [chosen.get(at) for at in range(max(chosen) + 1)])
 
     torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
+
+
+def _fold_constants_on_cpu() -> None:
+    """Compute the constants that Inductor replaces by numbers, such as a mask's minus infinity, on the CPU."""
+    from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
+
+    own = UniformValueConstantFolder._deduce_value
+
+    def deduce_value(folder: Any, node: Any) -> Any:
+        kwargs = node.kwargs
+        if torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            return own(folder, node)
+        node.kwargs = {**kwargs, "device": torch.device("cpu")}
+        try:
+            return own(folder, node)
+        finally:
+            node.kwargs = kwargs
+
+    UniformValueConstantFolder._deduce_value = deduce_value
 
 
 def warm_up(device: int | None) -> None:
