@@ -1,9 +1,9 @@
 """Attention with sinks for a GPU, in five kernels of torch.
 
 A sink is a logit of each head that takes part in the softmax and has no value ("Efficient Streaming Language Models
-with Attention Sinks", https://arxiv.org/abs/2309.17453; a learned one in gpt-oss). A model's own function repeats keys and
-values for each head that shares them, and takes some 14 kernels. Here heads that share a key head are rows of one
-matrix, and the softmax runs in place over scores that have room for the sink.
+with Attention Sinks", https://arxiv.org/abs/2309.17453; a learned one in gpt-oss). A model's own function repeats keys
+and values for each head that shares them, and takes some 14 kernels. Here heads that share a key head are rows of one
+matrix, and the products are written to scores that have room for the sink.
 """
 
 from __future__ import annotations
