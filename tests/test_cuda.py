@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import families
 import glowplug
 from glowplug.cuda_graphs.recorder import CudaRecorder
 from glowplug.ops.moe import moe_forward_shared
+from test_bodies import Uncompiled
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -56,6 +58,31 @@ def test_inductor() -> None:
         expected, output = eager(ids).logits, compiled(ids).logits
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     assert glowplug.report(compiled).fallbacks == []
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_forks_compile_every_piece(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """None of them calls the driver, for which this process would have to compile its piece."""
+    model = families.build(family, layers=12).to("cuda", torch.bfloat16)
+    glowplug.compile(model, experts="inline")
+    with caplog.at_level(logging.DEBUG, logger="glowplug"), torch.no_grad():
+        model(families.prompt(2, 5).cuda())
+    assert glowplug.report(model).strategy == "stamped"
+    assert "not compiled in a fork" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_with_sinks_runs_its_own_kernels(dtype: torch.dtype) -> None:
+    eager, model = (families.build("gpt_oss").to("cuda", dtype) for _ in range(2))
+    glowplug.compile(model, experts="inline", compiler=Uncompiled(), inside="compiled")
+    for batch, tokens in ((1, 1), (2, 5), (3, 40)):
+        ids = families.prompt(batch, tokens).cuda()
+        with torch.no_grad():
+            error = (model(ids).logits - eager(ids).logits).float().norm() / eager(ids).logits.float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.05)
+    insides = glowplug.report(model).insides
+    assert sum(len(inside.layers) for inside in insides) == model.config.num_hidden_layers
+    assert all(inside.tokens != 0 for inside in insides)
 
 
 def test_cold_then_warm_then_behind_the_weights_then_in_the_background(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ class Gpu:
             get_device_capability=lambda device=None: self.capabilities[self._index(device)],
         )
         _index_without_guard()
+        _call_without_guard()
         _fold_constants_on_cpu()
         CachingAutotuner.precompile = _compile_only
 
@@ -151,6 +152,21 @@ def _index_without_guard() -> None:
         return torch.ops.aten.index.Tensor(tensor, [chosen.get(at) for at in range(max(chosen) + 1)])
 
     torch.Tensor.__getitem__ = getitem  # type: ignore[method-assign]
+
+
+def _call_without_guard() -> None:
+    """The same for methods whose bindings torch wrote by hand."""
+    aten = torch.ops.aten
+
+    def contiguous(tensor: Any, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        laid_out = tensor.is_contiguous(memory_format=memory_format)
+        return tensor if laid_out else aten.clone.default(tensor, memory_format=memory_format)
+
+    def copy_(tensor: Any, source: Any, non_blocking: bool = False) -> Any:
+        return aten.copy_.default(tensor, source, non_blocking)
+
+    for name, method in {"__invert__": aten.bitwise_not.default, "contiguous": contiguous, "copy_": copy_}.items():
+        setattr(torch.Tensor, name, lambda tensor, *args, run=method, **kwargs: run(tensor, *args, **kwargs))
 
 
 def _fold_constants_on_cpu() -> None:
