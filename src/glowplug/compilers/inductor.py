@@ -108,8 +108,9 @@ class InductorCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        # Forks can't run kernels: they are tuned when they first run.
-        patches = {"triton.autotune_at_compile_time": False} if self._gpu_forks.enter() else {}
+        # Forks can't run kernels: kernels are tuned when they first run, and no product is tried with padded matrices.
+        forked = {"triton.autotune_at_compile_time": False, "shape_padding": False}
+        patches = forked if self._gpu_forks.enter() else {}
         return self.compile_and_store(piece, inputs, compile_threads=1, **patches)[1]
 
     def compile_and_store(
