@@ -9,8 +9,10 @@ torch 2.11 with Triton 3.6.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +115,39 @@ def _compile_only(
     """In place of `CachingAutotuner.precompile`: compile a kernel and bundle it with its piece, without loading it."""
     from torch._inductor.triton_bundler import TritonBundler
 
-    tuner._precompile_worker()
+    _compile_configurations(tuner)
     if static_triton_bundle_key is not None and tuner.is_statically_launchable():
         TritonBundler.put_static_autotuner(static_triton_bundle_key, tuner)
+
+
+def _compile_configurations(tuner: Any) -> None:
+    """Compile a kernel in each of the configurations that it is to be tuned over, one thread each: Triton releases the
+    interpreter's lock for most of the time."""
+    if tuner.compile_results or len(tuner.configs) < 2:
+        tuner._precompile_worker()
+        return
+    parts = [copy.copy(tuner) for _ in tuner.configs]
+    for part, configuration in zip(parts, tuner.configs, strict=True):
+        part.configs = [configuration]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        compiled = list(pool.map(_compiled, parts))
+    tuner.compile_results = [result for results in compiled for result in results]
+    if tuner.compile_results:
+        tuner.configs = None
+    else:
+        tuner._precompile_worker()  # to raise as it does
+
+
+def _compiled(tuner: Any) -> list[Any]:
+    """What compiling a kernel gave; nothing if it takes more registers or shared memory than there are."""
+    from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
+
+    try:
+        tuner._precompile_worker()
+    except NoTritonConfigsError:
+        return []
+    results: list[Any] = tuner.compile_results
+    return results
 
 
 def _index_without_guard() -> None:

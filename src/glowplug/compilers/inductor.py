@@ -141,8 +141,7 @@ class InductorCompiler:
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
         if _on_gpu(inputs) and self._may_fork:  # instead of processes of Inductor's, which start for seconds
             patches = {"compile_threads": 1, **patches}
-        # Inductor would choose among up to five forms of each kernel by the sizes of the first call alone.
-        patches = {"triton.autotune_pointwise": False, "cpp.threads": self.threads, **self.options, **patches}
+        patches = {"cpp.threads": self.threads, **self.options, **patches}
         if on_cpu(inputs):
             cpu_toolchain().wait()
             patches = {**cpu_toolchain().options(), **patches}
