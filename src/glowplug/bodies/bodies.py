@@ -83,7 +83,7 @@ class Bodies:
         """Compile the bodies that are missing in the user's store. A process with weights will try them."""
         groups, self._groups = self._groups, []
         if self.pieces is not None:
-            self._compile_missing([group for group in groups if group.address is not None and group.direct is None])
+            self._compile_missing([group for group in groups if group.address is not None])
 
     def compile_in_background(self) -> None:
         """Use the stored bodies that were tried already, and start compiling the missing ones if a fork can do that."""
@@ -214,8 +214,8 @@ class Bodies:
         return True
 
     def _keep(self, group: Group, body: Body) -> None:
-        pieces = self._store_of(group)
-        if pieces is not None and body.artifact:
+        pieces = self._store_of(group) if body.artifact else None
+        if pieces is not None:
             about = f"{group.form.op}, {type(group.layers[0]).__name__}"
             pieces.store.put(_STORED_AS, _key(pieces, group), pickle.dumps(body), about)
 

@@ -29,7 +29,8 @@ class Group:
         described: hash of everything that the layers' forward could read when the group was built, equal for all.
         own: `own(layer, *tensors)` computes the op by the layer's own code; this function is traced.
         traced: returns a stand-in for the first layer in the trace.
-        address: hash of everything that the body depends on besides the compiler; None if that can't be described.
+        address: hash of everything that the body depends on besides the compiler; None if that can't be described, or
+            if nothing is compiled.
         direct: a body that needs no compilation, if there is one: what runs, and `Body.arguments` for it.
     """
 

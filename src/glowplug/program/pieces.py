@@ -168,9 +168,8 @@ class _Compilation:
     """Compiles the pieces of one capture into a cache; each piece is compiled by one of the processes using the store.
 
     Each process locks the pieces that no other process is compiling, compiles them, and stores them; then it waits for
-    the rest. On Linux CPUs this process forks, one process per core, and its forks do the same. Pieces for a GPU are
-    compiled here one by one, as Triton compiles their kernels in parallel. If a fork fails, its pieces are compiled
-    here.
+    the rest. On Linux this process forks, one process per core, and its forks do the same. If a fork fails, its pieces
+    are compiled here.
 
     Attributes:
         local: pieces whose compilation added guards on sizes, so that they are valid in this capture only.

@@ -51,8 +51,9 @@ def body_groups(registry: LayerRegistry, forms: Forms) -> list[Group]:
             if form is None or (op == ATTENTION and attend in (None, *ALL_ATTENTION_FUNCTIONS.values())):
                 continue  # each of transformers' own attention functions is a single kernel
             own = _own_attention(attend, form) if op == ATTENTION else _own_experts
-            address = _address(layers[0], form, attend if op == ATTENTION else None)
             direct = _with_sinks(layers[0], form) if op == ATTENTION else None
+            # What is not compiled is not stored.
+            address = _address(layers[0], form, attend if op == ATTENTION else None) if direct is None else None
             groups.append(Group(form, names, layers, description, own, partial(_stand_in, layers[0]), address, direct))
     return groups
 
@@ -96,7 +97,8 @@ def _with_sinks(layer: nn.Module, form: CallForm) -> tuple[Callable[..., Tensor]
         return None
     if {sinks.dtype, mask.dtype} != {query.dtype}:
         return None
-    return partial(sink_attention, scaling=scaling), (*map("tensors[{}]".format, range(4)), "@sinks")
+    arguments = ("tensors[0]", "tensors[1]", "tensors[2]", "tensors[3]", "@sinks")
+    return partial(sink_attention, scaling=scaling), arguments
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:
