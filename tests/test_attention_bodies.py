@@ -321,6 +321,33 @@ def test_what_computes_something_else_with_its_sinks_keeps_its_own_code(
     assert not any(id(layer) in model.forward.compilation.bodies.every for layer in attention_layers(model).values())
 
 
+def test_a_changed_attribute_that_only_its_own_code_reads_is_followed(
+    direct: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    layers = list(attention_layers(model).values())
+    scope = type(layers[0]).forward.__globals__
+    own = scope["eager_attention_forward"]
+
+    def scaled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output, weights = own(module, *args, **kwargs)
+        return module.factor * output, weights
+
+    monkeypatch.setitem(scope, "eager_attention_forward", scaled)
+    for layer in layers:
+        layer.factor = 1.0
+    ids = families.prompt(2, 5)
+    with torch.no_grad():
+        glowplug.compile(model, compiler=Uncompiled(), inside="compiled", experts="inline")
+        before = model(ids).logits
+        assert len(bodies(model)) == len(layers)
+        layers[-1].factor = 2.0
+        expected = type(model).forward(model, ids).logits
+        assert not torch.allclose(expected, before, atol=1e-4)
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_replaced_sinks_are_seen(direct: None) -> None:
     eager = build()
     model = glowplug.compile(build(), compiler=Uncompiled(), inside="compiled", experts="inline")

@@ -197,7 +197,9 @@ class Bodies:
         """Use a group's direct or stored body; returns whether there is one."""
         if group.direct is not None:
             run, arguments = group.direct
-            self._use(group, Body(arguments), lambda *inputs: (run(*inputs),))
+            # No trace says what the layers' own code reads: watch every attribute.
+            reads = tuple(f"L['layer'].{name}" for name in vars(group.layers[0]) if name.isidentifier())
+            self._use(group, Body(arguments, reads=reads), lambda *inputs: (run(*inputs),))
             return True
         body = self._read(group)
         return body is not None and self._load(group, body)
