@@ -149,7 +149,7 @@ class Engine:
         self.report.serving = "program"
         bodies = running.bodies.unchanged(self.report)
         inputs = self.front.inputs(running.program.arguments, call)
-        run = _runner(state.registry, bodies, self.check_order)
+        run = _runner(state.registry, bodies, self.check_order, self.front.attend)
         outputs: Sequence[Any] | None = None
         if state.graphs is not None and (step := self.front.step(call)) is not None:
             outputs = state.graphs.run(step, running.program, (state.registry, *bodies.values()), inputs, run)
@@ -249,12 +249,12 @@ class Engine:
 
 
 def _runner(
-    registry: LayerRegistry, bodies: Any, check_order: bool
+    registry: LayerRegistry, bodies: Any, check_order: bool, attend: Any
 ) -> Callable[[Program, Any, Sequence[Any]], Sequence[Any]]:
     """What runs a program on a cache and its inputs."""
 
     def run(program: Program, cache: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-        return run_inputs(program, inputs, ForwardContext(registry, cache, check_order, bodies))
+        return run_inputs(program, inputs, ForwardContext(registry, cache, check_order, bodies, attend))
 
     return run
 

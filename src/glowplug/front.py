@@ -141,6 +141,7 @@ class FrontEnd(Protocol):
         experts: what happens to the experts, for the report.
         processes: those that run the model together; None: this one alone.
         device: where the model is.
+        attend: see `ForwardContext`; None where layers attend by their own functions.
         guarded: runs a call by a full trace under Dynamo's guards, where no program serves:
             `guarded(registry, report, check_order, args, kwargs)`. None: the model's own forward runs.
             Raises `NotTracedError`.
@@ -165,6 +166,9 @@ class FrontEnd(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def attend(self) -> Callable[..., Any] | None: ...
 
     @property
     def guarded(self) -> Callable[..., Any] | None: ...

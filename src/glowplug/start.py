@@ -13,7 +13,7 @@ import functools
 from dataclasses import replace
 
 from glowplug.compilation import Compilation
-from glowplug.compilers import warm_up
+from glowplug.compilers import quick_tuning, warm_up
 from glowplug.errors import (
     AttributesReadError,
     CaptureError,
@@ -269,7 +269,7 @@ def check(c: Compilation, candidate: Candidate, call: Call) -> Candidate | str:
 def _compare(c: Compilation, candidate: Candidate, call: Call, agree: Agree | None) -> Candidate | str:
     for attempt in range(2):
         watch = c.watch()
-        with c.report.phase("verify") if c.options.verify == "once" else contextlib.nullcontext():
+        with c.report.phase("verify") if c.options.verify == "once" else contextlib.nullcontext(), quick_tuning():
             reason, returns = c.front.compare(candidate, call, c.registry, agree, check_order=c.check_order)
         if reason is not None:
             return reason

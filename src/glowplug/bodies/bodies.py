@@ -89,9 +89,6 @@ class Bodies:
         """Use the stored bodies that were tried already, and start compiling the missing ones if a fork can do that."""
         waiting, missing = [], []
         for group in self._groups:
-            if group.direct is not None:
-                waiting.append(group)
-                continue
             body = self._read(group)
             if body is not None and body.verdict is None:
                 waiting.append(group)
@@ -194,13 +191,7 @@ class Bodies:
             return None
 
     def _take(self, group: Group) -> bool:
-        """Use a group's direct or stored body; returns whether there is one."""
-        if group.direct is not None:
-            run, arguments = group.direct
-            # No trace says what the layers' own code reads: watch every attribute.
-            reads = tuple(f"L['layer'].{name}" for name in vars(group.layers[0]) if name.isidentifier())
-            self._use(group, Body(arguments, reads=reads), lambda *inputs: (run(*inputs),))
-            return True
+        """Use a group's stored body; returns whether there is one."""
         body = self._read(group)
         return body is not None and self._load(group, body)
 
@@ -216,8 +207,8 @@ class Bodies:
         return True
 
     def _keep(self, group: Group, body: Body) -> None:
-        pieces = self._store_of(group) if body.artifact else None
-        if pieces is not None:
+        pieces = self._store_of(group)
+        if pieces is not None and body.artifact:
             about = f"{group.form.op}, {type(group.layers[0]).__name__}"
             pieces.store.put(_STORED_AS, _key(pieces, group), pickle.dumps(body), about)
 

@@ -29,9 +29,7 @@ class Group:
         described: hash of everything that the layers' forward could read when the group was built, equal for all.
         own: `own(layer, *tensors)` computes the op by the layer's own code; this function is traced.
         traced: returns a stand-in for the first layer in the trace.
-        address: hash of everything that the body depends on besides the compiler; None if that can't be described, or
-            if nothing is compiled.
-        direct: a body that needs no compilation, if there is one: what runs, and `Body.arguments` for it.
+        address: hash of everything that the body depends on besides the compiler; None if that can't be described.
     """
 
     form: CallForm
@@ -41,7 +39,6 @@ class Group:
     own: Callable[..., Tensor]
     traced: Callable[[], nn.Module]
     address: str | None = None
-    direct: tuple[Callable[..., Tensor], tuple[str, ...]] | None = None
 
     @property
     def changed(self) -> bool:

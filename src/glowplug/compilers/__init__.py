@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
+from glowplug.compilers.gpu import quick_tuning
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import CompileError, UsageError
 from glowplug.runtime.forks import begin_thread
@@ -13,6 +14,7 @@ __all__ = [
     "InductorCompiler",
     "PieceCompiler",
     "get_compiler",
+    "quick_tuning",
     "warm_up",
     "warm_up_loading",
     "why_unable",

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from glowplug.runtime.forks import fork_workers
 
 logger = logging.getLogger("glowplug")
 
@@ -64,10 +68,6 @@ class Gpu:
 
     def stand_in(self) -> None:
         """In a fork: let torch and Triton answer from these notes, for as long as the fork lives."""
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-
-        if CachingAutotuner.precompile is _compile_only:
-            return
         from torch._subclasses import fake_tensor
         from triton.runtime.driver import driver
 
@@ -100,7 +100,7 @@ class Gpu:
         _index_without_guard()
         _call_without_guard()
         _fold_constants_on_cpu()
-        CachingAutotuner.precompile = _compile_only
+        _Kernels().take_over()
 
     def _index(self, device: Any) -> int:
         if isinstance(device, int):
@@ -109,45 +109,66 @@ class Gpu:
         return self.current if index is None else int(index)
 
 
-def _compile_only(
-    tuner: Any, warm_cache_only: bool = False, reload_kernel: Any = None, static_triton_bundle_key: str | None = None
-) -> None:
-    """In place of `CachingAutotuner.precompile`: compile a kernel and bundle it with its piece, without loading it."""
-    from torch._inductor.triton_bundler import TritonBundler
+class _Kernels:
+    """In a fork: the kernels of a piece, which are compiled at once when all are known, and not loaded."""
 
-    _compile_configurations(tuner)
-    if static_triton_bundle_key is not None and tuner.is_statically_launchable():
-        TritonBundler.put_static_autotuner(static_triton_bundle_key, tuner)
+    _PROCESSES = 8
+    """Processes that compile the kernels of one piece."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Any, str | None]] = []
+
+    def add(self, tuner: Any, key: str | None) -> None:
+        """A kernel, and the key by which it is bundled with its piece."""
+        self._waiting.append((tuner, key))
+
+    def compile(self) -> None:
+        """Compile them. Processes put them into Triton's cache, where this one finds them: each kernel is compiled in
+        up to five configurations, over which it is to be tuned, and most of a compilation holds the interpreter."""
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from torch._inductor.triton_bundler import TritonBundler
+
+        waiting, self._waiting = self._waiting, []
+        parts = []
+        for tuner, _ in waiting:
+            for configuration in tuner.configs if not tuner.compile_results else ():
+                parts.append(copy.copy(tuner))
+                parts[-1].configs = [configuration]
+        workers = min(len(parts), self._PROCESSES, len(os.sched_getaffinity(0)))
+        if workers > 1:
+            fork_workers([functools.partial(_compile_into_cache, parts[at::workers]) for at in range(workers)])
+        for tuner, key in waiting:
+            CachingAutotuner._precompile_worker(tuner)
+            if key is not None and tuner.is_statically_launchable():
+                TritonBundler.put_static_autotuner(key, tuner)
+
+    def take_over(self) -> None:
+        """Let Inductor compile kernels in this way."""
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        own = AsyncCompile.wait
+
+        def precompile(
+            tuner: Any,
+            warm_cache_only: bool = False,
+            reload_kernel: Any = None,
+            static_triton_bundle_key: str | None = None,
+        ) -> None:
+            self.add(tuner, static_triton_bundle_key)
+
+        def wait(compiler: Any, scope: dict[str, Any]) -> None:
+            own(compiler, scope)
+            self.compile()
+
+        CachingAutotuner.precompile = precompile
+        AsyncCompile.wait = wait
 
 
-def _compile_configurations(tuner: Any) -> None:
-    """Compile a kernel in each of the configurations that it is to be tuned over, one thread each: Triton releases the
-    interpreter's lock for most of the time."""
-    if tuner.compile_results or len(tuner.configs) < 2:
-        tuner._precompile_worker()
-        return
-    parts = [copy.copy(tuner) for _ in tuner.configs]
-    for part, configuration in zip(parts, tuner.configs, strict=True):
-        part.configs = [configuration]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        compiled = list(pool.map(_compiled, parts))
-    tuner.compile_results = [result for results in compiled for result in results]
-    if tuner.compile_results:
-        tuner.configs = None
-    else:
-        tuner._precompile_worker()  # to raise as it does
-
-
-def _compiled(tuner: Any) -> list[Any]:
-    """What compiling a kernel gave; nothing if it takes more registers or shared memory than there are."""
-    from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
-
-    try:
-        tuner._precompile_worker()
-    except NoTritonConfigsError:
-        return []
-    results: list[Any] = tuner.compile_results
-    return results
+def _compile_into_cache(tuners: Sequence[Any]) -> None:
+    for tuner in tuners:
+        with contextlib.suppress(Exception):  # raised again by the process that waits
+            tuner._precompile_worker()
 
 
 def _index_without_guard() -> None:
@@ -220,6 +241,23 @@ def _fold_constants_on_cpu() -> None:
     UniformValueConstantFolder._deduce_value = deduce_value
 
 
+@contextlib.contextmanager
+def quick_tuning() -> Iterator[None]:
+    """In this context, measure each configuration of a kernel 20 times instead of 100, which takes a few milliseconds:
+    the kernels of a program are tuned in its first runs."""
+    module: Any = sys.modules.get("torch._inductor.runtime.benchmarking")
+    benchmarker: Any = getattr(module, "benchmarker", None)
+    own = getattr(benchmarker, "benchmark_gpu", None)
+    if own is None or "benchmark_gpu" in vars(benchmarker):
+        yield
+        return
+    benchmarker.benchmark_gpu = functools.partial(own, memory_warmup_iters=10, benchmark_iters=20)
+    try:
+        yield
+    finally:
+        del benchmarker.benchmark_gpu
+
+
 def warm_up(device: int | None) -> None:
     """Do the one-off work of Inductor and Triton, in a thread: imports, and hashes of both. What is missing is reported
     by those who need it.
@@ -252,6 +290,7 @@ class GpuForks:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._gpu: Gpu | None = None
+        self._stands_in: int | None = None
 
     def prepare(self) -> bool:
         """Call before forking. Returns whether forks can compile: not if this process uses no GPU, or if torch or
@@ -267,5 +306,7 @@ class GpuForks:
         """Call before compiling. Returns whether this process is such a fork, and lets it compile."""
         if self._gpu is None or os.getpid() == self._process:
             return False
-        self._gpu.stand_in()
+        if self._stands_in != os.getpid():
+            self._gpu.stand_in()
+            self._stands_in = os.getpid()
         return True

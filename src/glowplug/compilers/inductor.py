@@ -16,6 +16,7 @@ from torch import fx
 from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.gpu import GpuForks, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
+from glowplug.compilers.linears import compile_kernels, merge_linears
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -44,12 +45,14 @@ class InductorCompiler:
 
     Args:
         options: Inductor options, as for `torch.compile(options=...)`.
+        merges: on NVIDIA GPUs, whether linear layers of half precision become `glowplug::linears`.
     """
 
     name = "inductor"
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, options: Mapping[str, Any] | None = None, *, merges: bool = True) -> None:
         self.options = dict(options or {})
+        self.merges = merges and torch.version.cuda is not None
         # Kernels are compiled for a number of threads. Read it here, as a fork that compiles has only one.
         self.threads = torch.get_num_threads()
         self._gpu_forks = GpuForks()
@@ -80,7 +83,7 @@ class InductorCompiler:
 
     def environment(self, device: torch.device) -> str:
         """See `StoringCompiler.environment`."""
-        return describe_environment(device, self.options, self.threads)
+        return describe_environment(device, {**self.options, "glowplug.merges": self.merges}, self.threads)
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`. No forks if Inductor is limited to one process. Pieces for a GPU are compiled in
@@ -95,6 +98,11 @@ class InductorCompiler:
             with quiet():
                 importlib.import_module("torch._inductor.compile_fx")
         return True
+
+    def beside_forks(self, pieces: Sequence[fx.GraphModule]) -> None:
+        """See `PieceCompiler`: compiles the kernels of `glowplug::linears`, which no piece contains."""
+        if self.merges:
+            compile_kernels(map(merge_linears, pieces))
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `PieceCompiler`: of a process that uses a GPU no fork compiles beside serving."""
@@ -139,6 +147,8 @@ class InductorCompiler:
         return self._compile(piece, inputs, patches, aot)
 
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
+        if self.merges and _on_gpu(inputs):
+            piece = merge_linears(piece)
         if _on_gpu(inputs) and self._may_fork:  # instead of processes of Inductor's, which start for seconds
             patches = {"compile_threads": 1, **patches}
         patches = {"cpp.threads": self.threads, **self.options, **patches}

@@ -227,6 +227,19 @@ def _capture(
     return result[0]
 
 
+@contextlib.contextmanager
+def outside_trace() -> Iterator[None]:
+    """While a capture is consumed, run a model as anywhere else: torch 2.13 says until then that it is compiling, to
+    which transformers listens. Sets `torch.compiler._is_compiling_flag` (private; checked on torch 2.11 and 2.13)."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
+
+
 def _default_stance() -> AbstractContextManager[Any]:
     """Set the compiler stance that traces the function; under another stance it might run."""
     stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")

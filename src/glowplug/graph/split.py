@@ -174,12 +174,13 @@ def _close_gap(segments: list[_Segment]) -> None:
 
 def may_mutate(node: fx.Node) -> bool:
     """Whether the node may write to one of its inputs, or to anything else."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
     packet = getattr(node.target, "_schemas", None)
     if packet and any(schema.is_mutable for schema in packet.values()):  # an op packet: the overload is not known yet
         return True
-    return "out" in node.kwargs or node.is_impure() or getattr(node.target, "__name__", "") in _IN_PLACE
+    return bool("out" in node.kwargs or node.kwargs.get("inplace") or node.is_impure() or name in _IN_PLACE)
 
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")

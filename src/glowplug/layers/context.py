@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from glowplug.layers.other_identities import Turns
@@ -24,12 +25,19 @@ class ForwardContext(Turns):
             `update(keys, values, layer_idx)`). If None, keys and values pass through.
         check_order: whether a wrong order raises, with `identity="ordered"`. Only a demonstration turns it off.
         bodies: id of a layer -> the compiled body that its op runs in this pass; see `glowplug.bodies`.
+        attend: runs attention instead of the layers' own functions where it returns a tensor:
+            `attend(layer, query, key, value, mask, options)`.
+
+    Attributes:
+        derived: id of a tensor of this pass, and a dtype -> the tensor, and what was computed of it for all layers.
     """
 
     registry: LayerRegistry
     cache: Any = None
     check_order: bool = True
     bodies: Mapping[int, Any] = field(default_factory=dict)
+    attend: Callable[..., Tensor | None] | None = None
+    derived: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _counters: dict[str, int] = field(default_factory=dict)
 
 

@@ -47,8 +47,11 @@ def attention(
     body = body_for(layer, inputs, options)
     if body is not None:
         return body(*inputs)
-    kwargs = decode(options, tensors)
-    output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
+    kwargs, context = decode(options, tensors), current_context()
+    attend = context.attend if context is not None else None
+    output: Any = attend(layer, query, key, value, mask, kwargs) if attend is not None else None
+    if output is None:
+        output = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **kwargs)[0]
     return output if output.is_contiguous() else output.contiguous()
 
 

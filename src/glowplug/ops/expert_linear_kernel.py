@@ -1,4 +1,5 @@
-"""The Triton kernel of `glowplug::expert_linear` for few pairs. The only module that imports Triton; imported on CUDA.
+"""The Triton kernels of `glowplug::expert_linear`, for few pairs, and of `glowplug::linears`, for few rows. The only
+module that imports Triton; imported on CUDA.
 
 Checked on Triton 3.6.
 """
@@ -6,6 +7,7 @@ Checked on Triton 3.6.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from glowplug.ops.expert_linear import Config
+from glowplug.ops.linears import BLOCK_K, FEW_ROWS, MOST
+
+_BLOCK_N, _STAGES, _WARPS = 16, 3, 2
+"""Of `_linears`, with `BLOCK_K`: among the fastest for every layer of three models (`benchmarks/gpu/linears.py`)."""
+_SHARED = 100 << 10
+"""Bytes of shared memory that this takes."""
 
 
 @triton.jit
@@ -175,3 +183,109 @@ def launch(
         num_warps=config.warps,
     )
     return output
+
+
+@triton.jit(do_not_specialize=["rows", "n_0", "n_1", "n_2"])
+def _linears(
+    input_ptr,
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    output_0,
+    output_1,
+    output_2,
+    rows,
+    n_0,
+    n_1,
+    n_2,
+    K,
+    COUNT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program: a block of columns of one of the layers, one layer after the other."""
+    block = tl.program_id(0)
+    weight_ptr, bias_ptr, output_ptr, N = weight_0, bias_0, output_0, n_0
+    if COUNT > 1:
+        blocks = tl.cdiv(n_0, BLOCK_N)
+        if block >= blocks:
+            weight_ptr, output_ptr, N = weight_1, output_1, n_1
+            if HAS_BIAS:
+                bias_ptr = bias_1
+            block -= blocks
+            if COUNT > 2:
+                blocks = tl.cdiv(n_1, BLOCK_N)
+                if block >= blocks:
+                    weight_ptr, output_ptr, N = weight_2, output_2, n_2
+                    if HAS_BIAS:
+                        bias_ptr = bias_2
+                    block -= blocks
+    row = tl.arange(0, BLOCK_M)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = tl.arange(0, BLOCK_K)
+    in_m, in_n = row < rows, columns < N
+    from_x = row[:, None] * K + offsets[None, :]
+    from_w = offsets[:, None] + columns[None, :] * K
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(input_ptr + from_x, mask=in_m[:, None], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_n[None, :], other=0.0)
+        else:
+            in_k = offsets < K - start
+            x = tl.load(input_ptr + from_x, mask=in_m[:, None] & in_k[None, :], other=0.0)
+            w = tl.load(weight_ptr + from_w, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        total = tl.dot(x, w, total, input_precision="ieee")
+        input_ptr += BLOCK_K
+        weight_ptr += BLOCK_K
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    into = output_ptr + row[:, None] * N + columns[None, :]
+    tl.store(into, total.to(output_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+def launch_linears(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Run the kernel once: `linears` of at most `FEW_ROWS` rows.
+
+    Args:
+        input: `[..., K]`, contiguous.
+        weights: up to `MOST`, `[N, K]`, contiguous, of fewer than 2**31 elements.
+        biases: `[N]` of each, contiguous; or None for all.
+
+    Returns:
+        `[..., N]` of each.
+    """
+    k = input.shape[-1]
+    sizes = [weight.shape[0] for weight in weights]
+    outputs = [input.new_empty((*input.shape[:-1], n)) for n in sizes]
+    rest = MOST - len(sizes)
+    kernel: Any = _linears[(sum(triton.cdiv(n, _BLOCK_N) for n in sizes),)]
+    properties: Any = torch.cuda.get_device_properties(input.device)
+    kernel(
+        input,
+        *weights,
+        *[weights[0]] * rest,
+        *biases,
+        *[biases[0]] * rest,
+        *outputs,
+        *[outputs[0]] * rest,
+        input.numel() // k,
+        *sizes,
+        *[0] * rest,
+        k,
+        COUNT=len(sizes),
+        HAS_BIAS=biases[0] is not None,
+        EVEN_K=k % BLOCK_K == 0,
+        BLOCK_M=FEW_ROWS,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_stages=_STAGES if properties.shared_memory_per_block_optin >= _SHARED else _STAGES - 1,
+        num_warps=_WARPS,
+    )
+    return outputs

@@ -18,7 +18,7 @@ from typing import Any
 from glowplug.background.job import Job, Say, orphaned
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
 from glowplug.errors import CompileError
-from glowplug.graph.capture import Captured, is_restart
+from glowplug.graph.capture import Captured, is_restart, outside_trace
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.shapes import add_guards, pickled_guards
 from glowplug.graph.split import Piece
@@ -196,8 +196,12 @@ class _Compilation:
         with piece_progress(len(pieces)) as advance:
             try:
                 start = time.monotonic()
+                beside_forks = getattr(self.compiler, "beside_forks", None)
+                if jobs and beside_forks is not None:
+                    beside_forks([piece.gm for piece in pieces.values()])
                 if jobs and meanwhile is not None:
-                    meanwhile()
+                    with outside_trace():
+                        meanwhile()
                 self._compile_free(pieces, channel or self.cache.store, 0, advance)
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
                 # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.

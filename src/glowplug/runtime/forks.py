@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +113,21 @@ def fork_plainly() -> int:
         return os.fork()
     finally:
         _thread.plain = False
+
+
+def fork_workers(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run each task in a fork of its own, at once, and wait until all have ended. A fork that fails says nothing."""
+    children = []
+    for task in tasks:
+        child = fork_plainly()
+        if child == 0:
+            try:
+                task()
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 def _find_pause() -> Callable[[int], int] | None:

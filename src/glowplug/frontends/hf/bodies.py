@@ -17,7 +17,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glowplug.bodies.form import ATTENTION, CallForm, Forms
 from glowplug.bodies.group import Group
-from glowplug.bodies.sinks import sink_attention
 from glowplug.errors import NotStorableError
 from glowplug.frontends.hf.discover import Shadow
 from glowplug.layers.reads import LOADING, hooks_of
@@ -31,8 +30,6 @@ from glowplug.store.address import class_modules, modules_of, sources_of
 _IMPLEMENTATION = {"cpu": "batched_mm", "cuda": "grouped_mm"}
 """The experts implementation that compiles to the fastest body. On a CPU, a compiled `batched_mm` took half the time of
 `grouped_mm` for one token; on an H200, a compiled `grouped_mm` took three fifths of the time for gpt-oss-120b."""
-_DIRECT = ("cuda",)
-"""Where attention with sinks runs a body that needs no compilation: a fork can't trace on a GPU."""
 
 
 def body_groups(registry: LayerRegistry, forms: Forms) -> list[Group]:
@@ -51,10 +48,8 @@ def body_groups(registry: LayerRegistry, forms: Forms) -> list[Group]:
             if form is None or (op == ATTENTION and attend in (None, *ALL_ATTENTION_FUNCTIONS.values())):
                 continue  # each of transformers' own attention functions is a single kernel
             own = _own_attention(attend, form) if op == ATTENTION else _own_experts
-            direct = _with_sinks(layers[0], form) if op == ATTENTION else None
-            # What is not compiled is not stored.
-            address = _address(layers[0], form, attend if op == ATTENTION else None) if direct is None else None
-            groups.append(Group(form, names, layers, description, own, partial(_stand_in, layers[0]), address, direct))
+            address = _address(layers[0], form, attend if op == ATTENTION else None)
+            groups.append(Group(form, names, layers, description, own, partial(_stand_in, layers[0]), address))
     return groups
 
 
@@ -82,23 +77,6 @@ def _own_attention(attend: Callable[..., Any], form: CallForm) -> Callable[..., 
         return output.contiguous()
 
     return own
-
-
-def _with_sinks(layer: nn.Module, form: CallForm) -> tuple[Callable[..., Tensor], tuple[str, ...]] | None:
-    """`sink_attention` for a layer that seems to compute the same, on a GPU; a trial tells whether it does."""
-    sinks, scaling = layer._parameters.get("sinks"), dict(parse(form.constants)[0]).get("scaling")
-    query, _, _, mask, *_ = form.arguments
-    if (
-        sinks is None
-        or sinks.device.type not in _DIRECT
-        or not isinstance(scaling, float)
-        or sinks.shape != query.sizes[1:2]
-    ):
-        return None
-    if {sinks.dtype, mask.dtype} != {query.dtype}:
-        return None
-    arguments = ("tensors[0]", "tensors[1]", "tensors[2]", "tensors[3]", "@sinks")
-    return partial(sink_attention, scaling=scaling), arguments
 
 
 def _stand_in(layer: nn.Module) -> nn.Module:

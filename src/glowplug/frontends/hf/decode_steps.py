@@ -8,6 +8,8 @@ from the host and so can't be recorded.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,6 +27,7 @@ from transformers.cache_utils import (
 )
 
 from glowplug.frontends.hf.calls import HfCall
+from glowplug.verify.closeness import EXACT, difference
 
 
 class _RecordableCache(StaticCache):
@@ -43,11 +46,34 @@ class _RecordableCache(StaticCache):
         """See `Cache.update`."""
         layer = self.layers[layer_idx]
         if not _is_full(layer):
-            keys, values = StaticLayer.update(layer, key_states, value_states)
+            keys, values = (_append if _append_is_right() else StaticLayer.update)(layer, key_states, value_states)
             return keys, values
         for held, new in ((layer.keys, key_states), (layer.values, value_states)):
             held.copy_(torch.cat((held[:, :, 1:], new), dim=-2))
         return layer.keys, layer.values
+
+
+def _append(layer: Any, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    """What `StaticLayer.update` does with one token, in three launches instead of five."""
+    position = layer.cumulative_length.view(1)
+    layer.keys.index_copy_(2, position, key_states)
+    layer.values.index_copy_(2, position, value_states)
+    layer.cumulative_length.add_(1)
+    return layer.keys, layer.values
+
+
+@functools.cache
+def _append_is_right() -> bool:
+    """Whether this transformers' `StaticLayer.update` has the same effect as `_append`."""
+    with contextlib.suppress(Exception), torch.inference_mode(False), torch.device("cpu"):
+        layers = [StaticLayer(max_cache_len=3) for _ in range(2)]
+        for layer in layers:
+            layer.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 2))
+        tokens = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 2), 3.0)
+        results = [StaticLayer.update(layers[0], *tokens), _append(layers[1], *tokens)]
+        states = [vars(layer) | {"returned": result} for layer, result in zip(layers, results, strict=True)]
+        return difference(states[1], states[0], EXACT, "the layer") is None
+    return False
 
 
 @dataclass(frozen=True)

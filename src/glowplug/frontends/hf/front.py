@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -28,9 +29,10 @@ from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, output_type, read_call
 from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_step
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
-from glowplug.frontends.hf.gpu import warm_up
+from glowplug.frontends.hf.gpu import compile_kernels
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
+from glowplug.frontends.hf.step_attention import CheckedAttention, step_attention
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
@@ -48,8 +50,13 @@ from glowplug.runtime.fitness import unfit
 from glowplug.store.address import class_modules, sources_of
 from glowplug.verify.check import Agree, Case, why_wrong
 
+_FAST_STEPS = ("cuda",)
+"""Devices on which attention of one token is not left to the layers' own functions."""
 _FEW = 4
 """Token mixers of a model that need no template."""
+
+
+logger = logging.getLogger("glowplug")
 
 
 class HfFrontEnd:
@@ -71,6 +78,8 @@ class HfFrontEnd:
         self.options = options
         self.own = own
         self._settings: tuple[Any, ...] = ()
+        self._attends = True
+        self._own_steps: dict[Any, list[tuple[PreTrainedModel, list[cases.Step]]]] = {}
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -132,6 +141,12 @@ class HfFrontEnd:
     def device(self) -> torch.device:
         """See `FrontEnd.device`."""
         return next(self.model.parameters()).device
+
+    @property
+    def attend(self) -> Callable[..., Tensor | None] | None:
+        """See `FrontEnd.attend`."""
+        in_force = self._attends and self.options.inside != "eager" and self.device.type in _FAST_STEPS
+        return step_attention if in_force else None
 
     @property
     def about(self) -> str:
@@ -233,9 +248,18 @@ class HfFrontEnd:
         """See `FrontEnd.target`."""
         if rung.way == trace.CUT:
             discover.give_attention_functions(self.model)
+        self._own_steps.clear()
         target = trace.target(model, call, rung, self.plan)
         alone = call.device.type == "cuda" and self.processes is None
-        return replace(target, meanwhile=functools.partial(warm_up, self.model, self.plan, call)) if alone else target
+        return replace(target, meanwhile=functools.partial(self._run_own, call)) if alone else target
+
+    def _run_own(self, call: HfCall) -> None:
+        """Beside forks that compile: run the model's own forward where a comparison needs it, and compile kernels. What
+        fails here fails again there, and is reported there."""
+        with contextlib.suppress(Exception), rotary_state_kept(self.model):
+            bare = not call.signature.position_lead and self.positions.rules.unmasked is not None
+            self._own_steps[call.signature, bare] = list(cases.sequences(self.model, call, bare=bare))
+        compile_kernels(self.model, self.plan)
 
     def read_forms(self, captured: Captured, registry: LayerRegistry, call: HfCall) -> Forms:
         """See `FrontEnd.read_forms`."""
@@ -268,23 +292,28 @@ class HfFrontEnd:
 
         def compared() -> Iterator[Case]:
             bare = asks and self.positions.rules.unmasked is not None
-            for model, steps in cases.sequences(self.model, call, classes, bare=bare):
+            ran = self._own_steps.pop((call.signature, bare), None) if not candidate.proved else None
+            for model, steps in ran or cases.sequences(self.model, call, classes, bare=bare):
                 cache = new_cache(model)
                 for step in steps:
                     outputs.append(type(step.output))
                     one = replace(step.call, cache=cache)
-                    run = functools.partial(self._logits, one, registry, check_order)
+                    run = functools.partial(self._logits, one, registry, check_order, attend)
                     yield Case(step.what, step.output.logits, run)
 
+        attend = CheckedAttention() if self.attend is not None and not candidate.proved else None
         with rotary_state_kept(self.model):
             reason = why_wrong(candidate.program, graphs, compared(), agree, once=candidate.proved)
+        if attend is not None and attend.problem is not None:
+            self._attends = False
+            logger.warning("glowplug: attention of one token runs the layers' own functions: %s", attend.problem)
         return reason, outputs[-1]
 
-    def _logits(self, call: HfCall, registry: LayerRegistry, check_order: bool, program: Program) -> Any:
+    def _logits(self, call: HfCall, registry: LayerRegistry, check_order: bool, attend: Any, program: Program) -> Any:
         missing = self.missing(program.arguments, call)
         if missing is not None:
             raise NotServableError(missing)
-        return run_program(self, program, call, ForwardContext(registry, call.cache, check_order))[0]
+        return run_program(self, program, call, ForwardContext(registry, call.cache, check_order, attend=attend))[0]
 
     # -- the store --------------------------------------------------------------------------------------------
 
@@ -306,6 +335,7 @@ class HfFrontEnd:
         return {
             "output": f"{returns.__module__}:{returns.__qualname__}",
             "forms": {name: form.to_facts() if form is not None else None for name, form in forms.items()},
+            "attends": self._attends,
         }
 
     def from_record(self, facts: Mapping[str, Any]) -> tuple[type[ModelOutput], Forms]:
@@ -315,6 +345,7 @@ class HfFrontEnd:
             raise ArtifactError(f"{facts['output']} is no class of outputs")
         if facts["attention"] == "cut":
             discover.give_attention_functions(self.model)
+        self._attends = self._attends and facts["attends"]
         forms = {name: CallForm.from_facts(form) if form else None for name, form in facts["forms"].items()}
         return output, forms
 

@@ -1,4 +1,4 @@
-"""What a start does on a GPU while forks compile: it gets the GPU ready for the first calls."""
+"""What a start compiles on a GPU while forks compile pieces: the kernel of experts, for the first calls."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from glowplug.frontends.hf import cases
-from glowplug.frontends.hf.calls import HfCall
 from glowplug.frontends.hf.discover import BY_EXPERT, ExpertsPlan, experts_layers
 from glowplug.ops.expert_linear import SIZES, expert_linear
 
@@ -17,16 +15,15 @@ _COMMON = SIZES[:-1]
 """Numbers of pairs of tokens and experts for which the kernel is compiled in any case."""
 
 
-def warm_up(model: PreTrainedModel, plan: ExpertsPlan, call: HfCall) -> None:
-    """Run a model's own forward on a few tokens, so that libraries load their kernels; and compile the kernel of its
-    experts. Whatever fails here fails again where it is needed, and is reported there."""
+def compile_kernels(model: PreTrainedModel, plan: ExpertsPlan) -> None:
+    """Compile the kernel of the model's experts. Whatever fails here fails again where it is needed, and is reported
+    there."""
+    if plan.implementation != BY_EXPERT:
+        return
     with contextlib.suppress(Exception), torch.no_grad():
-        for _ in cases.sequences(model, call, cases.GLANCE):
-            pass
-        if plan.implementation == BY_EXPERT:
-            layers = {tuple(p.shape for p in layer.parameters()): layer for layer in experts_layers(model).values()}
-            for layer in layers.values():
-                _compile_kernel(layer)
+        layers = {tuple(p.shape for p in layer.parameters()): layer for layer in experts_layers(model).values()}
+        for layer in layers.values():
+            _compile_kernel(layer)
 
 
 def _compile_kernel(layer: nn.Module) -> None:

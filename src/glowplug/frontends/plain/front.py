@@ -92,6 +92,7 @@ class PlainFrontEnd:
     about = None
     experts = "none"
     processes = None
+    attend = None
 
     def __init__(self, model: nn.Module, options: Options, own: Callable[..., Any] | None = None) -> None:
         self.model = model

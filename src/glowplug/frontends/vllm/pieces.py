@@ -240,7 +240,7 @@ def get_compiler(config: Any, prefix: str, ops: SplittingOps) -> DecoderCompiler
         inner = PiecewiseCompiler(config, prefix)
     else:
         vllm()._apply_constrain_to_fx_strides_patch()
-        inner = InductorCompiler(compilation.inductor_compile_config)
+        inner = InductorCompiler(compilation.inductor_compile_config, merges=False)
     return DecoderCompiler(inner, ops)
 
 

@@ -1,10 +1,5 @@
-"""Attention with sinks for a GPU, in four kernels of torch.
-
-A sink is a logit of each head that takes part in the softmax and has no value ("Efficient Streaming Language Models
-with Attention Sinks", https://arxiv.org/abs/2309.17453; a learned one in gpt-oss). A model's own function repeats keys
-and values for each head that shares them, and takes some 14 kernels. Here heads that share a key head are rows of one
-matrix, and the products are written to scores that have room for the sink.
-"""
+"""Attention in a few matrix products, for a GPU. Heads that share a key head are rows of one matrix, so that keys and
+values are not repeated for each head, and all of the GPU reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +13,11 @@ _ALIGNED = 8
 
 
 def sink_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scaling: float) -> Tensor:
-    """Attend to keys and to each head's sink.
+    """Attend to keys and to each head's sink, in four kernels; a model's own function takes some 14.
+
+    A sink is a logit of each head that takes part in the softmax and has no value ("Efficient Streaming Language Models
+    with Attention Sinks", https://arxiv.org/abs/2309.17453; a learned one in gpt-oss). The products are written to
+    scores that have room for it.
 
     Args:
         query: `[batch, heads, tokens, head_dim]`.
@@ -51,3 +50,26 @@ def sink_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sink
 def _unseen(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The score of a token that nobody sees. It lives as long as the process, as CUDA graphs read it."""
     return torch.full((1, 1, 1, 1), -torch.inf, dtype=dtype, device=device)
+
+
+def attention_in_products(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention of one token in matrix products, on a GPU.
+
+    Args:
+        packed: queries, `[batch, kv_heads, heads / kv_heads, head_dim]`, bfloat16 or float16.
+        key: `[batch, kv_heads, kv_tokens, head_dim]`.
+        value: `[batch, kv_heads, kv_tokens, value_dim]`.
+        mask: additive, `[batch, 1, 1, kv_tokens]`, float32.
+        scaling: factor of the products of queries and keys.
+
+    Returns:
+        `[batch, kv_heads, heads / kv_heads, value_dim]`. Scores are kept in float32, as fused kernels do.
+    """
+    batch, kv_heads, rows, head_dim = packed.shape
+    groups, kv_tokens = batch * kv_heads, key.shape[2]
+    masks = mask.expand(batch, kv_heads, rows, kv_tokens).reshape(groups, rows, kv_tokens)
+    keys = key.reshape(groups, kv_tokens, head_dim).transpose(1, 2)
+    queries = packed.reshape(groups, rows, head_dim)
+    scores = torch.baddbmm(masks, queries, keys, alpha=scaling, out_dtype=torch.float32)
+    output = scores.softmax(-1).to(value.dtype).bmm(value.reshape(groups, kv_tokens, -1))
+    return output.view(batch, kv_heads, rows, -1)

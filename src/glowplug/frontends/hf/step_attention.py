@@ -1,0 +1,120 @@
+"""Attention of one token for each sequence on a GPU, in fewer kernels than the layers' own functions take.
+
+In a decode step attention reads much and computes little. Heads that share a key head become rows of one matrix, so
+that keys and values need not be repeated, and a mask becomes an additive one once a step instead of once a layer. A
+start compares the results with those of the layers' own functions. Checked on torch 2.11, and on transformers 5.17 and
+5.23, the later of which packs heads itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from glowplug.layers.context import current_context
+from glowplug.ops.attention import ATTENTION_FN_ATTR
+from glowplug.ops.grouped_attention import attention_in_products, sink_attention
+from glowplug.reasons import said
+from glowplug.verify.closeness import COMPILED, difference
+
+_WITHOUT_EFFECT = frozenset(
+    {"cache_position", "is_causal", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
+)
+"""Options of attention functions that change nothing for one token and a given mask."""
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_FEW_TOKENS, _FEW_PROGRAMS = 512, 64
+"""Torch's fused kernels read all tokens of a key head in one program. Beyond so many tokens, where these are so few
+programs that most of the GPU is idle, matrix products are faster: on an H100, for one sequence and 4 key heads 17
+instead of 82 us over 4,096 tokens, and 78 instead of 628 over 32,768."""
+
+
+def step_attention(
+    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+) -> Tensor | None:
+    """Attention of one token, see `glowplug.ops.attention.attention`; None where a layer's own function has to run."""
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, kv_tokens = key.shape[1:3]
+    scaling = options.get("scaling")
+    if tokens != 1 or heads % kv_heads or not isinstance(scaling, float) or options.get("dropout"):
+        return None
+    if (mask is not None and mask.shape != (batch, 1, 1, kv_tokens)) or {key.dtype, value.dtype} != {query.dtype}:
+        return None
+    function, others = layer.__dict__.get(ATTENTION_FN_ATTR), options.keys() - {"scaling", "dropout"}
+    if function is sdpa_attention_forward:
+        if not others <= _WITHOUT_EFFECT or (mask is not None and mask.dtype not in (torch.bool, query.dtype)):
+            return None
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        if mask is None:
+            output = _unmasked(packed, key, value, scaling)
+        elif kv_tokens > _FEW_TOKENS and batch * kv_heads < _FEW_PROGRAMS and query.dtype in _HALF:
+            output = attention_in_products(packed, key, value, _additive(mask, torch.float32), scaling)
+        else:
+            bias = _additive(mask, query.dtype)
+            output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, bias, scale=scaling)
+        return output.reshape(batch, 1, heads, -1)
+    sinks = layer._parameters.get("sinks")
+    if sinks is None or sinks.shape != (heads,) or mask is None or {sinks.dtype, mask.dtype} != {query.dtype}:
+        return None
+    return sink_attention(query, key, value, mask, sinks, scaling) if others <= {*_WITHOUT_EFFECT, "s_aux"} else None
+
+
+def _unmasked(packed: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention to all tokens. A growing cache has another length in each step, for which cuDNN, torch's first choice,
+    would build a plan each time, in a millisecond and for each layer; flash attention needs none."""
+    head_dim = packed.shape[-1]
+    if packed.is_cuda and packed.dtype in _HALF and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0:
+        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention.default
+        output: Tensor = flash(packed, key, value, scale=scaling)[0]
+        return output
+    return torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=scaling)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores, made once in a pass."""
+    if mask.dtype == dtype:
+        return mask
+    context = current_context()
+    made = context.derived.get((id(mask), dtype)) if context is not None else None
+    if made is None:
+        boolean = mask.dtype is torch.bool
+        empty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        made = mask, empty.masked_fill_(~mask, -torch.inf) if boolean else mask.to(dtype)
+        if context is not None:
+            context.derived[id(mask), dtype] = made
+    return made[1]
+
+
+class CheckedAttention:
+    """Returns what the layers' own functions compute, and compares `step_attention` of each call's last token with it.
+
+    Attributes:
+        problem: how they differed by more than rounding, in words; None if they never did.
+    """
+
+    def __init__(self) -> None:
+        self.problem: str | None = None
+
+    def __call__(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
+    ) -> Tensor | None:
+        if self.problem is None:
+            last, last_mask = query[:, :, -1:], mask[..., -1:, :] if mask is not None else None
+            try:
+                self.problem = _difference(layer, last, key, value, last_mask, options)
+            except Exception as exc:  # whatever it raises, the layers' own functions can run
+                self.problem = f"it raised {said(exc)}"
+        return None
+
+
+def _difference(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any) -> str | None:
+    output = step_attention(layer, query, key, value, mask, options)
+    if output is None:
+        return None
+    own = getattr(layer, ATTENTION_FN_ATTR)(layer, query, key, value, mask, **options)[0]
+    return difference(output, own, COMPILED, "its result")

@@ -1,0 +1,65 @@
+"""`glowplug::linears`: several linear layers of one input, such as those of queries, keys and values.
+
+On CUDA, few rows are one launch of a Triton kernel, which reads each weight once at the speed of the memory. cuBLAS
+takes one or two launches for each, and does not fill the GPU with the small ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glowplug.ops.expert_linear import has_kernel
+
+FEW_ROWS = 16
+"""Rows up to which the kernel runs."""
+MOST = 3
+"""Linear layers of one launch."""
+BLOCK_K = 512
+"""Inputs that the kernel reads at a time."""
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def kernel_of(columns: int) -> tuple[bool, ...]:
+    """What the kernel for so many inputs is compiled for."""
+    return columns % BLOCK_K == 0, columns % 16 == 0
+
+
+def linears(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """Linear layers of one input.
+
+    Args:
+        input: `[..., K]`, floating.
+        weights: of each layer, `[N, K]`, of the dtype of `input`; up to `MOST`.
+        biases: `[N]` of each layer, or None for all of them.
+
+    Returns:
+        For each layer `[..., N]`, contiguous, of the dtype of `input`; the kernel sums in float32.
+    """
+    outputs: list[Tensor] = torch.ops.glowplug.linears.default(input, weights, biases)
+    return outputs
+
+
+def _run(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    rows = input.numel() // input.shape[-1]
+    if 0 < rows <= FEW_ROWS and all(map(_fits, weights)) and has_kernel(input.device):
+        from glowplug.ops.expert_linear_kernel import launch_linears
+
+        with torch.cuda.device(input.device):
+            return launch_linears(input.contiguous(), weights, biases)
+    pairs = zip(weights, biases, strict=True)
+    return [torch.nn.functional.linear(input, weight, bias).contiguous() for weight, bias in pairs]
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.dtype in DTYPES and weight.is_contiguous() and weight.numel() < 2**31
+
+
+def _fake(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+_LIBRARY = torch.library.Library("glowplug", "FRAGMENT")
+_LIBRARY.define("linears(Tensor input, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+_LIBRARY.impl("linears", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("glowplug::linears", _fake, lib=_LIBRARY)
