@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glowplug.ops import expert_linear as room
 from glowplug.ops.expert_linear import FEW, Config, config_of
-from glowplug.ops.expert_linear_kernel import launch
+from glowplug.ops.expert_linear_kernel import expert_linear_launch
 
 _CALLS = 12
 """Calls of one CUDA graph."""
@@ -59,6 +59,16 @@ LINEARS = (
     Linear("glm-4.7 (8) up", 8, 5120, 3072, 8, False),
     Linear("glm-4.7 (8) down", 8, 1536, 5120, 8, False, False),
 )
+
+
+def launch(
+    x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool, config: Config
+) -> Tensor:
+    """The kernel in a configuration."""
+    pairs = len(experts)
+    output = x.new_empty(pairs, weight.shape[2 if transposed else 1])
+    expert_linear_launch(x, weight, experts, bias, output, pairs, top_k, transposed, config).run()
+    return output
 
 
 class Case:

@@ -16,11 +16,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glowplug.runtime.forks import fork_workers
+from glowplug.background.job import Job, Say
+from glowplug.runtime.forks import begin_thread, fork_workers
+
+if TYPE_CHECKING:
+    from glowplug.ops.expert_linear_kernel import Launch
 
 logger = logging.getLogger("glowplug")
 
@@ -46,6 +50,7 @@ class Gpu:
     @classmethod
     def note(cls) -> Gpu:
         """Note what compilation asks about this process's GPUs, and do what it would run on them."""
+        from torch._inductor.codecache import CacheBase
         from torch._inductor.fx_passes import joint_graph, post_grad
         from torch._inductor.runtime.hints import DeviceProperties
         from torch.utils._triton import has_triton, triton_hash_with_backend
@@ -58,6 +63,7 @@ class Gpu:
         DeviceProperties.create(device)
         has_triton()
         triton_hash_with_backend()
+        CacheBase.get_system()
         return cls(
             current,
             tuple(map(torch.cuda.get_device_properties, range(count))),
@@ -95,6 +101,7 @@ class Gpu:
         vars(driver.active).update(
             get_current_target=lambda: self.target,
             get_current_device=lambda: self.current,
+            get_current_stream=lambda device=None: 0,
             get_device_capability=lambda device=None: self.capabilities[self._index(device)],
         )
         _index_without_guard()
@@ -259,38 +266,64 @@ def quick_tuning() -> Iterator[None]:
 
 
 def warm_up(device: int | None) -> None:
-    """Do the one-off work of Inductor and Triton, in a thread: imports, and hashes of both. What is missing is reported
-    by those who need it.
+    """Begin the one-off work of Inductor and Triton, in threads: imports, and hashes of both. What is missing is
+    reported by those who need it.
 
     Args:
         device: the index of the GPU that the calling thread uses; None on a CPU.
     """
-    with contextlib.suppress(Exception):
-        _warm_up(device)
-
-
-def _warm_up(device: int | None) -> None:
-    import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
-    from torch._inductor import compile_fx  # noqa: F401
-    from torch._inductor.codecache import CacheBase, torch_key
-
-    torch_key()
     if device is not None:
+        warm_up_triton(device)
+    begin_thread(_warm_up_inductor, "glowplug-warm-up")
+
+
+@functools.cache
+def warm_up_triton(device: int) -> None:
+    """Begin the part of it that loading pieces needs as well, once."""
+    begin_thread(functools.partial(_warm_up_triton, device), "glowplug-warm-up-triton")
+
+
+def _warm_up_triton(device: int) -> None:
+    """Hash Triton and compile its driver, both of which leave the interpreter to other threads."""
+    with contextlib.suppress(Exception), torch.cuda.device(device):  # each thread has its own
         from torch.utils._triton import triton_hash_with_backend
         from triton.compiler import code_generator  # noqa: F401
 
-        with torch.cuda.device(device):  # each thread has its own
-            triton_hash_with_backend()
-            CacheBase.get_system()
+        triton_hash_with_backend()
+
+
+def _warm_up_inductor() -> None:
+    with contextlib.suppress(Exception):
+        import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
+        from torch._inductor import compile_fx  # noqa: F401
+        from torch._inductor.codecache import torch_key
+
+        torch_key()
 
 
 class GpuForks:
     """Lets forks of this process compile for its GPU."""
 
+    _PROCESSES = 6
+    """Processes that compile glowplug's own kernels."""
+
     def __init__(self) -> None:
         self._process = os.getpid()
         self._gpu: Gpu | None = None
         self._stands_in: int | None = None
+        self._jobs: list[Job] = []
+
+    def compile(self, launches: Sequence[Launch]) -> None:
+        """Compile kernels in forks, into Triton's cache. Whatever fails there fails again where a kernel is needed."""
+        workers = min(len(launches), self._PROCESSES) if self._gpu is not None else 0
+
+        def work(number: int, say: Say) -> None:
+            self.enter()
+            for launch in launches[number::workers]:
+                with contextlib.suppress(Exception):
+                    launch.compile()
+
+        self._jobs = [Job.fork(functools.partial(work, number), nice=0) for number in range(workers)]
 
     def prepare(self) -> bool:
         """Call before forking. Returns whether forks can compile: not if this process uses no GPU, or if torch or

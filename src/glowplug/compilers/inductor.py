@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pickle
 import sys
@@ -14,13 +13,13 @@ import torch
 from torch import fx
 
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import GpuForks, warm_up
+from glowplug.compilers.gpu import GpuForks, warm_up, warm_up_triton
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
-from glowplug.compilers.linears import compile_kernels, merge_linears
+from glowplug.compilers.linears import merge_linears
+from glowplug.compilers.own_kernels import launches_of
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
-from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
 
 try:
@@ -61,12 +60,17 @@ class InductorCompiler:
         """Why Inductor can't compile here, in one sentence; None if there is no known obstacle."""
         return why_no_folder(device_type) or (why_no_cpp_compiler() if device_type == "cpu" else None)
 
+    def begin(self, device_type: str) -> None:
+        """See `PieceCompiler`."""
+        if device_type == "cuda" and self._may_fork and torch.cuda.is_initialized():
+            warm_up_triton(torch.cuda.current_device())
+
     def warm_up(self, device_type: str) -> None:
         """Start Inductor's one-off work, which then runs during the trace."""
         if device_type == "cpu":
             cpu_toolchain()
         elif self._may_fork and torch.cuda.is_initialized():
-            begin_thread(functools.partial(warm_up, torch.cuda.current_device()), "glowplug-warm-up")
+            warm_up(torch.cuda.current_device())
         else:  # as torch.compile does: start the processes that compile Triton kernels
             with quiet():
                 importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
@@ -100,9 +104,9 @@ class InductorCompiler:
         return True
 
     def beside_forks(self, pieces: Sequence[fx.GraphModule]) -> None:
-        """See `PieceCompiler`: compiles the kernels of `glowplug::linears`, which no piece contains."""
-        if self.merges:
-            compile_kernels(map(merge_linears, pieces))
+        """See `PieceCompiler`: more forks compile the kernels of glowplug's own ops, which no piece contains."""
+        merged = [merge_linears(piece) if self.merges else piece for piece in pieces]
+        self._gpu_forks.compile(launches_of(merged))
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `PieceCompiler`: of a process that uses a GPU no fork compiles beside serving."""

@@ -3,16 +3,15 @@ three of one input in a single call. The piece's own graph, with which it is com
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from glowplug.graph.split import may_mutate
-from glowplug.ops.linears import DTYPES, MOST, kernel_of, linears
+from glowplug.ops.linears import DTYPES, MOST
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor
@@ -44,23 +43,6 @@ def merge_linears(piece: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(piece, graph) if merged else piece
 
 
-def compile_kernels(pieces: Iterable[fx.GraphModule]) -> None:
-    """Compile the kernels that merged pieces run. Whatever fails here fails again where it is needed."""
-    kernels: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for piece in pieces:
-        for node in piece.graph.nodes:
-            if node.target is torch.ops.glowplug.linears.default:
-                input, weights, biases = node.args
-                value, columns = _value(input), _value(weights[0]).shape[1]
-                spec = len(weights), biases[0] is None, columns, value.dtype, value.device
-                kernels[spec[:2] + kernel_of(columns) + spec[3:]] = spec
-    with contextlib.suppress(Exception), torch.no_grad():
-        for count, bare, columns, dtype, device in kernels.values():
-            input = torch.zeros(1, columns, dtype=dtype, device=device)
-            weights = [torch.zeros(16, columns, dtype=dtype, device=device) for _ in range(count)]
-            linears(input, weights, [None if bare else weight[:, 0].contiguous() for weight in weights])
-
-
 def _arguments(node: fx.Node) -> tuple[Any, Any, Any]:
     """The input, weight and bias of a linear layer."""
     named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
@@ -72,7 +54,7 @@ def _fits(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not torch.nn.functional.linear:
         return False
     input, weight, bias = _arguments(node)
-    values = [_value(argument) for argument in (input, weight, *([bias] if bias is not None else []))]
+    values = [value_of(argument) for argument in (input, weight, *([bias] if bias is not None else []))]
     return (
         all(type(value) is FakeTensor and value.device.type == "cuda" for value in values)
         and len({value.dtype for value in values}) == 1
@@ -83,7 +65,8 @@ def _fits(node: fx.Node) -> bool:
     )
 
 
-def _value(argument: Any) -> Any:
+def value_of(argument: Any) -> Any:
+    """The fake tensor that a node stands for; None for anything else."""
     return argument.meta.get("example_value") if isinstance(argument, fx.Node) else None
 
 
@@ -100,7 +83,7 @@ def _merge(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
             torch.ops.glowplug.linears.default,
             (arguments[0][0], [weight for _, weight, _ in arguments], [bias for _, _, bias in arguments]),
         )
-        call.meta["example_value"] = [_value(node) for node in nodes]
+        call.meta["example_value"] = [value_of(node) for node in nodes]
         for number, node in enumerate(nodes):
             output = graph.call_function(operator.getitem, (call, number))
             output.meta = dict(node.meta)

@@ -170,12 +170,13 @@ def _by_kernel(
     input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool
 ) -> Tensor:
     """At most `FEW` pairs, in one launch."""
-    from glowplug.ops.expert_linear_kernel import launch
+    from glowplug.ops.expert_linear_kernel import expert_linear_launch
 
-    n, k = weight.shape[2 if transposed else 1], input.shape[1]
-    config = config_of(experts.shape[0], weight.shape[0], n, k, transposed, weight.element_size())
+    output = _fake(input, weight, experts, bias, top_k, transposed)
+    launch = expert_linear_launch(input, weight, experts, bias, output, experts.shape[0], top_k, transposed)
     with torch.cuda.device(weight.device):
-        return launch(input, weight, experts, bias, top_k, transposed, config)
+        launch.run()
+    return output
 
 
 def _by_kernel_in_turns(

@@ -8,14 +8,16 @@ Checked on Triton 3.6.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
-from glowplug.ops.expert_linear import Config
+from glowplug.ops.expert_linear import Config, config_of
 from glowplug.ops.linears import BLOCK_K, FEW_ROWS, MOST
 
 _BLOCK_N, _STAGES, _WARPS = 16, 3, 2
@@ -135,54 +137,83 @@ def _expert_linear(
             )  # fmt: skip
 
 
-def launch(
-    input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool, config: Config
-) -> Tensor:
-    """Run the kernel once: `expert_linear` of at most `config.pairs` pairs.
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel.
+
+    Attributes:
+        kernel: the kernel.
+        grid: its programs.
+        arguments: its arguments; where it is only compiled, tensors may be fake.
+        constants: what it is compiled for.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: tuple[tuple[str, Any], ...]
+
+    def run(self) -> None:
+        """Launch the kernel."""
+        self.kernel[self.grid](*self.arguments, **dict(self.constants))
+
+    def compile(self) -> None:
+        """Only compile it and its launcher, into Triton's cache. Takes tensors to lie at multiples of 16 bytes."""
+        compiled = self.kernel.warmup(*self._types, grid=self.grid, **dict(self.constants))
+        driver.active.launcher_cls(compiled.src, compiled.metadata)
+
+    @property
+    def compiled_for(self) -> tuple[Any, ...]:
+        """Launches for which this is equal run the same compiled kernel."""
+        return self.kernel, self._types, self.constants
+
+    @property
+    def _types(self) -> tuple[Any, ...]:
+        return tuple(value.dtype if isinstance(value, Tensor) else value for value in self.arguments)
+
+
+def expert_linear_launch(
+    input: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    pairs: int,
+    top_k: int,
+    transposed: bool,
+    config: Config | None = None,
+) -> Launch:
+    """The launch that computes `expert_linear` of at most `FEW` pairs.
 
     Args:
         input: `[S / top_k, K]`, contiguous.
         weight: `[E, N, K]`, or `[E, K, N]` if `transposed`; each expert spans fewer than 2**31 elements.
         experts: `[S]`, contiguous.
         bias: `[E, N]`, contiguous, or None.
+        output: `[S, N]`, contiguous.
+        pairs: S.
         top_k: pairs of each row of the input.
         transposed: see `weight`.
-        config: see `glowplug.ops.expert_linear.config_of`.
-
-    Returns:
-        `[S, N]`.
+        config: of the kernel; None for that of `glowplug.ops.expert_linear.config_of`.
     """
-    (pairs,), (count, *_) = experts.shape, weight.shape
     along_n, along_k = (2, 1) if transposed else (1, 2)
-    n, k = weight.shape[along_n], weight.shape[along_k]
-    output = torch.empty((pairs, n), dtype=input.dtype, device=input.device)
+    count, n, k = weight.shape[0], weight.shape[along_n], weight.shape[along_k]
+    strides = weight.stride(0), weight.stride(along_n), weight.stride(along_k)
+    config = config or config_of(pairs, count, n, k, transposed, weight.element_size())
     grid = (triton.cdiv(n, config.block_n), pairs if config.by_pair else count + 1)
-    kernel: Any = _expert_linear[grid]
-    kernel(
-        input,
-        weight,
-        experts,
-        bias,
-        output,
-        pairs,
-        top_k,
-        count,
-        n,
-        k,
-        weight.stride(0),
-        weight.stride(along_n),
-        weight.stride(along_k),
-        HAS_BIAS=bias is not None,
-        EVEN_K=k % config.block_k == 0,
-        BY_PAIR=config.by_pair,
-        PAIRS=config.pairs,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_stages=config.stages,
-        num_warps=config.warps,
-    )
-    return output
+    arguments = (input, weight, experts, bias, output, pairs, top_k, count, n, k, *strides)
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "EVEN_K": k % config.block_k == 0,
+        "BY_PAIR": config.by_pair,
+        "PAIRS": config.pairs,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_stages": config.stages,
+        "num_warps": config.warps,
+    }
+    return Launch(_expert_linear, grid, arguments, tuple(constants.items()))
 
 
 @triton.jit(do_not_specialize=["rows", "n_0", "n_1", "n_2"])
@@ -250,42 +281,31 @@ def _linears(
     tl.store(into, total.to(output_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
-def launch_linears(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Run the kernel once: `linears` of at most `FEW_ROWS` rows.
+def linears_launch(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], outputs: Sequence[Tensor], rows: int
+) -> Launch:
+    """The launch that computes `linears` of at most `FEW_ROWS` rows.
 
     Args:
         input: `[..., K]`, contiguous.
         weights: up to `MOST`, `[N, K]`, contiguous, of fewer than 2**31 elements.
         biases: `[N]` of each, contiguous; or None for all.
-
-    Returns:
-        `[..., N]` of each.
+        outputs: `[..., N]` of each, contiguous.
+        rows: the product of the sizes before K.
     """
-    k = input.shape[-1]
-    sizes = [weight.shape[0] for weight in weights]
-    outputs = [input.new_empty((*input.shape[:-1], n)) for n in sizes]
-    rest = MOST - len(sizes)
-    kernel: Any = _linears[(sum(triton.cdiv(n, _BLOCK_N) for n in sizes),)]
+    k, sizes, rest = weights[0].shape[1], [weight.shape[0] for weight in weights], MOST - len(weights)
+    grid = (sum(triton.cdiv(n, _BLOCK_N) for n in sizes),)
+    tensors = [tensor for each in (weights, biases, outputs) for tensor in (*each, *[each[0]] * rest)]
     properties: Any = torch.cuda.get_device_properties(input.device)
-    kernel(
-        input,
-        *weights,
-        *[weights[0]] * rest,
-        *biases,
-        *[biases[0]] * rest,
-        *outputs,
-        *[outputs[0]] * rest,
-        input.numel() // k,
-        *sizes,
-        *[0] * rest,
-        k,
-        COUNT=len(sizes),
-        HAS_BIAS=biases[0] is not None,
-        EVEN_K=k % BLOCK_K == 0,
-        BLOCK_M=FEW_ROWS,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        num_stages=_STAGES if properties.shared_memory_per_block_optin >= _SHARED else _STAGES - 1,
-        num_warps=_WARPS,
-    )
-    return outputs
+    constants = {
+        "COUNT": len(weights),
+        "HAS_BIAS": biases[0] is not None,
+        "EVEN_K": k % BLOCK_K == 0,
+        "BLOCK_M": FEW_ROWS,
+        "BLOCK_N": _BLOCK_N,
+        "BLOCK_K": BLOCK_K,
+        "num_stages": _STAGES if properties.shared_memory_per_block_optin >= _SHARED else _STAGES - 1,
+        "num_warps": _WARPS,
+    }
+    arguments = (input, *tensors, rows, *sizes, *[0] * rest, k)
+    return Launch(_linears, grid, arguments, tuple(constants.items()))

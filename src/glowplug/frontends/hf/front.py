@@ -29,7 +29,6 @@ from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, output_type, read_call
 from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_step
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
-from glowplug.frontends.hf.gpu import compile_kernels
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
 from glowplug.frontends.hf.step_attention import CheckedAttention, step_attention
@@ -254,12 +253,11 @@ class HfFrontEnd:
         return replace(target, meanwhile=functools.partial(self._run_own, call)) if alone else target
 
     def _run_own(self, call: HfCall) -> None:
-        """Beside forks that compile: run the model's own forward where a comparison needs it, and compile kernels. What
-        fails here fails again there, and is reported there."""
+        """While forks compile, run the model's own forward where a comparison needs it. What fails here fails again
+        there, and is reported there."""
         with contextlib.suppress(Exception), rotary_state_kept(self.model):
             bare = not call.signature.position_lead and self.positions.rules.unmasked is not None
             self._own_steps[call.signature, bare] = list(cases.sequences(self.model, call, bare=bare))
-        compile_kernels(self.model, self.plan)
 
     def read_forms(self, captured: Captured, registry: LayerRegistry, call: HfCall) -> Forms:
         """See `FrontEnd.read_forms`."""

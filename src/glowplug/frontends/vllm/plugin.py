@@ -78,12 +78,10 @@ def _offer(decoder: Any) -> None:
 def _warm_up(config: Any) -> None:
     """Start the compiler's one-off work once per process, while the weights load."""
     from glowplug.compilers.gpu import warm_up
-    from glowplug.runtime.forks import begin_thread
 
     if config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE and not _warmed_up.is_set():
         _warmed_up.set()
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        begin_thread(functools.partial(warm_up, device), "glowplug-warm-up")
+        warm_up(torch.cuda.current_device() if torch.cuda.is_initialized() else None)
 
 
 def _log(message: str) -> None:
