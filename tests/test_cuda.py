@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 import families
 import glowplug
 from glowplug.cuda_graphs.recorder import CudaRecorder
+from glowplug.frontends.hf import front
+from glowplug.ops.grouped_attention import attention_in_products
+from glowplug.ops.linears import linears
 from glowplug.ops.moe import moe_forward_shared
-from test_bodies import Uncompiled
+from test_step_attention import Calls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -27,6 +31,13 @@ def full_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counting = Calls()
+    monkeypatch.setattr(front, "step_attention", counting)
+    return counting
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -72,17 +83,57 @@ def test_forks_compile_every_piece(family: str, caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_with_sinks_runs_its_own_kernels(dtype: torch.dtype) -> None:
-    eager, model = (families.build("gpt_oss").to("cuda", dtype) for _ in range(2))
-    glowplug.compile(model, experts="inline", compiler=Uncompiled(), inside="compiled")
-    for batch, tokens in ((1, 1), (2, 5), (3, 40)):
-        ids = families.prompt(batch, tokens).cuda()
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("extent", [None, 40, 700])
+def test_attention_of_one_token(family: str, dtype: torch.dtype, extent: int | None, calls: Calls) -> None:
+    """Over a growing cache, and static ones for which it takes a fused kernel and matrix products."""
+    eager, model = (families.build(family).to("cuda", dtype) for _ in range(2))
+    glowplug.compile(model, experts="inline", compiler="eager", cuda_graphs="off", strict=True)
+    for batch in (1, 3):
+        ids = families.prompt(batch, 9).cuda()
+        caches = [StaticCache(m.config, max_cache_len=extent) if extent else DynamicCache() for m in (eager, model)]
         with torch.no_grad():
-            error = (model(ids).logits - eager(ids).logits).float().norm() / eager(ids).logits.float().norm()
-        assert error < (1e-5 if dtype == torch.float32 else 0.15)  # a router may choose another expert
-    insides = glowplug.report(model).insides
-    assert sum(len(inside.layers) for inside in insides) == model.config.num_hidden_layers
-    assert all(inside.tokens != 0 for inside in insides)
+            for begin, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
+                positions = torch.arange(begin, end, device="cuda").expand(batch, -1)
+                expected, output = (
+                    m(ids[:, begin:end], position_ids=positions, past_key_values=cache).logits.float()
+                    for m, cache in zip((eager, model), caches, strict=True)
+                )
+                error = (output - expected).norm() / expected.norm()
+                assert error < (1e-5 if dtype == torch.float32 else 0.15)  # a router may choose another expert
+    assert calls.ran[1] == 2 * 3 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_tokens", [520, 1024, 5001])
+def test_attention_in_products(dtype: torch.dtype, kv_tokens: int) -> None:
+    packed = 3 * torch.randn(2, 4, 8, 128, device="cuda", dtype=dtype)
+    key, value = (torch.randn(2, 4, kv_tokens, 128, device="cuda", dtype=dtype) for _ in range(2))
+    mask = torch.zeros(2, 1, 1, kv_tokens, device="cuda").masked_fill_(
+        torch.rand(2, 1, 1, kv_tokens, device="cuda") < 0.3, -torch.inf
+    )
+    output = attention_in_products(packed, key, value, mask, 0.1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        packed.double(), key.double(), value.double(), mask.double(), scale=0.1
+    )
+    assert (output.double() - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [(33,), (512, 5), (1000, 16, 72)])
+@pytest.mark.parametrize("inputs", [8, 500, 512, 2880])
+def test_linears(dtype: torch.dtype, bias: bool, outputs: tuple[int, ...], inputs: int) -> None:
+    weights = [torch.randn(n, inputs, device="cuda", dtype=dtype) for n in outputs]
+    biases = [torch.randn(n, device="cuda", dtype=dtype) if bias else None for n in outputs]
+    for shape in ((1,), (3, 5), (16, 1), (17,)):
+        x = torch.randn(*shape, inputs, device="cuda", dtype=dtype)
+        for output, weight, added in zip(linears(x, weights, biases), weights, biases, strict=True):
+            expected = torch.nn.functional.linear(
+                x.double(), weight.double(), added.double() if added is not None else None
+            )
+            assert output.shape == expected.shape and output.is_contiguous()
+            assert (output.double() - expected).norm() / expected.norm() < 5e-3
 
 
 def test_cold_then_warm_then_behind_the_weights_then_in_the_background(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class _RecordableCache(StaticCache):
         """See `Cache.update`."""
         layer = self.layers[layer_idx]
         if not _is_full(layer):
-            keys, values = (_append if _append_is_right() else StaticLayer.update)(layer, key_states, value_states)
+            keys, values = (_append if append_is_right() else StaticLayer.update)(layer, key_states, value_states)
             return keys, values
         for held, new in ((layer.keys, key_states), (layer.values, value_states)):
             held.copy_(torch.cat((held[:, :, 1:], new), dim=-2))
@@ -63,8 +63,9 @@ def _append(layer: Any, key_states: Tensor, value_states: Tensor) -> tuple[Tenso
 
 
 @functools.cache
-def _append_is_right() -> bool:
-    """Whether this transformers' `StaticLayer.update` has the same effect as `_append`."""
+def append_is_right() -> bool:
+    """Whether this transformers' `StaticLayer.update` has the same effect as `_append`. Found out once, before a step
+    is recorded."""
     with contextlib.suppress(Exception), torch.inference_mode(False), torch.device("cpu"):
         layers = [StaticLayer(max_cache_len=3) for _ in range(2)]
         for layer in layers:
@@ -142,7 +143,10 @@ def decode_step(call: HfCall) -> StaticStep | GrowingStep | None:
     classes = _LAYERS[type(cache)]
     if not cache.layers or any(type(layer) not in classes or not layer.is_initialized for layer in cache.layers):
         return None
-    return StaticStep(cache) if type(cache) is StaticCache else GrowingStep(cache, tuple(call.inputs.shape))
+    if type(cache) is not StaticCache:
+        return GrowingStep(cache, tuple(call.inputs.shape))
+    append_is_right()
+    return StaticStep(cache)
 
 
 def _is_full(layer: Any) -> bool:

@@ -31,7 +31,7 @@ from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_s
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
-from glowplug.frontends.hf.step_attention import CheckedAttention, step_attention
+from glowplug.frontends.hf.step_attention import CheckedAttention, step_attention, without_plans
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
@@ -255,7 +255,7 @@ class HfFrontEnd:
     def _run_own(self, call: HfCall) -> None:
         """While forks compile, run the model's own forward where a comparison needs it. What fails here fails again
         there, and is reported there."""
-        with contextlib.suppress(Exception), rotary_state_kept(self.model):
+        with contextlib.suppress(Exception), rotary_state_kept(self.model), without_plans():
             bare = not call.signature.position_lead and self.positions.rules.unmasked is not None
             self._own_steps[call.signature, bare] = list(cases.sequences(self.model, call, bare=bare))
 
@@ -300,7 +300,7 @@ class HfFrontEnd:
                     yield Case(step.what, step.output.logits, run)
 
         attend = CheckedAttention() if self.attend is not None and not candidate.proved else None
-        with rotary_state_kept(self.model):
+        with rotary_state_kept(self.model), without_plans():
             reason = why_wrong(candidate.program, graphs, compared(), agree, once=candidate.proved)
         if attend is not None and attend.problem is not None:
             self._attends = False

@@ -8,7 +8,8 @@ start compares the results with those of the layers' own functions. Checked on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         if context is not None:
             context.derived[id(mask), dtype] = made
     return made[1]
+
+
+@contextlib.contextmanager
+def without_plans() -> Iterator[None]:
+    """In this context, torch's fused attention goes without cuDNN, which builds a plan for each new shape, in tenths of
+    a second: a comparison has a dozen shapes that never come again."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class CheckedAttention:
