@@ -13,7 +13,7 @@ import functools
 from dataclasses import replace
 
 from glowplug.compilation import Compilation
-from glowplug.compilers import begin, quick_tuning, warm_up
+from glowplug.compilers import quick_tuning, warm_up
 from glowplug.errors import (
     AttributesReadError,
     CaptureError,
@@ -50,7 +50,6 @@ def start(c: Compilation, call: Call) -> Ready | str:
     """
     if c.unfit is not None:
         return c.unfit
-    begin(c.compiler, call.device.type)
     with collector_paused():
         try:
             candidate = _start(c, call) if c.processes is None else _start_together(c, call)

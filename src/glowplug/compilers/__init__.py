@@ -13,7 +13,6 @@ __all__ = [
     "EagerCompiler",
     "InductorCompiler",
     "PieceCompiler",
-    "begin",
     "get_compiler",
     "quick_tuning",
     "warm_up",
@@ -40,13 +39,6 @@ def why_unable(compiler: PieceCompiler, device_type: str) -> str | None:
     ask = getattr(compiler, "problem", None)
     problem: str | None = ask(device_type) if ask is not None else None
     return problem
-
-
-def begin(compiler: PieceCompiler, device_type: str) -> None:
-    """Start the one-off work that a compiler has in any case, if it has any."""
-    start = getattr(compiler, "begin", None)
-    if start is not None:
-        start(device_type)
 
 
 def warm_up(compiler: PieceCompiler, device_type: str) -> None:

@@ -14,10 +14,9 @@ class PieceCompiler(Protocol):
     """Turns a piece into a callable.
 
     A compiler may have more methods. `problem(device_type)` says in one sentence why it can't compile for a device, or
-    returns None. `begin(device_type)` is called before anything else, to start what loading a stored piece needs as
-    much as compiling one; it returns at once, as does `warm_up(device_type)`, which is called before a trace and starts
-    other one-off work. `may_defer(inputs)` tells, before anything is compiled, whether forks may compile such pieces
-    beside serving. `beside_forks(pieces)` is called while forks compile pieces, to compile what no piece contains.
+    returns None. `warm_up(device_type)` is called before the trace, starts one-off work and returns at once.
+    `may_defer(inputs)` tells, before anything is compiled, whether forks may compile such pieces beside serving.
+    `beside_forks(pieces)` is called while forks compile pieces, to compile what no piece contains.
     `drops_guards`, if true, says that what compilations assume of sizes is ignored.
     `warm_up_loading()` runs in a thread of its own while the weights load, before stored pieces are loaded.
     """

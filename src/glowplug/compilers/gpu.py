@@ -273,14 +273,8 @@ def warm_up(device: int | None) -> None:
         device: the index of the GPU that the calling thread uses; None on a CPU.
     """
     if device is not None:
-        warm_up_triton(device)
+        begin_thread(functools.partial(_warm_up_triton, device), "glowplug-warm-up-triton")
     begin_thread(_warm_up_inductor, "glowplug-warm-up")
-
-
-@functools.cache
-def warm_up_triton(device: int) -> None:
-    """Begin the part of it that loading pieces needs as well, once."""
-    begin_thread(functools.partial(_warm_up_triton, device), "glowplug-warm-up-triton")
 
 
 def _warm_up_triton(device: int) -> None:

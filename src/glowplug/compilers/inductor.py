@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import GpuForks, warm_up, warm_up_triton
+from glowplug.compilers.gpu import GpuForks, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.linears import merge_linears
 from glowplug.compilers.own_kernels import launches_of
@@ -59,11 +59,6 @@ class InductorCompiler:
     def problem(self, device_type: str) -> str | None:
         """Why Inductor can't compile here, in one sentence; None if there is no known obstacle."""
         return why_no_folder(device_type) or (why_no_cpp_compiler() if device_type == "cpu" else None)
-
-    def begin(self, device_type: str) -> None:
-        """See `PieceCompiler`."""
-        if device_type == "cuda" and self._may_fork and torch.cuda.is_initialized():
-            warm_up_triton(torch.cuda.current_device())
 
     def warm_up(self, device_type: str) -> None:
         """Start Inductor's one-off work, which then runs during the trace."""

@@ -29,10 +29,12 @@ _WITHOUT_EFFECT = frozenset(
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_FEW_TOKENS, _FEW_PROGRAMS = 512, 64
-"""Torch's fused kernels read all tokens of a key head in one program. Beyond so many tokens, where these are so few
-programs that most of the GPU is idle, matrix products are faster: on an H100, for one sequence and 4 key heads 17
-instead of 82 us over 4,096 tokens, and 78 instead of 628 over 32,768."""
+_FEW_PROGRAMS, _FEW_TOKENS = 64, 128
+"""Torch's fused kernels read all tokens of a key head in one program. With so few programs most of the GPU is idle, and
+beyond so many tokens matrix products are faster: on an H100, for one sequence and 4 key heads 17 instead of 82 us over
+4,096 tokens, and 78 instead of 628 over 32,768."""
+_ALIGNED = 8
+"""Rows of a mask begin at multiples of so many elements, as fused kernels need it."""
 
 
 def step_attention(
@@ -51,13 +53,7 @@ def step_attention(
         if not others <= _WITHOUT_EFFECT or (mask is not None and mask.dtype not in (torch.bool, query.dtype)):
             return None
         packed = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        if mask is None:
-            output = _unmasked(packed, key, value, scaling)
-        elif kv_tokens > _FEW_TOKENS and batch * kv_heads < _FEW_PROGRAMS and query.dtype in _HALF:
-            output = attention_in_products(packed, key, value, _additive(mask, torch.float32), scaling)
-        else:
-            bias = _additive(mask, query.dtype)
-            output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, bias, scale=scaling)
+        output = _attend(packed, key, value, mask, scaling)
         return output.reshape(batch, 1, heads, -1)
     sinks = layer._parameters.get("sinks")
     if sinks is None or sinks.shape != (heads,) or mask is None or {sinks.dtype, mask.dtype} != {query.dtype}:
@@ -65,27 +61,37 @@ def step_attention(
     return sink_attention(query, key, value, mask, sinks, scaling) if others <= {*_WITHOUT_EFFECT, "s_aux"} else None
 
 
-def _unmasked(packed: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention to all tokens. A growing cache has another length in each step, for which cuDNN, torch's first choice,
-    would build a plan each time, in a millisecond and for each layer; flash attention needs none."""
-    head_dim = packed.shape[-1]
-    if packed.is_cuda and packed.dtype in _HALF and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0:
-        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention.default
-        output: Tensor = flash(packed, key, value, scale=scaling)[0]
+def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What torch's `scaled_dot_product_attention` computes. Where it can, without cuDNN, torch's first choice with a
+    mask: cuDNN takes up to two seconds for its first call, and builds a plan for each new shape, which a growing cache
+    has in each step and layer."""
+    aten: Any = torch.ops.aten
+    output: Tensor
+    half = packed.is_cuda and packed.dtype in _HALF
+    plain = half and all(size % 8 == 0 for size in (packed.shape[-1], value.shape[-1]))
+    few = packed.shape[0] * packed.shape[1] < _FEW_PROGRAMS
+    if mask is None and plain and packed.shape[-1] == value.shape[-1] <= 256:
+        output = aten._scaled_dot_product_flash_attention.default(packed, key, value, scale=scaling)[0]
         return output
-    return torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=scaling)
+    if mask is not None and half and few and key.shape[2] > _FEW_TOKENS:
+        return attention_in_products(packed, key, value, _additive(mask, torch.float32), scaling)
+    bias = _additive(mask, packed.dtype) if mask is not None else None
+    if bias is not None and plain and few:
+        bias = bias.expand(*packed.shape[:3], -1)
+        output = aten._scaled_dot_product_efficient_attention.default(packed, key, value, bias, False, scale=scaling)[0]
+        return output
+    return torch.nn.functional.scaled_dot_product_attention(packed, key, value, bias, scale=scaling)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask that is added to scores, made once in a pass."""
-    if mask.dtype == dtype:
-        return mask
     context = current_context()
     made = context.derived.get((id(mask), dtype)) if context is not None else None
     if made is None:
-        boolean = mask.dtype is torch.bool
-        empty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        made = mask, empty.masked_fill_(~mask, -torch.inf) if boolean else mask.to(dtype)
+        tokens = mask.shape[-1]
+        rows = torch.zeros((*mask.shape[:-1], tokens + -tokens % _ALIGNED), dtype=dtype, device=mask.device)
+        made = mask, rows[..., :tokens]
+        made[1].masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else made[1].copy_(mask)
         if context is not None:
             context.derived[id(mask), dtype] = made
     return made[1]
