@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 from glowplug.compilers import InductorCompiler
 from glowplug.compilers.linears import merge_linears
 from glowplug.compilers.own_kernels import launches_of
+from glowplug.ops import linears as room
 from glowplug.ops.linears import linears
 
 OP = torch.ops.glowplug.linears.default
@@ -29,6 +30,26 @@ def test_equals_torch(bias: bool, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(output, linear(x, weight, added))
         assert output.is_contiguous()
     torch.library.opcheck(OP, (x, weights, biases), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_the_kernel_must_not_get() -> None:
+    x, weight, bias = (torch.randn(size, dtype=torch.bfloat16) for size in ((2, 8), (5, 8), (5,)))
+    assert room._fits(x, [weight, weight], [bias, bias])
+    assert room._fits(x, [weight], [None])
+    wrong: list[tuple[Any, ...]] = [
+        (x.float(), [weight.float()], [None]),
+        (x, [weight.half()], [None]),
+        (x, [weight[:, ::2]], [None]),
+        (x, [weight.t().contiguous().t()], [None]),
+        (x[:, :6], [weight], [None]),
+        (x, [weight, weight], [bias, None]),
+        (x, [weight], [bias[:4]]),
+        (x, [weight], [bias.float()]),
+        (x, [weight] * 4, [None] * 4),
+        (x, [weight.to("meta")], [None]),
+    ]
+    for arguments in wrong:
+        assert not room._fits(*arguments)
 
 
 Q, K, V = (torch.randn(n, 8, dtype=torch.bfloat16) for n in (16, 4, 4))

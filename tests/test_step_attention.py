@@ -115,11 +115,11 @@ def test_what_it_does_not_know_is_left_to_the_layers(calls: Calls, family: str, 
     assert (taken is not None) == (family == "gpt_oss")  # a start compares functions with sinks
 
 
-@pytest.mark.parametrize("inside", ["eager", "auto"])
-def test_only_if_op_bodies_are_wanted(calls: Calls, inside: Any) -> None:
-    model = build("qwen3_moe", inside=inside)
+@pytest.mark.parametrize("options", [{"inside": "eager"}, {"verify": "off"}, {"inside": "auto"}])
+def test_only_if_op_bodies_are_wanted_and_compared(calls: Calls, options: dict[str, Any]) -> None:
+    model = build("qwen3_moe", **options)
     model.generate(families.prompt(1, 3), max_new_tokens=4, do_sample=False)
-    assert bool(calls.ran) == (inside == "auto")
+    assert bool(calls.ran) == (options == {"inside": "auto"})
 
 
 @pytest.fixture

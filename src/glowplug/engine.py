@@ -149,10 +149,12 @@ class Engine:
         self.report.serving = "program"
         bodies = running.bodies.unchanged(self.report)
         inputs = self.front.inputs(running.program.arguments, call)
-        run = _runner(state.registry, bodies, self.check_order, self.front.attend)
+        attend = self.front.attend
+        run = _runner(state.registry, bodies, self.check_order, attend)
         outputs: Sequence[Any] | None = None
         if state.graphs is not None and (step := self.front.step(call)) is not None:
-            outputs = state.graphs.run(step, running.program, (state.registry, *bodies.values()), inputs, run)
+            held = (state.registry, attend, *bodies.values())
+            outputs = state.graphs.run(step, running.program, held, inputs, run)
         if outputs is None:
             outputs = run(running.program, call.cache, inputs)
         return self.front.wrap(ready.returns, call, outputs)

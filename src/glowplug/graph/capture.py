@@ -232,7 +232,10 @@ def outside_trace() -> Iterator[None]:
     """While a capture is consumed, run a model as anywhere else: torch 2.13 says until then that it is compiling, to
     which transformers listens. Sets `torch.compiler._is_compiling_flag` (private; checked on torch 2.11 and 2.13)."""
     compiler: Any = torch.compiler
-    before = compiler._is_compiling_flag
+    before = getattr(compiler, "_is_compiling_flag", None)
+    if before is None:  # whoever runs a model must ask `torch.compiler.is_compiling`
+        yield
+        return
     compiler._is_compiling_flag = False
     try:
         yield

@@ -6,6 +6,8 @@ takes one or two launches for each, and does not fill the GPU with the small one
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,20 +38,31 @@ def linears(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -
 
 
 def _run(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
-    rows = input.numel() // input.shape[-1]
-    if 0 < rows <= FEW_ROWS and all(map(_fits, weights)) and has_kernel(input.device):
+    rows = math.prod(input.shape[:-1])
+    if 0 < rows <= FEW_ROWS and _fits(input, weights, biases) and has_kernel(input.device):
         from glowplug.ops.expert_linear_kernel import linears_launch
 
         outputs = _fake(input, weights, biases)
+        flat = [bias.contiguous() if bias is not None else None for bias in biases]
         with torch.cuda.device(input.device):
-            linears_launch(input.contiguous(), weights, biases, outputs, rows).run()
+            linears_launch(input.contiguous(), weights, flat, outputs, rows).run()
         return outputs
     pairs = zip(weights, biases, strict=True)
     return [torch.nn.functional.linear(input, weight, bias).contiguous() for weight, bias in pairs]
 
 
-def _fits(weight: Tensor) -> bool:
-    return weight.dtype in DTYPES and weight.is_contiguous() and weight.numel() < 2**31
+def _fits(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> bool:
+    """Whether the kernel computes layers of these sizes, if it runs on the device."""
+    if len(weights) > MOST or len(biases) != len(weights) or len({bias is None for bias in biases}) != 1:
+        return False
+    return input.dtype in DTYPES and all(
+        weight.dim() == 2
+        and weight.is_contiguous()
+        and weight.numel() < 2**31
+        and (weight.shape[1], weight.dtype, weight.device) == (input.shape[-1], input.dtype, input.device)
+        and (bias is None or (bias.shape, bias.dtype, bias.device) == (weight.shape[:1], weight.dtype, weight.device))
+        for weight, bias in zip(weights, biases, strict=True)
+    )
 
 
 def _fake(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:

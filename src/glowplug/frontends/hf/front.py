@@ -144,8 +144,8 @@ class HfFrontEnd:
     @property
     def attend(self) -> Callable[..., Tensor | None] | None:
         """See `FrontEnd.attend`."""
-        in_force = self._attends and self.options.inside != "eager" and self.device.type in _FAST_STEPS
-        return step_attention if in_force else None
+        wanted = self.options.inside != "eager" and self.options.verify != "off"  # a comparison must allow it
+        return step_attention if wanted and self._attends and self.device.type in _FAST_STEPS else None
 
     @property
     def about(self) -> str:
@@ -255,6 +255,8 @@ class HfFrontEnd:
     def _run_own(self, call: HfCall) -> None:
         """While forks compile, run the model's own forward where a comparison needs it. What fails here fails again
         there, and is reported there."""
+        if torch.compiler.is_compiling():
+            return
         with contextlib.suppress(Exception), rotary_state_kept(self.model), without_plans():
             bare = not call.signature.position_lead and self.positions.rules.unmasked is not None
             self._own_steps[call.signature, bare] = list(cases.sequences(self.model, call, bare=bare))

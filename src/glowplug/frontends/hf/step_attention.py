@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from glowplug.layers.context import current_context
 from glowplug.ops.attention import ATTENTION_FN_ATTR
+from glowplug.ops.expert_linear import has_kernel
 from glowplug.ops.grouped_attention import attention_in_products, sink_attention
 from glowplug.reasons import said
 from glowplug.verify.closeness import COMPILED, difference
@@ -67,7 +68,7 @@ def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     has in each step and layer."""
     aten: Any = torch.ops.aten
     output: Tensor
-    half = packed.is_cuda and packed.dtype in _HALF
+    half = packed.dtype in _HALF and has_kernel(packed.device)
     plain = half and all(size % 8 == 0 for size in (packed.shape[-1], value.shape[-1]))
     few = packed.shape[0] * packed.shape[1] < _FEW_PROGRAMS
     if mask is None and plain and packed.shape[-1] == value.shape[-1] <= 256:
