@@ -111,7 +111,7 @@ def test_recorded_and_replayed(pairs: int, dtype: torch.dtype) -> None:
 
 def test_few_compilations() -> None:
     """Another number of pairs or rows of the same class compiles nothing."""
-    from glowplug.ops.expert_linear_kernel import _expert_linear
+    from glowplug.ops.triton_kernels import _expert_linear
 
     def compiled() -> int:
         return sum(len(cache[0]) for cache in _expert_linear.device_caches.values())

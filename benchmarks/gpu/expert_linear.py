@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glowplug.ops import expert_linear as room
 from glowplug.ops.expert_linear import FEW, Config, config_of
-from glowplug.ops.expert_linear_kernel import expert_linear_launch
+from glowplug.ops.triton_kernels import expert_linear_launch
 
 _CALLS = 12
 """Calls of one CUDA graph."""

@@ -24,7 +24,7 @@ from glowplug.background.job import Job, Say
 from glowplug.runtime.forks import begin_thread, fork_workers
 
 if TYPE_CHECKING:
-    from glowplug.ops.expert_linear_kernel import Launch
+    from glowplug.ops.triton_kernels import Launch
 
 logger = logging.getLogger("glowplug")
 

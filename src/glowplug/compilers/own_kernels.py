@@ -12,7 +12,7 @@ from glowplug.compilers.linears import value_of
 from glowplug.ops.expert_linear import SIZES, has_kernel
 
 if TYPE_CHECKING:
-    from glowplug.ops.expert_linear_kernel import Launch
+    from glowplug.ops.triton_kernels import Launch
 
 _USUAL = SIZES[:-1]
 """Numbers of pairs of tokens and experts for which the kernel of experts is compiled in any case."""
@@ -34,7 +34,7 @@ def _values(argument: Any) -> Any:
 def _linears(input: Any, weights: Any, biases: Any) -> Iterable[Launch]:
     if not has_kernel(input.device):
         return ()
-    from glowplug.ops.expert_linear_kernel import linears_launch
+    from glowplug.ops.triton_kernels import linears_launch
 
     return (linears_launch(input, weights, biases, [input] * len(weights), 1),)
 
@@ -42,7 +42,7 @@ def _linears(input: Any, weights: Any, biases: Any) -> Iterable[Launch]:
 def _expert_linear(input: Any, weight: Any, experts: Any, bias: Any, top_k: int, transposed: bool) -> Iterable[Launch]:
     if not has_kernel(weight.device):
         return ()
-    from glowplug.ops.expert_linear_kernel import expert_linear_launch
+    from glowplug.ops.triton_kernels import expert_linear_launch
 
     return [expert_linear_launch(input, weight, experts, bias, input, pairs, top_k, transposed) for pairs in _USUAL]
 

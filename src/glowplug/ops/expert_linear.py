@@ -170,7 +170,7 @@ def _by_kernel(
     input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, top_k: int, transposed: bool
 ) -> Tensor:
     """At most `FEW` pairs, in one launch."""
-    from glowplug.ops.expert_linear_kernel import expert_linear_launch
+    from glowplug.ops.triton_kernels import expert_linear_launch
 
     output = _fake(input, weight, experts, bias, top_k, transposed)
     launch = expert_linear_launch(input, weight, experts, bias, output, experts.shape[0], top_k, transposed)
