@@ -198,6 +198,20 @@ def write_between_ops(net: Net, x: Tensor) -> Tensor:
     return cut(net.b, x) + y + z
 
 
+def function_writes_between_ops(net: Net, x: Tensor) -> Tensor:
+    y = x * 2
+    z = cut(net.a, y)
+    torch.relu_(y)
+    return cut(net.b, x) + y + z
+
+
+def activation_writes_between_ops(net: Net, x: Tensor) -> Tensor:
+    y = x * 2
+    z = cut(net.a, y)
+    torch.nn.functional.silu(y, inplace=True)
+    return cut(net.b, x) + y + z
+
+
 IN_PLACE = (
     add_in_place,
     set_item,
@@ -209,6 +223,8 @@ IN_PLACE = (
     op_that_writes,
     read_before_op_writes,
     write_between_ops,
+    function_writes_between_ops,
+    activation_writes_between_ops,
 )
 
 
