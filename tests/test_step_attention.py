@@ -169,14 +169,17 @@ def test_replaced_sinks_are_seen(calls: Calls) -> None:
 
 
 def test_a_mask_is_made_additive_once_in_a_pass() -> None:
-    mask = torch.tensor([[[[True, False, True]]]])
+    mask, lowest = torch.tensor([[[[True, False, True]]]]), -torch.inf
     with forward_context(ForwardContext(LayerRegistry({}))):
-        first, again = (step_attention._additive(mask, torch.float32) for _ in range(2))
+        first, again = (step_attention._additive(mask, torch.float32, lowest) for _ in range(2))
         assert first is again
-        assert step_attention._additive(mask.clone(), torch.float32) is not first
+        assert step_attention._additive(mask.clone(), torch.float32, lowest) is not first
     assert first.tolist() == [[[[0.0, -torch.inf, 0.0]]]]
     with forward_context(ForwardContext(LayerRegistry({}))):
-        assert step_attention._additive(mask, torch.float32) is not first
+        assert step_attention._additive(mask, torch.float32, lowest) is not first
+    smallest = torch.finfo(torch.float32).min
+    assert step_attention._additive(first, torch.float32, smallest).tolist() == [[[[0.0, smallest, 0.0]]]]
+    assert step_attention._additive(mask, torch.bfloat16, lowest).stride()[:-1] == (8, 8, 8)
 
 
 # -- the static cache ---------------------------------------------------------------------------------------------

@@ -27,8 +27,6 @@ _WITHOUT_EFFECT = frozenset(
     {"cache_position", "is_causal", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
 )
 """Options of attention functions that change nothing for one token and a given mask."""
-
-
 _HALF = (torch.bfloat16, torch.float16)
 _FEW_PROGRAMS, _FEW_TOKENS = 64, 128
 """Torch's fused kernels read all tokens of a key head in one program. With so few programs most of the GPU is idle, and
@@ -68,6 +66,7 @@ def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     has in each step and layer."""
     aten: Any = torch.ops.aten
     output: Tensor
+    bias: Tensor | None
     half = packed.dtype in _HALF and has_kernel(packed.device)
     plain = half and all(size % 8 == 0 for size in (packed.shape[-1], value.shape[-1]))
     few = packed.shape[0] * packed.shape[1] < _FEW_PROGRAMS
@@ -75,8 +74,10 @@ def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
         output = aten._scaled_dot_product_flash_attention.default(packed, key, value, scale=scaling)[0]
         return output
     if mask is not None and half and few and key.shape[2] > _FEW_TOKENS:
-        return attention_in_products(packed, key, value, _additive(mask, torch.float32), scaling)
-    bias = _additive(mask, packed.dtype) if mask is not None else None
+        # Finite, so that a sequence of nothing but padding gives numbers.
+        bias = _additive(mask, torch.float32, torch.finfo(torch.float32).min)
+        return attention_in_products(packed, key, value, bias, scaling)
+    bias = _additive(mask, packed.dtype, -torch.inf) if mask is not None else None
     if bias is not None and plain and few:
         bias = bias.expand(*packed.shape[:3], -1)
         output = aten._scaled_dot_product_efficient_attention.default(packed, key, value, bias, False, scale=scaling)[0]
@@ -84,15 +85,18 @@ def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     return torch.nn.functional.scaled_dot_product_attention(packed, key, value, bias, scale=scaling)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added to scores, made once in a pass."""
+def _additive(mask: Tensor, dtype: torch.dtype, lowest: float) -> Tensor:
+    """A mask that is added to scores, `lowest` where nothing is seen, made once in a pass."""
     context = current_context()
     made = context.derived.get((id(mask), dtype)) if context is not None else None
     if made is None:
         tokens = mask.shape[-1]
         rows = torch.zeros((*mask.shape[:-1], tokens + -tokens % _ALIGNED), dtype=dtype, device=mask.device)
         made = mask, rows[..., :tokens]
-        made[1].masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else made[1].copy_(mask)
+        if mask.dtype is torch.bool:
+            made[1].masked_fill_(~mask, lowest)
+        else:
+            made[1].copy_(mask).clamp_(min=lowest)
         if context is not None:
             context.derived[id(mask), dtype] = made
     return made[1]
