@@ -16,8 +16,9 @@ from transformers.cache_utils import StaticLayer
 
 import families
 import glowplug
-from glowplug.frontends.hf import decode_steps, front, step_attention
+from glowplug.frontends.hf import front
 from glowplug.frontends.hf.discover import attention_layers
+from glowplug.frontends.hf.steps import attention, decode
 from glowplug.layers import ForwardContext, LayerRegistry, forward_context
 from glowplug.ops.attention import ATTENTION_FN_ATTR
 from glowplug.ops.grouped_attention import sink_attention
@@ -34,7 +35,7 @@ class Calls:
         self.left: Counter[int] = Counter()
 
     def __call__(self, layer: nn.Module, query: Tensor, *args: Any) -> Tensor | None:
-        output = step_attention.step_attention(layer, query, *args)
+        output = attention.step_attention(layer, query, *args)
         (self.left if output is None else self.ran)[query.shape[2]] += 1
         return output
 
@@ -103,15 +104,15 @@ def test_what_it_does_not_know_is_left_to_the_layers(calls: Calls, family: str, 
     query = torch.randn(1, config.num_attention_heads, 1, layer.head_dim)
     mask = torch.zeros(1, 1, 1, 5)
     known = {"scaling": 0.25, "dropout": 0.0}
-    assert step_attention.step_attention(layer, query, *tensors, mask, known) is not None
-    assert step_attention.step_attention(layer, query, *tensors, mask, known | options) is None
-    assert step_attention.step_attention(layer, query, *tensors, mask[..., :-1], known) is None
-    assert step_attention.step_attention(layer, query.double(), *tensors, mask, known) is None
-    assert step_attention.step_attention(layer, query.expand(-1, -1, 2, -1), *tensors, mask, known) is None
+    assert attention.step_attention(layer, query, *tensors, mask, known) is not None
+    assert attention.step_attention(layer, query, *tensors, mask, known | options) is None
+    assert attention.step_attention(layer, query, *tensors, mask[..., :-1], known) is None
+    assert attention.step_attention(layer, query.double(), *tensors, mask, known) is None
+    assert attention.step_attention(layer, query.expand(-1, -1, 2, -1), *tensors, mask, known) is None
     if family == "gpt_oss":
-        assert step_attention.step_attention(layer, query, *tensors, None, known) is None
+        assert attention.step_attention(layer, query, *tensors, None, known) is None
     object.__setattr__(layer, ATTENTION_FN_ATTR, lambda *args, **kwargs: None)
-    taken = step_attention.step_attention(layer, query, *tensors, mask, known)
+    taken = attention.step_attention(layer, query, *tensors, mask, known)
     assert (taken is not None) == (family == "gpt_oss")  # a start compares functions with sinks
 
 
@@ -171,22 +172,22 @@ def test_replaced_sinks_are_seen(calls: Calls) -> None:
 def test_a_mask_is_made_additive_once_in_a_pass() -> None:
     mask, lowest = torch.tensor([[[[True, False, True]]]]), -torch.inf
     with forward_context(ForwardContext(LayerRegistry({}))):
-        first, again = (step_attention._additive(mask, torch.float32, lowest) for _ in range(2))
+        first, again = (attention._additive(mask, torch.float32, lowest) for _ in range(2))
         assert first is again
-        assert step_attention._additive(mask.clone(), torch.float32, lowest) is not first
+        assert attention._additive(mask.clone(), torch.float32, lowest) is not first
     assert first.tolist() == [[[[0.0, -torch.inf, 0.0]]]]
     with forward_context(ForwardContext(LayerRegistry({}))):
-        assert step_attention._additive(mask, torch.float32, lowest) is not first
+        assert attention._additive(mask, torch.float32, lowest) is not first
     smallest = torch.finfo(torch.float32).min
-    assert step_attention._additive(first, torch.float32, smallest).tolist() == [[[[0.0, smallest, 0.0]]]]
-    assert step_attention._additive(mask, torch.bfloat16, lowest).stride()[:-1] == (8, 8, 8)
+    assert attention._additive(first, torch.float32, smallest).tolist() == [[[[0.0, smallest, 0.0]]]]
+    assert attention._additive(mask, torch.bfloat16, lowest).stride()[:-1] == (8, 8, 8)
 
 
 # -- the static cache ---------------------------------------------------------------------------------------------
 
 
 def test_append_does_what_this_transformers_does() -> None:
-    assert decode_steps.append_is_right()
+    assert decode.append_is_right()
 
 
 @pytest.mark.parametrize("wrong", ["position", "count", "attribute"])
@@ -204,4 +205,4 @@ def test_another_update_of_transformers_is_noticed(monkeypatch: pytest.MonkeyPat
         return result
 
     monkeypatch.setattr(StaticLayer, "update", update)
-    assert not decode_steps.append_is_right.__wrapped__()
+    assert not decode.append_is_right.__wrapped__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-from glowplug.frontends.hf.step_attention import step_attention
+from glowplug.frontends.hf.steps.attention import step_attention
 from glowplug.layers import LayerRegistry
 from glowplug.layers.context import ForwardContext, forward_context
 from glowplug.ops.attention import ATTENTION_FN_ATTR

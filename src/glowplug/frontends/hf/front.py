@@ -27,11 +27,11 @@ from glowplug.frontends.hf.bodies import body_groups
 from glowplug.frontends.hf.builds import Builds
 from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, output_type, read_call
-from glowplug.frontends.hf.decode_steps import GrowingStep, StaticStep, decode_step
 from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
-from glowplug.frontends.hf.step_attention import CheckedAttention, step_attention, without_plans
+from glowplug.frontends.hf.steps.attention import CheckedAttention, step_attention, without_plans
+from glowplug.frontends.hf.steps.decode import GrowingStep, StaticStep, decode_step
 from glowplug.graph.capture import Captured
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING

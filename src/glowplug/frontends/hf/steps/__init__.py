@@ -1,0 +1,1 @@
+"""Steps of one token: how CUDA graphs record them, and how they attend on a GPU."""
