@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import glowplug
 from glowplug.errors import CaptureError
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.fingerprint import fingerprint
-from glowplug.graph.split import OpStep, Piece, Step, split
+from glowplug.graph.split import OpStep, Piece, Step, may_mutate, split
 from glowplug.program import PieceCache, Program, build_program
 from glowplug.report import Report
 
@@ -282,6 +283,12 @@ def test_nothing_between_ops_that_follow_each_other(net: Net) -> None:
 def test_a_gap_that_does_not_depend_on_the_op_closes(net: Net) -> None:
     assert [type(step) for step in steps_of(independent_gap, net, dynamic(3, 4))] == [Piece, OpStep, OpStep, Piece]
     same(independent_gap, net, (3, 4))
+
+
+@pytest.mark.parametrize("function", [operator.and_, operator.or_, operator.not_, operator.add, torch.add, torch.relu])
+def test_what_writes_to_nothing(function: Callable[..., Any]) -> None:
+    graph = fx.Graph()
+    assert not may_mutate(graph.call_function(function, (graph.placeholder("x"),)))
 
 
 def test_a_gap_that_depends_on_the_op_stays(net: Net) -> None:

@@ -175,7 +175,8 @@ def _close_gap(segments: list[_Segment]) -> None:
 def may_mutate(node: fx.Node) -> bool:
     """Whether the node may write to one of its inputs, or to anything else."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
+    is_operator = getattr(node.target, "__module__", "") == "_operator"  # of which `and_` writes to nothing
+    if name.endswith("_") and not name.endswith("__") and not is_operator:
         return True
     packet = getattr(node.target, "_schemas", None)
     if packet and any(schema.is_mutable for schema in packet.values()):  # an op packet: the overload is not known yet
