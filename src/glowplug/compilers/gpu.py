@@ -107,7 +107,6 @@ class Gpu:
         _index_without_guard()
         _call_without_guard()
         _fold_constants_on_cpu()
-        _Kernels().take_over()
 
     def _index(self, device: Any) -> int:
         if isinstance(device, int):
@@ -125,6 +124,10 @@ class _Kernels:
     def __init__(self) -> None:
         self._waiting: list[tuple[Any, str | None]] = []
 
+    def begin(self) -> None:
+        """Begin a piece. What waits is of one that failed."""
+        self._waiting.clear()
+
     def add(self, tuner: Any, key: str | None) -> None:
         """A kernel, and the key by which it is bundled with its piece."""
         self._waiting.append((tuner, key))
@@ -135,7 +138,8 @@ class _Kernels:
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from torch._inductor.triton_bundler import TritonBundler
 
-        waiting, self._waiting = self._waiting, []
+        waiting = list(self._waiting)
+        self._waiting.clear()
         parts = []
         for tuner, _ in waiting:
             for configuration in tuner.configs if not tuner.compile_results else ():
@@ -304,7 +308,7 @@ class GpuForks:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._gpu: Gpu | None = None
-        self._stands_in: int | None = None
+        self._kernels: _Kernels | None = None  # of this process, if it is a fork
         self._jobs: list[Job] = []
 
     def compile(self, launches: Sequence[Launch]) -> None:
@@ -333,7 +337,9 @@ class GpuForks:
         """Call before compiling. Returns whether this process is such a fork, and lets it compile."""
         if self._gpu is None or os.getpid() == self._process:
             return False
-        if self._stands_in != os.getpid():
+        if self._kernels is None:
             self._gpu.stand_in()
-            self._stands_in = os.getpid()
+            self._kernels = _Kernels()
+            self._kernels.take_over()
+        self._kernels.begin()
         return True
