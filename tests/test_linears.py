@@ -147,6 +147,6 @@ def test_a_tensor_of_another_class_stays() -> None:
 
 def test_without_a_gpu_there_is_nothing_to_compile() -> None:
     gm = merge_linears(traced(lambda x, q: (linear(x, q),), X, Q))
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None:
         assert launches_of([gm]) == []
     assert not InductorCompiler().merges or torch.version.cuda is not None
