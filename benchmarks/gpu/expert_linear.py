@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+import timing
 import torch
 from torch import Tensor
 
@@ -93,20 +94,7 @@ class Case:
 
     def microseconds(self, run: Callable[..., Tensor], repeats: int = 15) -> float:
         """The median time of a call."""
-        list(itertools.islice(self.calls(run), 2))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in self.calls(run):
-                pass
-        graph.replay()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for begin, end in events:
-            begin.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1000 / _CALLS
+        return timing.microseconds(lambda: self.calls(run), _CALLS, repeats)
 
     def by_kernel(self, config: Config) -> Callable[..., Tensor]:
         return lambda *arguments: launch(*arguments, config)

@@ -8,9 +8,9 @@ that of a CUDA graph that goes through copies of the weights, more than the GPU'
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 
+import timing
 import torch
 from torch import Tensor
 
@@ -46,21 +46,7 @@ def one_by_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) ->
 
 def microseconds(run: Run, x: Tensor, copies: Sequence[list[Tensor]], biases: list[Tensor | None]) -> float:
     """The median time of a call."""
-    for weights in copies[:2]:
-        run(x, weights, biases)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weights in copies:
-            run(x, weights, biases)
-    graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(9)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1000 / len(copies)
+    return timing.microseconds(lambda: (run(x, weights, biases) for weights in copies), len(copies))
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ model's own function, with sinks). Each time is that of a CUDA graph of several 
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
+import timing
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,20 +30,7 @@ MODELS = {"qwen3-30b-a3b": (32, 4, 128, False), "glm-4.7": (96, 8, 128, False), 
 
 def microseconds(run: Callable[[], Any]) -> float:
     """The median time of a call."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            run()
-    graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(9)]
-    for begin, end in events:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1000 / _CALLS
+    return timing.microseconds(lambda: (run() for _ in range(_CALLS)), _CALLS)
 
 
 def measure(name: str, batch: int, kv_tokens: int) -> None:
