@@ -135,7 +135,6 @@ class _Kernels:
     def compile(self) -> None:
         """Compile them. Processes put them into Triton's cache, where this one finds them: each kernel is compiled in
         up to five configurations, over which it is to be tuned, and most of a compilation holds the interpreter."""
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from torch._inductor.triton_bundler import TritonBundler
 
         waiting = list(self._waiting)
@@ -149,7 +148,7 @@ class _Kernels:
         if workers > 1:
             fork_workers([functools.partial(_compile_into_cache, parts[at::workers]) for at in range(workers)])
         for tuner, key in waiting:
-            CachingAutotuner._precompile_worker(tuner)
+            tuner._precompile_worker()
             if key is not None and tuner.is_statically_launchable():
                 TritonBundler.put_static_autotuner(key, tuner)
 

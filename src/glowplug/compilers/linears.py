@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from glowplug.graph.split import may_mutate
-from glowplug.ops.linears import DTYPES, MOST
-
-try:
-    from torch._subclasses.fake_tensor import FakeTensor
-except ImportError as exc:  # pragma: no cover - depends on the torch installed
-    from glowplug.errors import UnsupportedTorchError
-
-    raise UnsupportedTorchError(f"this torch has no fake tensors ({exc}). Install torch>=2.11.") from exc
+from glowplug.ops.linears import HALF, MOST
 
 
 def merge_linears(piece: fx.GraphModule) -> fx.GraphModule:
@@ -58,7 +52,7 @@ def _fits(node: fx.Node) -> bool:
     return (
         all(type(value) is FakeTensor and value.device.type == "cuda" for value in values)
         and len({value.dtype for value in values}) == 1
-        and values[0].dtype in DTYPES
+        and values[0].dtype in HALF
         and values[1].dim() == 2
         and _is_given(weight)
         and (bias is None or (_is_given(bias) and values[2].dim() == 1))

@@ -19,7 +19,8 @@ MOST = 3
 """Linear layers of one launch."""
 BLOCK_K = 512
 """Inputs that the kernel reads at a time."""
-DTYPES = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
 
 
 def linears(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -55,7 +56,7 @@ def _fits(input: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> 
     """Whether the kernel computes layers of these sizes, if it runs on the device."""
     if len(weights) > MOST or len(biases) != len(weights) or len({bias is None for bias in biases}) != 1:
         return False
-    return input.dtype in DTYPES and all(
+    return input.dtype in HALF and all(
         weight.dim() == 2
         and weight.is_contiguous()
         and weight.numel() < 2**31

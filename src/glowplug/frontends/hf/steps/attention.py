@@ -20,6 +20,7 @@ from glowplug.layers.context import current_context
 from glowplug.ops.attention import ATTENTION_FN_ATTR
 from glowplug.ops.expert_linear import has_kernel
 from glowplug.ops.grouped_attention import attention_in_products, sink_attention
+from glowplug.ops.linears import HALF
 from glowplug.reasons import said
 from glowplug.verify.closeness import COMPILED, difference
 
@@ -27,7 +28,6 @@ _WITHOUT_EFFECT = frozenset(
     {"cache_position", "is_causal", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
 )
 """Options of attention functions that change nothing for one token and a given mask."""
-_HALF = (torch.bfloat16, torch.float16)
 _FEW_PROGRAMS, _FEW_TOKENS = 64, 128
 """Torch's fused kernels read all tokens of a key head in one program. With so few programs most of the GPU is idle, and
 beyond so many tokens matrix products are faster: on an H100, for one sequence and 4 key heads 17 instead of 82 us over
@@ -67,7 +67,7 @@ def _attend(packed: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     aten: Any = torch.ops.aten
     output: Tensor
     bias: Tensor | None
-    half = packed.dtype in _HALF and has_kernel(packed.device)
+    half = packed.dtype in HALF and has_kernel(packed.device)
     plain = half and all(size % 8 == 0 for size in (packed.shape[-1], value.shape[-1]))
     few = packed.shape[0] * packed.shape[1] < _FEW_PROGRAMS
     if mask is None and plain and packed.shape[-1] == value.shape[-1] <= 256:
@@ -115,7 +115,7 @@ def without_plans() -> Iterator[None]:
 
 
 class CheckedAttention:
-    """Returns what the layers' own functions compute, and compares `step_attention` of each call's last token with it.
+    """Leaves attention to the layers' own functions, and compares `step_attention` of each call's last token with them.
 
     Attributes:
         problem: how they differed by more than rounding, in words; None if they never did.
@@ -126,14 +126,13 @@ class CheckedAttention:
 
     def __call__(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any
-    ) -> Tensor | None:
+    ) -> None:
         if self.problem is None:
             last, last_mask = query[:, :, -1:], mask[..., -1:, :] if mask is not None else None
             try:
                 self.problem = _difference(layer, last, key, value, last_mask, options)
             except Exception as exc:  # whatever it raises, the layers' own functions can run
                 self.problem = f"it raised {said(exc)}"
-        return None
 
 
 def _difference(layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Any) -> str | None:
