@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear, silu
 
 from glowplug.compilers import InductorCompiler
-from glowplug.compilers.linears import merge_linears
-from glowplug.compilers.own_kernels import launches_of
+from glowplug.compilers.gpu.linears import merge_linears
+from glowplug.compilers.gpu.own_kernels import launches_of
 from glowplug.ops import linears as room
 from glowplug.ops.linears import linears
 

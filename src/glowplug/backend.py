@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from glowplug.compilers import PieceCompiler, get_compiler, warm_up
+from glowplug.compilers import PieceCompiler, cool_down, get_compiler, warm_up
 from glowplug.errors import CaptureError, CompileError, UsageError
 from glowplug.graph.capture import describe
 from glowplug.ops import find_layer_op
@@ -70,6 +70,8 @@ def glowplug_backend(
             raise
         report.fall_back(why(exc))
         return _differentiable(gm).forward
+    finally:
+        cool_down(compiler)
     if report.strategy == "eager":
         report.strategy = "hoisted"
     return program.run

@@ -74,6 +74,10 @@ class UnsignedArtifactError(ArtifactError):
     """A stored artifact is unsigned or signed with another key. It is never loaded, but reported and rebuilt."""
 
 
+class NotCarriableError(GlowplugError, RuntimeError):
+    """A graph can't be compiled by another process that did not trace it."""
+
+
 class NotStorableError(GlowplugError, RuntimeError):
     """Something in a program can't be stored. Never reaches the user: it is reported."""
 

@@ -13,7 +13,7 @@ import functools
 from dataclasses import replace
 
 from glowplug.compilation import Compilation
-from glowplug.compilers import quick_tuning, warm_up
+from glowplug.compilers import cool_down, quick_tuning, warm_up
 from glowplug.errors import (
     AttributesReadError,
     CaptureError,
@@ -159,8 +159,16 @@ def _find(c: Compilation, address: str, call: Call) -> Candidate | None:
 
 
 def _make(c: Compilation, call: Call, address: str | None) -> Candidate | str:
-    """A program from a trace, kept at its address, if it has one; or why there is none. The ladder, rung by rung."""
+    """A program from a trace, kept at its address, if it has one; or why there is none."""
     warm_up(c.compiler, call.device.type)
+    try:
+        return _climb(c, call, address)
+    finally:
+        cool_down(c.compiler)
+
+
+def _climb(c: Compilation, call: Call, address: str | None) -> Candidate | str:
+    """The ladder, rung by rung."""
     c.report.start = "cold"
     refused: CaptureError | LayerLookupError | None = None
     for rung in c.front.rungs():

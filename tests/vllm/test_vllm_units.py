@@ -209,7 +209,7 @@ def test_splitting_ops_of_a_configuration() -> None:
 INDEXING = """
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from glowplug.compilers.gpu import _index_without_guard
+from glowplug.compilers.gpu.notes import _index_without_guard
 
 x = torch.arange(4 * 5 * 6).reshape(4, 5, 6)
 rows, columns = torch.tensor([0, 3, 1]), torch.tensor([[0], [2]])

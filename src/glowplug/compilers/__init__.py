@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glowplug.compilers.base import PieceCompiler
 from glowplug.compilers.eager import EagerCompiler
-from glowplug.compilers.gpu import quick_tuning
+from glowplug.compilers.gpu.warm import quick_tuning
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.errors import CompileError, UsageError
 from glowplug.runtime.forks import begin_thread
@@ -13,6 +13,7 @@ __all__ = [
     "EagerCompiler",
     "InductorCompiler",
     "PieceCompiler",
+    "cool_down",
     "get_compiler",
     "quick_tuning",
     "warm_up",
@@ -49,6 +50,13 @@ def warm_up(compiler: PieceCompiler, device_type: str) -> None:
     begin = getattr(compiler, "warm_up", None)
     if begin is not None:
         begin(device_type)
+
+
+def cool_down(compiler: PieceCompiler) -> None:
+    """End what a compiler's `warm_up` started and nothing needs any more."""
+    end = getattr(compiler, "cool_down", None)
+    if end is not None:
+        end()
 
 
 def warm_up_loading(compiler: PieceCompiler) -> None:

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from glowplug.background.helper import Helper
+from glowplug.background.job import Job
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import GpuForks, warm_up
+from glowplug.compilers.gpu.forks import GpuForks
+from glowplug.compilers.gpu.linears import merge_linears
+from glowplug.compilers.gpu.own_kernels import launches_of
+from glowplug.compilers.gpu.warm import warm_up_triton
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
-from glowplug.compilers.linears import merge_linears
-from glowplug.compilers.own_kernels import launches_of
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
+from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
 
 try:
@@ -55,6 +59,7 @@ class InductorCompiler:
         # Kernels are compiled for a number of threads. Read it here, as a fork that compiles has only one.
         self.threads = torch.get_num_threads()
         self._gpu_forks = GpuForks()
+        self._helper: Helper | None = None
 
     def problem(self, device_type: str) -> str | None:
         """Why Inductor can't compile here, in one sentence; None if there is no known obstacle."""
@@ -64,11 +69,38 @@ class InductorCompiler:
         """Start Inductor's one-off work, which then runs during the trace."""
         if device_type == "cpu":
             cpu_toolchain()
-        elif self._may_fork and torch.cuda.is_initialized():
-            warm_up(torch.cuda.current_device())
+        elif self._forks_for_gpu and self._gpu_forks.note():
+            # In threads of this process the imports and the trace would wait for each other.
+            self._helper = Helper(self._load)
+            if not self._gpu_forks.stand_in():
+                warm_up_triton(torch.cuda.current_device())
         else:  # as torch.compile does: start the processes that compile Triton kernels
             with quiet():
                 importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
+
+    def _load(self) -> InductorCompiler:
+        """In a helper: get ready to compile."""
+        self._gpu_forks.load()
+        return self
+
+    def may_bake(self, device: torch.device) -> bool:
+        """Call before forking. Returns whether a fork may trace and compile for a GPU that this process uses: not if it
+        is none of NVIDIA's, or if torch lacks something that forks need."""
+        if not self._forks_for_gpu or device.type != "cuda":
+            return False
+        torch.cuda.init()
+        with torch.cuda.device(device):
+            return self._gpu_forks.note()
+
+    def stand_in(self) -> None:
+        """In such a fork: let torch answer without the GPU."""
+        self._gpu_forks.stand_in()
+
+    def cool_down(self) -> None:
+        """End what `warm_up` started and nothing needs any more."""
+        if self._helper is not None:
+            self._helper.stop()
+            self._helper = None
 
     def warm_up_loading(self) -> None:
         """Import the modules that loading a piece needs, which takes a fifth of a second."""
@@ -87,8 +119,8 @@ class InductorCompiler:
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`. No forks if Inductor is limited to one process. Pieces for a GPU are compiled in
         forks that this process waits for, and pieces for a CPU only if this process uses no GPU."""
-        if several and self._may_fork and all(map(_on_gpu, inputs)):
-            return self._gpu_forks.prepare()
+        if several and self._forks_for_gpu and all(map(_on_gpu, inputs)):
+            return self._gpu_forks.load()
         if not self.may_defer(inputs):
             return False
         if (several or toolchain_begun()) and not cpu_toolchain().join():  # its thread does not exist in a fork
@@ -98,10 +130,17 @@ class InductorCompiler:
                 importlib.import_module("torch._inductor.compile_fx")
         return True
 
-    def beside_forks(self, pieces: Sequence[fx.GraphModule]) -> None:
+    def beside_forks(self, pieces: Sequence[fx.GraphModule]) -> list[Job]:
         """See `PieceCompiler`: more forks compile the kernels of glowplug's own ops, which no piece contains."""
         merged = [merge_linears(piece) if self.merges else piece for piece in pieces]
-        self._gpu_forks.compile(launches_of(merged))
+        return self._gpu_forks.compile(launches_of(merged))
+
+    def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
+        """See `PieceCompiler`: to a process that imported Inductor while this one traced."""
+        job = self._helper.hand_over(work, *arguments) if self._helper is not None else None
+        if job is not None and not self._gpu_forks.stand_in():
+            begin_thread(self.warm_up_loading, "glowplug-warm-up")
+        return job
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `PieceCompiler`: of a process that uses a GPU no fork compiles beside serving."""
@@ -113,12 +152,14 @@ class InductorCompiler:
         limit = self.options.get("compile_threads", config.compile_threads)
         return sys.platform == "linux" and limit != 1
 
+    @property
+    def _forks_for_gpu(self) -> bool:
+        """Whether forks may compile pieces for a GPU; only for those of NVIDIA."""
+        return self._may_fork and torch.version.cuda is not None
+
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        # Forks can't run kernels: kernels are tuned when they first run, and no product is tried with padded matrices.
-        forked = {"triton.autotune_at_compile_time": False, "shape_padding": False}
-        patches = forked if self._gpu_forks.enter() else {}
-        return self.compile_and_store(piece, inputs, compile_threads=1, **patches)[1]
+        return self.compile_and_store(piece, inputs, compile_threads=1)[1]
 
     def compile_and_store(
         self, piece: fx.GraphModule, inputs: Sequence[Any], **patches: Any
@@ -130,6 +171,8 @@ class InductorCompiler:
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
+        if self._gpu_forks.stand_in():
+            return _only_stored
         inductor_artifact, kernels = pickle.loads(artifact)
         with quiet(), loading_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
@@ -148,8 +191,11 @@ class InductorCompiler:
     def _compile(self, piece: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any], aot: bool) -> Any:
         if self.merges and _on_gpu(inputs):
             piece = merge_linears(piece)
-        if _on_gpu(inputs) and self._may_fork:  # instead of processes of Inductor's, which start for seconds
+        if _on_gpu(inputs) and self._forks_for_gpu:  # instead of processes of Inductor's, which start for seconds
             patches = {"compile_threads": 1, **patches}
+        if self._gpu_forks.enter():
+            # It can't run kernels: they are tuned when they first run, and no product is tried with padded matrices.
+            patches = {"triton.autotune_at_compile_time": False, "shape_padding": False, **patches}
         patches = {"cpp.threads": self.threads, **self.options, **patches}
         if on_cpu(inputs):
             cpu_toolchain().wait()
@@ -170,6 +216,11 @@ def _callable(artifact: Any) -> Callable[..., Sequence[Any]]:
         run: Callable[..., Sequence[Any]] = artifact.inner_fn.compiled_fn
         return run
     return getattr(artifact, "_compiled_fn", artifact)
+
+
+def _only_stored(*inputs: Any) -> Sequence[Any]:
+    """Stands for a piece in a process that can't run it."""
+    raise RuntimeError("a fork of a process that uses a GPU can't run what it compiles")
 
 
 def on_cpu(inputs: Sequence[Any]) -> bool:

@@ -26,7 +26,7 @@ from glowplug.runtime.quiet import quiet
 try:
     from torch._dynamo.convert_frame import compile_lock
     from torch._dynamo.exc import RestartAnalysis
-    from torch._guards import TracingContext
+    from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental import _config as symbolic_config
 except ImportError as exc:  # pragma: no cover - depends on the torch installed
@@ -203,13 +203,8 @@ def _capture(
     compiled = torch.compile(fresh, backend=job.backend, fullgraph=True, dynamic=False)
     with (
         tracing_lock,
-        torch.inference_mode(False),
-        torch.no_grad(),
-        # Unless told otherwise, don't specialise sizes 0 and 1, so that the trace records its assumptions on sizes.
-        symbolic_config.patch(backed_size_oblivious=not specialise),  # type: ignore[attr-defined]
+        _settings(specialise),
         torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
-        _default_stance(),
-        quiet(),
     ):
         try:
             compiled(*args)
@@ -225,6 +220,38 @@ def _capture(
     if not result:
         raise CaptureError("the function has no tensor computation to capture")
     return result[0]
+
+
+@contextlib.contextmanager
+def _settings(specialise: bool) -> Iterator[None]:
+    """The switches under which a function is traced and its graph consumed."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        # Unless told otherwise, don't specialise sizes 0 and 1, so that the trace records its assumptions on sizes.
+        symbolic_config.patch(backed_size_oblivious=not specialise),  # type: ignore[attr-defined]
+        _default_stance(),
+        quiet(),
+    ):
+        yield
+
+
+def specialises() -> bool:
+    """Whether the trace, or whatever consumes its graph now, may assume that dynamic sizes are at least 2."""
+    return not symbolic_config.backed_size_oblivious
+
+
+@contextlib.contextmanager
+def resumed(mode: FakeTensorMode, specialise: bool) -> Iterator[Captured]:
+    """In a process that did not trace: go on with a capture whose graphs were carried there, see
+    `glowplug.graph.carried`. Yields it without the captured graph.
+
+    Args:
+        mode: the mode of the graphs' fake tensors.
+        specialise: what `specialises` said where they were captured.
+    """
+    with _settings(specialise), tracing(TracingContext(mode)):
+        yield Captured(fx.GraphModule(nn.Module(), fx.Graph()), ())
 
 
 @contextlib.contextmanager

@@ -72,6 +72,10 @@ class PieceStore:
         """Whether a piece is stored."""
         return self.store.get("piece", self.key(digest)) is not None
 
+    def arrived(self, digest: str) -> bool:
+        """Whether a piece that another process of this machine makes is stored."""
+        return self.store.local.path("piece", self.key(digest)).exists()
+
     def load(self, digest: str) -> Run | None:
         """A stored piece, ready to run; None if there is none or it can't be loaded."""
         loaded = self.load_with_graph(digest)

@@ -17,8 +17,9 @@ from typing import Any
 
 from glowplug.background.job import Job, Say, orphaned
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
-from glowplug.errors import CompileError
-from glowplug.graph.capture import Captured, is_restart, outside_trace
+from glowplug.errors import CompileError, NotCarriableError
+from glowplug.graph.capture import Captured, is_restart, outside_trace, resumed, specialises
+from glowplug.graph.carried import carry, unpack
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.graph.shapes import add_guards, pickled_guards
 from glowplug.graph.split import Piece
@@ -28,7 +29,7 @@ from glowplug.reasons import why
 from glowplug.report import Report
 from glowplug.runtime.forks import make_lock
 from glowplug.runtime.progress import piece_progress
-from glowplug.store.store import LOCK_TIMEOUT_S
+from glowplug.store.store import LOCK_TIMEOUT_S, ArtifactStore
 
 logger = logging.getLogger("glowplug")
 
@@ -186,34 +187,63 @@ class _Compilation:
     def compile(self, pieces: Mapping[Fingerprint, Piece], meanwhile: Callable[[], None] | None = None) -> None:
         """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
         pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
+        handed_over = self._hand_over(pieces)
         workers = _workers(len(pieces), _cores())
-        channel = self._channel(pieces, several=True) if workers > 1 else None
+        channel = handed_over[1] if handed_over is not None else None
+        if handed_over is None and workers > 1:
+            channel = self._channel(pieces, several=True)
         jobs: list[Job] = []
-        if channel is not None:
-            work = functools.partial(self._work, pieces, channel)
-            jobs = [Job.fork(work, nice=0) for _ in range(workers - (meanwhile is None))]
+        beside: list[Job] = []
+        if handed_over is not None:
+            jobs = [handed_over[0]]
+        elif channel is not None:
+            jobs, beside = self.fork(pieces, channel, workers - (meanwhile is None))
         self.jobs = list(jobs)
+        compile_free = functools.partial(self._compile_free, pieces, channel or self.cache.store)
         with piece_progress(len(pieces)) as advance:
             try:
                 start = time.monotonic()
-                beside_forks = getattr(self.compiler, "beside_forks", None)
-                if jobs and beside_forks is not None:
-                    beside_forks([piece.gm for piece in pieces.values()])
                 if jobs and meanwhile is not None:
                     with outside_trace():
                         meanwhile()
-                self._compile_free(pieces, channel or self.cache.store, 0, advance)
+                if handed_over is None:
+                    compile_free(0, advance)
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
                 # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.
                 while time.monotonic() < deadline and not all(job.ended() for job in jobs):
                     time.sleep(_POLL_S)
-                    self._compile_free(pieces, channel or self.cache.store, 0, advance)
+                    compile_free(0, advance, stored=handed_over is not None)
             finally:
-                for job in jobs:
+                for job in (*jobs, *beside):
                     job.stop()
-            self._compile_free(pieces, channel or self.cache.store, LOCK_TIMEOUT_S, advance)
+            compile_free(LOCK_TIMEOUT_S, advance)
         if channel is not None:
             self._take_over(pieces, channel, advance)
+
+    def fork(
+        self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, workers: int
+    ) -> tuple[list[Job], list[Job]]:
+        """Begin to compile pieces in forks of this process. Returns the forks, and those that compile what no piece
+        contains."""
+        jobs = [Job.fork(functools.partial(self._work, pieces, channel), nice=0) for _ in range(workers)]
+        beside_forks = getattr(self.compiler, "beside_forks", None)
+        return jobs, [] if beside_forks is None else beside_forks([piece.gm for piece in pieces.values()])
+
+    def _hand_over(self, pieces: Mapping[Fingerprint, Piece]) -> tuple[Job, PieceStore] | None:
+        """Let a helper of the compiler compile pieces. Returns the helper, and the store through which it hands them
+        over; None if there is no helper, or it can't take them."""
+        hand_over = getattr(self.compiler, "hand_over", None)
+        channel = self.cache.channel(self.compiler) if hand_over is not None and pieces else None
+        if hand_over is None or channel is None or not all(map(channel.takes, pieces)):
+            return None
+        try:
+            graphs = carry([piece.gm for piece in pieces.values()])
+        except NotCarriableError as exc:
+            logger.debug("glowplug: pieces can't be compiled by a helper: %s", exc)
+            return None
+        digests = [fingerprint.digest for fingerprint in pieces]
+        job = hand_over(compile_carried, graphs, digests, specialises(), channel.store, channel.environment)
+        return (job, channel) if job is not None else None
 
     def _take_over(self, pieces: Mapping[Fingerprint, Piece], store: PieceStore, advance: Callable[[], None]) -> None:
         """Note what forks have done, and load what they compiled with guards, which this capture takes over."""
@@ -264,11 +294,20 @@ class _Compilation:
         return channel if channel is not None and all(map(channel.takes, pieces)) else None
 
     def _compile_free(
-        self, pieces: Mapping[Fingerprint, Piece], store: PieceStore | None, wait_s: float, advance: Callable[[], None]
+        self,
+        pieces: Mapping[Fingerprint, Piece],
+        store: PieceStore | None,
+        wait_s: float,
+        advance: Callable[[], None],
+        *,
+        stored: bool = False,
     ) -> None:
-        """Load or compile the remaining pieces that no other process has locked; with a `wait_s`, all of them."""
+        """Load or compile the remaining pieces that no other process has locked; with a `wait_s`, all of them; with
+        `stored`, only those that are there."""
         for fingerprint, piece in pieces.items():
             if fingerprint in self.cache.compiled:
+                continue
+            if stored and (store is None or not store.arrived(fingerprint.digest)):
                 continue
             shared = store if store is not None and store.takes(fingerprint) else None
             lock = shared.lock(fingerprint.digest, wait_s) if shared is not None else contextlib.nullcontext(True)
@@ -362,6 +401,43 @@ class _Compilation:
         address = self._address(digest) if has_guards else digest
         channel.keep(address, artifact, piece.gm)
         return address
+
+
+def compile_carried(
+    say: Say,
+    compiler: StoringCompiler,
+    graphs: bytes,
+    digests: Sequence[str],
+    specialise: bool,
+    store: ArtifactStore,
+    environment: str,
+) -> None:
+    """In a helper: compile carried pieces in forks, and say what each fork would say to the process that traced.
+
+    Args:
+        say: reports what was compiled.
+        compiler: compiles them.
+        graphs: the pieces, from `carry`.
+        digests: their digests.
+        specialise: see `resumed`.
+        store: receives them.
+        environment: see `PieceStore`.
+    """
+    mode, modules = unpack(graphs)
+    pieces = {Fingerprint(digest): Piece(gm, (), ()) for digest, gm in zip(digests, modules, strict=True)}
+    with resumed(mode, specialise) as captured:
+        compilation = _Compilation(compiler, PieceCache(), captured)
+        jobs, beside = compilation.fork(pieces, PieceStore(store, compiler, environment), min(len(pieces), _cores()))
+        outcomes = [job.outcome(math.inf) for job in jobs]
+    reasons = [outcome.reason for outcome in outcomes if outcome is not None and outcome.reason is not None]
+    facts = [outcome.facts for outcome in outcomes if outcome is not None]
+    say(
+        "; ".join(dict.fromkeys(reasons)) or None,
+        compiled=[digest for each in facts for digest in each.get("compiled", ())],
+        guarded={digest: known for each in facts for digest, known in each.get("guarded", {}).items()},
+    )
+    for job in beside:
+        job.outcome(math.inf)
 
 
 def _inputs(piece: Piece) -> list[Any]:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from glowplug.store.envelope import SigningKey, pack, plain, read_header
 from glowplug.store.local import LocalStore, unlink
@@ -41,6 +42,11 @@ class ArtifactStore:
         self.signing_key = signing_key
         self.local = LocalStore(root, self.note, signing_key if url is not None else None)
         self.remote = RemoteStore(url, signing_key, self.note) if url is not None and signing_key is not None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: a store at the same places."""
+        url = self.remote.url if self.remote is not None else None
+        return ArtifactStore, (self.local.root, url, self.signing_key)
 
     @property
     def place(self) -> str:

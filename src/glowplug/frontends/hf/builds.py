@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from transformers.utils import logging
 
 from glowplug.background.job import Job, Outcome, Say
 from glowplug.compilation import Compilation
-from glowplug.compilers import PieceCompiler, get_compiler
+from glowplug.compilers import InductorCompiler, PieceCompiler, get_compiler
 from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import NotServableError, UsageError
 from glowplug.front import FrontEnd
 from glowplug.frontends.hf.calls import HfCall, Signature
-from glowplug.graph.capture import drop_memory
+from glowplug.graph.capture import drop_memory, in_mode_of
 from glowplug.options import Options
 from glowplug.reasons import why
 from glowplug.report import ElsewhereReport, Report
@@ -82,17 +84,43 @@ def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Co
     return build_for_others(front, options, get_compiler(options.compiler), front.first_call(), bodies=bodies)
 
 
-def _bake_configuration(
-    say: Say,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    settings: Mapping[str, Any],
-    options: Options,
-) -> None:
-    """The work of a job: `bake` for a configuration."""
-    logging.set_verbosity_error()
-    _finish(say, bake(weightless_model(config, dtype=dtype, device=device, **settings), options, bodies=False))
+@dataclass(frozen=True)
+class _Recipe:
+    """How a job builds a program from a configuration, see `weightless_model`."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    settings: Mapping[str, Any]
+    options: Options
+
+    def bake(self, **options: Any) -> Compilation:
+        """`bake`, with some options of its own."""
+        logging.set_verbosity_error()
+        model = weightless_model(self.config, dtype=self.dtype, device=self.device, **self.settings)
+        # A fork has no GPU for the tensors of the call.
+        with in_mode_of(next(model.parameters())) if self.device.type == "cuda" else contextlib.nullcontext():
+            return bake(model, dataclasses.replace(self.options, **options), bodies=False)
+
+
+def _bake_anew(say: Say, recipe: _Recipe) -> None:
+    """The work of a job that is a new process."""
+    _finish(say, recipe.bake(ends="compiled"))
+
+
+def _bake_in_fork(say: Say, recipe: _Recipe, compiler: PieceCompiler) -> None:
+    """The work of a job that is a fork. If that fails for a GPU, whose driver a fork can't call, a new process does it.
+    """
+    if isinstance(compiler, InductorCompiler):
+        compiler.stand_in()
+    compilation = recipe.bake(compiler=compiler)
+    by_name = isinstance(recipe.options.compiler, str)
+    if compilation.report.programs or recipe.device.type == "cpu" or not by_name:
+        _finish(say, compilation)
+        return
+    outcome = Job.spawn(_bake_anew, recipe).outcome(math.inf)
+    assert outcome is not None
+    say(outcome.reason, **outcome.facts)
 
 
 def _finish(say: Say, compilation: Compilation) -> None:
@@ -103,10 +131,13 @@ def _finish(say: Say, compilation: Compilation) -> None:
     compilation.pieces.finish()
 
 
-def _can_fork(device: torch.device) -> bool:
-    """Whether a fork of this process can build: on Linux without a GPU. Dynamo reads the state of a GPU's random
-    generator even if the model is on the CPU, and that fails in a fork of a process that has merely counted its GPUs.
+def _can_fork(compiler: PieceCompiler, device: torch.device) -> bool:
+    """Whether a fork of this process can build: on Linux without a GPU, or for a GPU if the compiler stands in for it.
+    Dynamo reads the state of a GPU's random generator even if the model is on the CPU, and that fails in a fork of a
+    process that has merely counted its GPUs.
     """
+    if device.type == "cuda":
+        return isinstance(compiler, InductorCompiler) and compiler.may_bake(device)
     return sys.platform == "linux" and device.type == "cpu" and not torch.accelerator.is_available()
 
 
@@ -114,14 +145,13 @@ def begin_baking(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, settings: Mapping[str, Any], options: Options
 ) -> Job:
     """Begin to build a program from a configuration, see `weightless_model`; `options` name a store."""
-    options = dataclasses.replace(options, background=False)
-    if _can_fork(device):
-        options = dataclasses.replace(options, compiler=get_compiler(options.compiler))  # a fork has only one thread
-        return Job.fork(lambda say: _bake_configuration(say, config, dtype, device, settings, options))
+    recipe = _Recipe(config, dtype, device, settings, dataclasses.replace(options, background=False))
+    compiler = get_compiler(options.compiler)  # before a fork, which has only one thread
+    if _can_fork(compiler, device):
+        return Job.fork(lambda say: _bake_in_fork(say, recipe, compiler))
     if not isinstance(options.compiler, str):
         return Job("a compiler of one's own can't be used in a process of its own")
-    options = dataclasses.replace(options, ends="compiled")
-    return Job.spawn(_bake_configuration, config, dtype, device, settings, options)
+    return Job.spawn(_bake_anew, recipe)
 
 
 def with_store(options: Options) -> tuple[Options, Scratch | None]:
@@ -174,9 +204,9 @@ class Builds:
     def _begin(self, call: HfCall) -> Job:
         model: Any = self.front.model
         device = call.inputs.device
-        if _can_fork(device):
+        compiler = get_compiler(self.options.compiler)  # before the fork, which has only one thread
+        if device.type == "cpu" and _can_fork(compiler, device):
             call = dataclasses.replace(call, cache=None)
-            compiler = get_compiler(self.options.compiler)  # before the fork, which has only one thread
             front, options = self.front, self.options
 
             def build(say: Say) -> None:

@@ -32,7 +32,7 @@ from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
 from glowplug.frontends.hf.steps.attention import CheckedAttention, step_attention, without_plans
 from glowplug.frontends.hf.steps.decode import GrowingStep, StaticStep, decode_step
-from glowplug.graph.capture import Captured
+from glowplug.graph.capture import Captured, weightless
 from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
 from glowplug.layers.registry import LayerRegistry, register_layers
@@ -249,7 +249,7 @@ class HfFrontEnd:
             discover.give_attention_functions(self.model)
         self._own_steps.clear()
         target = trace.target(model, call, rung, self.plan)
-        alone = call.device.type == "cuda" and self.processes is None
+        alone = call.device.type == "cuda" and self.processes is None and not weightless(self.model)
         return replace(target, meanwhile=functools.partial(self._run_own, call)) if alone else target
 
     def _run_own(self, call: HfCall) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from glowplug.compilers.base import StoringCompiler
 from glowplug.compilers.environment import describe_environment
-from glowplug.compilers.gpu import GpuForks
+from glowplug.compilers.gpu.forks import GpuForks
 from glowplug.compilers.inductor import InductorCompiler
 from glowplug.frontends.vllm.private import vllm
 from glowplug.graph.pickled import graph_from_bytes, graph_to_bytes
@@ -153,7 +153,7 @@ class PiecewiseCompiler:
 
     def forks(self, inputs: Sequence[Sequence[Any]], *, several: bool = False) -> bool:
         """See `StoringCompiler.forks`."""
-        return self._forks.prepare()
+        return self._forks.load()
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""

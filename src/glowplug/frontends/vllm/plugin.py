@@ -77,7 +77,7 @@ def _offer(decoder: Any) -> None:
 
 def _warm_up(config: Any) -> None:
     """Start the compiler's one-off work once per process, while the weights load."""
-    from glowplug.compilers.gpu import warm_up
+    from glowplug.compilers.gpu.warm import warm_up
 
     if config.compilation_config.mode == vllm().CompilationMode.VLLM_COMPILE and not _warmed_up.is_set():
         _warmed_up.set()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from glowplug.compilers.linears import value_of
+from glowplug.compilers.gpu.linears import value_of
 from glowplug.ops.expert_linear import SIZES, has_kernel
 
 if TYPE_CHECKING:

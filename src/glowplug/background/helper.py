@@ -1,0 +1,59 @@
+"""Helpers: forks that get ready while this process does something else, and then do one piece of its work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from glowplug.background.job import Job, Say
+
+
+class Helper:
+    """A fork that prepares itself and then waits for work. It ends with this object, or with this process.
+
+    Args:
+        prepare: what it does first, without a GPU and without this process's threads; returns what the work is given.
+    """
+
+    def __init__(self, prepare: Callable[[], Any]) -> None:
+        self._task = tempfile.TemporaryFile(prefix="glowplug-task-")  # noqa: SIM115  (the fork reads it)
+        self._reader, self._writer = os.pipe()
+        self._process = os.getpid()
+        self._job = Job.fork(lambda say: self._serve(prepare, say), nice=0)
+        os.close(self._reader)
+
+    def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
+        """Let the helper do `work(say, prepared, *arguments)`, pickled, once it is ready. None if it has ended, has had
+        work before, or is another process's."""
+        if self._writer < 0 or os.getpid() != self._process or self._job.ended():
+            return None
+        self._task.write(pickle.dumps((work, arguments)))
+        self._task.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has just ended
+            os.write(self._writer, b"\n")
+        self._close()
+        return self._job
+
+    def stop(self) -> None:
+        """End the helper."""
+        self._job.stop()
+        self._close()
+
+    def _close(self) -> None:
+        if self._writer >= 0:
+            os.close(self._writer)
+            self._task.close()
+            self._writer = -1
+
+    def _serve(self, prepare: Callable[[], Any], say: Say) -> None:
+        os.close(self._writer)
+        prepared = prepare()
+        if not os.read(self._reader, 1):  # nobody wants it any more
+            return
+        self._task.seek(0)
+        work, arguments = pickle.load(self._task)
+        work(say, prepared, *arguments)

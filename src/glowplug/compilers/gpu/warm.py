@@ -1,0 +1,64 @@
+"""The one-off work of Inductor and Triton, and their tuning."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from glowplug.runtime.forks import begin_thread
+
+
+@contextlib.contextmanager
+def quick_tuning() -> Iterator[None]:
+    """In this context, measure each configuration of a kernel 20 times instead of 100, which takes a few milliseconds:
+    the kernels of a program are tuned in its first runs."""
+    module: Any = sys.modules.get("torch._inductor.runtime.benchmarking")
+    benchmarker: Any = getattr(module, "benchmarker", None)
+    own = getattr(benchmarker, "benchmark_gpu", None)
+    if own is None or "benchmark_gpu" in vars(benchmarker):
+        yield
+        return
+    benchmarker.benchmark_gpu = functools.partial(own, memory_warmup_iters=10, benchmark_iters=20)
+    try:
+        yield
+    finally:
+        del benchmarker.benchmark_gpu
+
+
+def warm_up(device: int | None) -> None:
+    """Begin the one-off work of Inductor and Triton, in threads: imports, and hashes of both. What is missing is
+    reported by those who need it.
+
+    Args:
+        device: the index of the GPU that the calling thread uses; None on a CPU.
+    """
+    if device is not None:
+        warm_up_triton(device)
+    begin_thread(_warm_up_inductor, "glowplug-warm-up")
+
+
+def warm_up_triton(device: int) -> None:
+    """Begin to hash Triton and to compile its driver, in a thread. Both leave the interpreter to other threads."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception), torch.cuda.device(device):  # each thread has its own
+            from torch.utils._triton import triton_hash_with_backend
+            from triton.compiler import code_generator  # noqa: F401
+
+            triton_hash_with_backend()
+
+    begin_thread(work, "glowplug-warm-up-triton")
+
+
+def _warm_up_inductor() -> None:
+    with contextlib.suppress(Exception):
+        import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
+        from torch._inductor import compile_fx  # noqa: F401
+        from torch._inductor.codecache import torch_key
+
+        torch_key()
