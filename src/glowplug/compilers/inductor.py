@@ -18,12 +18,11 @@ from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.gpu.forks import GpuForks
 from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
-from glowplug.compilers.gpu.warm import warm_up_triton
+from glowplug.compilers.gpu.warm import warm_up, warm_up_triton
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
-from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
 
 try:
@@ -139,7 +138,7 @@ class InductorCompiler:
         """See `PieceCompiler`: to a process that imported Inductor while this one traced."""
         job = self._helper.hand_over(work, *arguments) if self._helper is not None else None
         if job is not None and not self._gpu_forks.stand_in():
-            begin_thread(self.warm_up_loading, "glowplug-warm-up")
+            warm_up(None)
         return job
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:

@@ -197,7 +197,7 @@ class _Compilation:
         if handed_over is not None:
             jobs = [handed_over[0]]
         elif channel is not None:
-            jobs, beside = self.fork(pieces, channel, workers - (meanwhile is None))
+            jobs, beside = self.fork([pieces] * (workers - (meanwhile is None)), channel)
         self.jobs = list(jobs)
         compile_free = functools.partial(self._compile_free, pieces, channel or self.cache.store)
         with piece_progress(len(pieces)) as advance:
@@ -220,14 +220,13 @@ class _Compilation:
         if channel is not None:
             self._take_over(pieces, channel, advance)
 
-    def fork(
-        self, pieces: Mapping[Fingerprint, Piece], channel: PieceStore, workers: int
-    ) -> tuple[list[Job], list[Job]]:
-        """Begin to compile pieces in forks of this process. Returns the forks, and those that compile what no piece
-        contains."""
-        jobs = [Job.fork(functools.partial(self._work, pieces, channel), nice=0) for _ in range(workers)]
+    def fork(self, shares: Sequence[Mapping[Fingerprint, Piece]], channel: PieceStore) -> tuple[list[Job], list[Job]]:
+        """Begin to compile pieces, one fork of this process for each share, which may overlap. Returns the forks, and
+        those that compile what no piece contains."""
+        jobs = [Job.fork(functools.partial(self._work, share, channel), nice=0) for share in shares]
         beside_forks = getattr(self.compiler, "beside_forks", None)
-        return jobs, [] if beside_forks is None else beside_forks([piece.gm for piece in pieces.values()])
+        pieces = {fingerprint: piece.gm for share in shares for fingerprint, piece in share.items()}
+        return jobs, [] if beside_forks is None else beside_forks(list(pieces.values()))
 
     def _hand_over(self, pieces: Mapping[Fingerprint, Piece]) -> tuple[Job, PieceStore] | None:
         """Let a helper of the compiler compile pieces. Returns the helper, and the store through which it hands them
@@ -424,10 +423,12 @@ def compile_carried(
         environment: see `PieceStore`.
     """
     mode, modules = unpack(graphs)
-    pieces = {Fingerprint(digest): Piece(gm, (), ()) for digest, gm in zip(digests, modules, strict=True)}
+    pieces = [(Fingerprint(digest), Piece(gm, (), ())) for digest, gm in zip(digests, modules, strict=True)]
+    forks = min(len(pieces), _cores())
     with resumed(mode, specialise) as captured:
         compilation = _Compilation(compiler, PieceCache(), captured)
-        jobs, beside = compilation.fork(pieces, PieceStore(store, compiler, environment), min(len(pieces), _cores()))
+        shares = [dict(pieces[number::forks]) for number in range(forks)]
+        jobs, beside = compilation.fork(shares, PieceStore(store, compiler, environment))
         outcomes = [job.outcome(math.inf) for job in jobs]
     reasons = [outcome.reason for outcome in outcomes if outcome is not None and outcome.reason is not None]
     facts = [outcome.facts for outcome in outcomes if outcome is not None]
