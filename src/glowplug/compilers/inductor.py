@@ -20,6 +20,7 @@ from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
 from glowplug.compilers.gpu.warm import warm_up, warm_up_triton
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
+from glowplug.compilers.light import loading_lightly
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -173,7 +174,7 @@ class InductorCompiler:
         if self._gpu_forks.stand_in():
             return _only_stored
         inductor_artifact, kernels = pickle.loads(artifact)
-        with quiet(), loading_kernels(kernels):
+        with quiet(), loading_lightly(), loading_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
 
     def _compile_or_retry(
