@@ -18,7 +18,7 @@ from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.gpu.forks import GpuForks
 from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
-from glowplug.compilers.gpu.warm import warm_up, warm_up_triton
+from glowplug.compilers.gpu.warm import hash_triton, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.light import loading_lightly
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
@@ -73,7 +73,7 @@ class InductorCompiler:
             # In threads of this process the imports and the trace would wait for each other.
             self._helper = Helper(self._load)
             if not self._gpu_forks.stand_in():
-                warm_up_triton(torch.cuda.current_device())
+                hash_triton(torch.cuda.current_device())
         else:  # as torch.compile does: start the processes that compile Triton kernels
             with quiet():
                 importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
@@ -173,6 +173,8 @@ class InductorCompiler:
         """See `StoringCompiler.load`."""
         if self._gpu_forks.stand_in():
             return _only_stored
+        if self._forks_for_gpu and torch.cuda.is_initialized():
+            hash_triton(torch.cuda.current_device())
         inductor_artifact, kernels = pickle.loads(artifact)
         with quiet(), loading_lightly(), loading_kernels(kernels):
             return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))

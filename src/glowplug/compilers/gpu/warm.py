@@ -38,12 +38,18 @@ def warm_up(device: int | None) -> None:
         device: the index of the GPU that the calling thread uses; None on a CPU.
     """
     if device is not None:
-        warm_up_triton(device)
+        hash_triton(device)
     begin_thread(_warm_up_inductor, "glowplug-warm-up")
 
 
-def warm_up_triton(device: int) -> None:
-    """Begin to hash Triton and to compile its driver, in a thread. Both leave the interpreter to other threads."""
+@functools.cache
+def hash_triton(device: int) -> None:
+    """Begin, once, to hash Triton and to compile its driver, in a thread. Kernels are named by that hash, and both leave
+    the interpreter to other threads.
+
+    Args:
+        device: the index of the GPU that the calling thread uses.
+    """
 
     def work() -> None:
         with contextlib.suppress(Exception), torch.cuda.device(device):  # each thread has its own
@@ -52,7 +58,7 @@ def warm_up_triton(device: int) -> None:
 
             triton_hash_with_backend()
 
-    begin_thread(work, "glowplug-warm-up-triton")
+    begin_thread(work, "glowplug-hash-triton")
 
 
 def _warm_up_inductor() -> None:
