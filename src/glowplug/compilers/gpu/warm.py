@@ -44,8 +44,8 @@ def warm_up(device: int | None) -> None:
 
 @functools.cache
 def hash_triton(device: int) -> None:
-    """Begin, once, to hash Triton and to compile its driver, in a thread. Kernels are named by that hash, and both leave
-    the interpreter to other threads.
+    """Begin, once, to hash Triton, by which kernels are named, and to compile its driver. A thread does both, and they
+    leave the interpreter to others.
 
     Args:
         device: the index of the GPU that the calling thread uses.

@@ -109,7 +109,7 @@ def _bake_anew(say: Say, recipe: _Recipe) -> None:
 
 
 def _bake_in_fork(say: Say, recipe: _Recipe, compiler: PieceCompiler) -> None:
-    """The work of a job that is a fork. If it fails for a GPU, whose driver a fork can't call, a new process does it."""
+    """The work of a job that is a fork. If it fails for a GPU, whose driver it can't call, a new process does it."""
     if isinstance(compiler, InductorCompiler):
         compiler.stand_in()
     compilation = recipe.bake(compiler=compiler)
