@@ -22,8 +22,8 @@ from glowplug.compilers.eager import EagerCompiler
 from glowplug.compilers.toolchain import cpu_toolchain
 from glowplug.graph.fingerprint import Fingerprint
 from glowplug.program import PieceCache, PieceStore
-from glowplug.program import pieces as program_pieces
-from glowplug.program.pieces import compile_pieces
+from glowplug.program import compiling as program_compiling
+from glowplug.program.compiling import compile_pieces
 from glowplug.store import ArtifactStore, LocalStore
 from storing import StoringGraphs
 
@@ -102,7 +102,7 @@ def results(compiler: Stored, found: dict[Fingerprint, Any], cache: PieceCache |
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_pieces, "_cores", lambda: 4)
+    monkeypatch.setattr(program_compiling, "_cores", lambda: 4)
 
 
 def test_forks_compile_and_the_parent_loads() -> None:
@@ -123,7 +123,7 @@ def test_no_process_left_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("crash", ["raise", "exit", "garbage", "hang"])
 def test_what_a_fork_does_not_deliver_is_compiled_here(crash: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_pieces, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(program_compiling, "_PATIENCE_S", 0.5)
     forks: list[int] = []
     fork = job.fork_plainly
     monkeypatch.setattr(job, "fork_plainly", lambda: forks.append(fork()) or forks[-1])

@@ -14,11 +14,14 @@ from transformers import DynamicCache, StaticCache
 
 import families
 import glowplug
+from glowplug.background.job import Job
+from glowplug.compilers import InductorCompiler
 from glowplug.cuda_graphs.recorder import CudaRecorder
 from glowplug.frontends.hf import front
 from glowplug.ops.grouped_attention import attention_in_products
 from glowplug.ops.linears import linears
 from glowplug.ops.moe import moe_forward_shared
+from glowplug.program import compiling
 from test_step_attention import Calls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -71,15 +74,55 @@ def test_inductor() -> None:
     assert glowplug.report(compiled).fallbacks == []
 
 
+@pytest.fixture
+def nothing_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this process compiles a piece")
+
+    monkeypatch.setattr(compiling._Compilation, "_compile", refuse)
+
+
+@pytest.mark.usefixtures("nothing_compiled_here")
+@pytest.mark.parametrize("helped", [True, False])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe", "deepseek_v3"])
-def test_forks_compile_every_piece(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_forks_compile_every_piece(
+    family: str, helped: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None of them calls the driver, for which this process would have to compile its piece."""
+    if not helped:
+        monkeypatch.setattr(InductorCompiler, "hand_over", lambda *_: None)
     model = families.build(family, layers=12).to("cuda", torch.bfloat16)
     glowplug.compile(model, experts="inline")
     with caplog.at_level(logging.DEBUG, logger="glowplug"), torch.no_grad():
         model(families.prompt(2, 5).cuda())
     assert glowplug.report(model).strategy == "stamped"
     assert "not compiled in a fork" not in caplog.text
+    assert "by a helper" not in caplog.text
+
+
+@pytest.mark.usefixtures("nothing_compiled_here")
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe", "ernie4_5_moe"])
+def test_a_fork_builds_what_this_process_serves(
+    family: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the weights load, or in the background; no other process imports torch anew."""
+    monkeypatch.setattr(Job, "spawn", lambda *_: Job("a new process"))
+    made = families.build(family, layers=6).to(torch.bfloat16)
+    made.save_pretrained(tmp_path / "model")
+    ids, store = families.prompt(2, 5).cuda(), tmp_path / "store"
+    if background:
+        model = made.cuda()
+        glowplug.compile(model, cache_dir=store, background=True)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        glowplug.wait(model)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    else:
+        model = glowplug.from_pretrained(tmp_path / "model", device_map="cuda", dtype=torch.bfloat16, cache_dir=store)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    report = glowplug.report(model)
+    assert report.elsewhere is not None
+    assert (report.elsewhere.reason, report.start, report.strategy) == (None, "warm", "stamped")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -16,7 +16,7 @@ class Helper:
     """A fork that prepares itself and then waits for work. It ends with this object, or with this process.
 
     Args:
-        prepare: what it does first, without a GPU and without this process's threads; returns what the work is given.
+        prepare: what it does first, without this process's GPU and threads; returns what the work is given.
     """
 
     def __init__(self, prepare: Callable[[], Any]) -> None:

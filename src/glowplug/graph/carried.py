@@ -77,50 +77,47 @@ def _is_carried(key: str) -> bool:
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph whose nodes have only values, in carried form."""
-    if any(node.op in ("get_attr", "call_module") for node in gm.graph.nodes):
+    calls = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    if any(node.op in ("get_attr", "call_module") for node in calls):
         raise NotCarriableError("it holds modules or constants")
     inputs = [node.meta.get(_VALUE) for node in gm.graph.nodes if node.op == "placeholder"]
     if not all(type(value) is FakeTensor or isinstance(value, (int, float, torch.SymInt)) for value in inputs):
         raise NotCarriableError("it has inputs that are not tensors or sizes")
     memory = Counter(value.untyped_storage()._cdata for value in inputs if isinstance(value, FakeTensor))
-    if max(memory.values(), default=0) > 1 and any(map(may_mutate, gm.graph.nodes)):
+    if max(memory.values(), default=0) > 1 and any(map(may_mutate, calls)):
         raise NotCarriableError("it may write to memory that two of its inputs share")
+    if not all(map(_begins_its_memory, inputs)):
+        raise NotCarriableError("it has an input that does not begin where its memory does")
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.nodes:
-        try:
-            carried = _map(node.meta.get(_VALUE), torch.Tensor, _carried)
-        except NotCarriableError:
-            if node.op == "placeholder":
-                raise
-            carried = None  # compilation computes what nodes return
-        node.meta = {_CARRIED: carried}
+        node.meta = {_CARRIED: _map(node.meta.get(_VALUE), torch.Tensor, _carried)}
     return fx.GraphModule(nn.Module(), graph)
 
 
 def _map(value: Any, kind: type, form: Callable[[Any], Any]) -> Any:
-    """A value of a node in which each tensor is in another form."""
+    """A value of a node in which each tensor is in another form; None in place of what can't be carried."""
     if isinstance(value, kind):
         return form(value)
     if isinstance(value, (tuple, list)):
-        return [_map(each, kind, form) for each in value]
-    if value is None or isinstance(value, (int, float, str, torch.SymInt)):
-        return value
-    raise NotCarriableError(f"a {type(value).__name__} in it can't be carried")
+        mapped = [_map(each, kind, form) for each in value]
+        return tuple(mapped) if isinstance(value, tuple) else mapped
+    return value if isinstance(value, (int, float, str, torch.SymInt)) else None
 
 
-def _carried(tensor: torch.Tensor) -> _Tensor:
-    plain = (
-        type(tensor) is FakeTensor and tensor.layout == torch.strided and not tensor.is_conj() and not tensor.is_neg()
-    )
-    if not plain or not _is_zero(tensor.storage_offset()):
-        raise NotCarriableError("a tensor in it is not a plain one that begins where its memory does")
+def _carried(tensor: torch.Tensor) -> _Tensor | None:
+    """Where a tensor begins in its memory is not carried."""
+    if type(tensor) is not FakeTensor or tensor.layout != torch.strided:
+        return None
     return _Tensor(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _is_zero(offset: Any) -> bool:
-    """Whether an offset is a plain zero; asks for no guard."""
-    return (isinstance(offset, int) and offset == 0) or str(offset) == "0"
+def _begins_its_memory(value: Any) -> bool:
+    """Whether an input is a plain tensor at the beginning of its memory, or no tensor. Asks for no guard."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    plain = value.layout == torch.strided and not value.is_conj() and not value.is_neg()
+    return plain and str(value.storage_offset()) == "0"
 
 
 def _made(tensor: _Tensor) -> torch.Tensor:

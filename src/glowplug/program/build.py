@@ -17,7 +17,8 @@ from glowplug.graph.stamp import Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.pieces import PieceCache, compile_pieces
+from glowplug.program.compiling import compile_pieces
+from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
 from glowplug.program.write import Slots

@@ -29,7 +29,8 @@ from glowplug.graph.sources import parse
 from glowplug.graph.split import Piece, split
 from glowplug.graph.stamp import reads, stamp
 from glowplug.program import template as templates
-from glowplug.program.pieces import PieceCache, compile_pieces
+from glowplug.program.compiling import compile_pieces
+from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Plan, outline_of
 from glowplug.program.template import Template
 from glowplug.reasons import why

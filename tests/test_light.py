@@ -1,0 +1,78 @@
+"""Stored pieces load without Inductor's compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glowplug.compilers.light import extern_kernels, light_source
+
+HEADER = """import torch
+from torch._inductor.select_algorithm import extern_kernels
+from torch._inductor.codegen.multi_kernel import MultiKernelCall
+from torch._inductor.codegen.memory_planning import _align as align
+"""
+WARM = """
+import json, sys
+import torch
+import families, glowplug
+
+eager, model = families.build("gpt_oss", layers=6), families.build("gpt_oss", layers=6)
+glowplug.compile(model, cache_dir=sys.argv[1], ends="compiled", inside="eager")
+ids = families.prompt(2, 5)
+with torch.no_grad():
+    equal = torch.allclose(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+print(json.dumps([glowplug.report(model).start, equal, sorted(name for name in sys.argv[2:] if name in sys.modules)]))
+"""
+COMPILER = ("compile_fx", "select_algorithm", "lowering", "graph", "scheduler", "ir")
+
+
+def test_imports_that_nothing_uses_are_left_out() -> None:
+    assert light_source(HEADER + "def call(args): pass\n") == "import torch\ndef call(args): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("align", "align(8)"),
+        ("MultiKernelCall", "MultiKernelCall('x')"),
+        ("extern_kernels", "extern_kernels.convolution(x)"),
+        ("extern_kernels", "f(extern_kernels)"),
+    ],
+)
+def test_what_is_used_is_imported_from_where_inductor_has_it(name: str, use: str) -> None:
+    (line,) = [line for line in HEADER.splitlines() if line.endswith(name)]
+    assert light_source(f"{HEADER}{use}\n").splitlines() == ["import torch", line, use]
+
+
+def test_products_are_those_of_torch() -> None:
+    source = light_source(HEADER + "extern_kernels.mm(a, b, out=c)\nextern_kernels.addmm(d, a, b, alpha=1, out=c)\n")
+    assert "torch._inductor" not in source
+    a, b, d = torch.randn(2, 3), torch.randn(3, 4), torch.randn(4)
+    scope = {"a": a, "b": b, "c": torch.empty(2, 4), "d": d}
+    exec(source, scope)
+    torch.testing.assert_close(scope["c"], d + a @ b)
+
+
+def test_products_are_those_that_inductor_means() -> None:
+    from torch._inductor.select_algorithm import extern_kernels as inductors
+
+    for name, function in vars(extern_kernels).items():
+        assert getattr(inductors, name) is function
+
+
+def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
+    """Nor does a piece that runs: it is Inductor's code, compiled by the first process."""
+    names = [f"torch._inductor.{name}" for name in COMPILER]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    outputs = []
+    for _ in range(2):
+        command = [sys.executable, "-c", WARM, str(tmp_path / "store"), *names]
+        outputs.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert outputs[0].startswith('["cold", true')
+    assert outputs[1].strip() == '["warm", true, []]'
