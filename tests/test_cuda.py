@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import families
 import glowplug
@@ -102,7 +102,7 @@ def test_forks_compile_every_piece(
 
 @pytest.mark.usefixtures("nothing_compiled_here")
 @pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "glm4_moe"])
 def test_a_fork_builds_what_this_process_serves(
     family: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,10 +112,10 @@ def test_a_fork_builds_what_this_process_serves(
     made.save_pretrained(tmp_path / "model")
     ids, store = families.prompt(2, 5).cuda(), tmp_path / "store"
     if background:
-        model = made.cuda()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cuda", dtype=torch.bfloat16)
         glowplug.compile(model, cache_dir=store, background=True)
         model.generate(ids, max_new_tokens=2, do_sample=False)
-        glowplug.wait(model)
+        glowplug.settle(model)
         model.generate(ids, max_new_tokens=2, do_sample=False)
     else:
         model = glowplug.from_pretrained(tmp_path / "model", device_map="cuda", dtype=torch.bfloat16, cache_dir=store)

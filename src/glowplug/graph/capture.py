@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from glowplug.errors import CaptureError, UnsupportedTorchError
 from glowplug.graph import sources
@@ -300,6 +301,20 @@ def in_mode_of(tensor: Tensor) -> Iterator[None]:
             yield
     else:
         yield
+
+
+class TensorsWithoutMemory(TorchFunctionMode):
+    """In a fake mode, let `torch.tensor` make fake tensors on a GPU. By itself it would first make a real one there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None:
+            made = func(*args, **{**kwargs, "device": "cpu"})
+            return torch.empty(made.shape, dtype=made.dtype, device=device)
+        return func(*args, **kwargs)
 
 
 def drop_memory(model: nn.Module, device: torch.device) -> None:

@@ -35,7 +35,7 @@ from glowplug.compilers.base import StoringCompiler
 from glowplug.errors import NotServableError, UsageError
 from glowplug.front import FrontEnd
 from glowplug.frontends.hf.calls import HfCall, Signature
-from glowplug.graph.capture import drop_memory, in_mode_of
+from glowplug.graph.capture import TensorsWithoutMemory, drop_memory, in_mode_of, weightless
 from glowplug.options import Options
 from glowplug.reasons import why
 from glowplug.report import ElsewhereReport, Report
@@ -81,7 +81,9 @@ def bake(model: PreTrainedModel, options: Options, *, bodies: bool = True) -> Co
     from glowplug.frontends.hf.front import HfFrontEnd
 
     front = HfFrontEnd(model, options)
-    return build_for_others(front, options, get_compiler(options.compiler), front.first_call(), bodies=bodies)
+    with TensorsWithoutMemory() if weightless(model) else contextlib.nullcontext():
+        call = front.first_call()
+    return build_for_others(front, options, get_compiler(options.compiler), call, bodies=bodies)
 
 
 @dataclass(frozen=True)
