@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +112,7 @@ def test_a_fork_builds_what_this_process_serves(
 ) -> None:
     """While the weights load, or in the background; no other process imports torch anew."""
     monkeypatch.setattr(Job, "spawn", lambda *_: Job("a new process"))
-    made = families.build(family, layers=6).to(torch.bfloat16)
+    made = families.build(family, layers=12).to(torch.bfloat16)
     made.save_pretrained(tmp_path / "model")
     ids, store = families.prompt(2, 5).cuda(), tmp_path / "store"
     if background:
@@ -123,6 +127,34 @@ def test_a_fork_builds_what_this_process_serves(
     report = glowplug.report(model)
     assert report.elsewhere is not None
     assert (report.elsewhere.reason, report.start, report.strategy) == (None, "warm", "stamped")
+
+
+WARM = """
+import json, sys, torch
+import families, glowplug
+from triton.compiler.compiler import ASTSource
+
+made = []
+own = ASTSource.make_ir
+ASTSource.make_ir = lambda source, *args: made.append(source.name) or own(source, *args)
+model = families.build("glm4_moe", layers=12).to("cuda", torch.bfloat16)
+glowplug.compile(model, cache_dir=sys.argv[1], experts="inline")
+model.generate(families.prompt(1, 5).cuda(), max_new_tokens=3, do_sample=False)
+print(json.dumps([glowplug.report(model).start, made]))
+"""
+
+
+def test_a_warm_start_compiles_no_kernel(tmp_path: Path) -> None:
+    """Not even where Triton's cache is empty: those of glowplug's own ops are stored with the pieces."""
+    outputs = []
+    for number in range(2):
+        caches = {"TRITON_CACHE_DIR": f"{tmp_path}/triton{number}", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/{number}"}
+        environment = os.environ | caches | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", WARM, str(tmp_path / "store")]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        outputs.append(json.loads(output.splitlines()[-1]))
+    assert [start for start, _ in outputs] == ["cold", "warm"]
+    assert outputs[1][1] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -18,7 +18,7 @@ from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.gpu.forks import GpuForks
 from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
-from glowplug.compilers.gpu.warm import hash_triton, warm_up
+from glowplug.compilers.gpu.warm import hash_triton, share_triton_cache, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
 from glowplug.compilers.light import loading_lightly
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
@@ -174,6 +174,7 @@ class InductorCompiler:
         if self._gpu_forks.stand_in():
             return _only_stored
         if self._forks_for_gpu and torch.cuda.is_initialized():
+            share_triton_cache()
             hash_triton(torch.cuda.current_device())
         inductor_artifact, kernels = pickle.loads(artifact)
         with quiet(), loading_lightly(), loading_kernels(kernels):
@@ -195,7 +196,7 @@ class InductorCompiler:
             piece = merge_linears(piece)
         if _on_gpu(inputs) and self._forks_for_gpu:  # instead of processes of Inductor's, which start for seconds
             patches = {"compile_threads": 1, **patches}
-        if self._gpu_forks.enter():
+        if self._gpu_forks.enter(launches_of([piece]) if _on_gpu(inputs) else ()):
             # It can't run kernels: they are tuned when they first run, and no product is tried with padded matrices.
             patches = {"triton.autotune_at_compile_time": False, "shape_padding": False, **patches}
         patches = {"cpp.threads": self.threads, **self.options, **patches}

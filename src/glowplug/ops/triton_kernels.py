@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,10 +158,16 @@ class Launch:
         """Launch the kernel."""
         self.kernel[self.grid](*self.arguments, **dict(self.constants))
 
-    def compile(self) -> None:
-        """Only compile it and its launcher, into Triton's cache. Takes tensors to lie at multiples of 16 bytes."""
+    def compile(self) -> tuple[str, str | None]:
+        """Only compile it and its launcher, into Triton's cache. Takes tensors to lie at multiples of 16 bytes.
+
+        Returns:
+            The hash of the kernel, and the name of the launcher's folder in Triton's cache, if it is known.
+        """
         compiled = self.kernel.warmup(*self._types, grid=self.grid, **dict(self.constants))
-        driver.active.launcher_cls(compiled.src, compiled.metadata)
+        launcher = driver.active.launcher_cls(compiled.src, compiled.metadata)
+        file = getattr(getattr(launcher.launch, "__self__", None), "__file__", None)
+        return compiled.hash, Path(file).parent.name if file is not None else None
 
     @property
     def compiled_for(self) -> tuple[Any, ...]:

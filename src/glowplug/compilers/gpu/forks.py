@@ -19,6 +19,7 @@ import torch
 
 from glowplug.background.job import Job, Say
 from glowplug.compilers.gpu.notes import Gpu
+from glowplug.compilers.gpu.warm import share_triton_cache
 from glowplug.runtime.forks import fork_workers
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class GpuForks:
         lacks something that they need."""
         if self._gpu is None and torch.cuda.is_initialized() and torch.version.cuda is not None:
             try:
+                share_triton_cache()
                 self._gpu, self._process = Gpu.note(), os.getpid()
             except Exception:
                 logger.debug("glowplug: pieces can't be compiled in forks", exc_info=True)
@@ -59,8 +61,12 @@ class GpuForks:
             self._stands_in = True
         return True
 
-    def enter(self) -> bool:
-        """The same before each piece that a process compiles: Inductor and Triton answer from the notes, too."""
+    def enter(self, launches: Sequence[Launch] = ()) -> bool:
+        """The same before each piece that a process compiles: Inductor and Triton answer from the notes, too.
+
+        Args:
+            launches: those of glowplug's own kernels in the piece, which are stored with it.
+        """
         if not self.stand_in():
             return False
         if self._kernels is None:
@@ -68,7 +74,7 @@ class GpuForks:
             self._gpu.stand_in_for_compilers()
             self._kernels = _Kernels()
             self._kernels.take_over()
-        self._kernels.begin()
+        self._kernels.begin(launches)
         return True
 
     def load(self) -> bool:
@@ -124,10 +130,12 @@ class _Kernels:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Any, str | None]] = []
+        self._launches: list[Launch] = []
 
-    def begin(self) -> None:
-        """Begin a piece. What waits is of one that failed."""
+    def begin(self, launches: Sequence[Launch]) -> None:
+        """Begin a piece with these launches of glowplug's own kernels. What waits is of one that failed."""
         self._waiting.clear()
+        self._launches = list(launches)
 
     def add(self, tuner: Any, key: str | None) -> None:
         """A kernel, and the key by which it is bundled with its piece."""
@@ -152,6 +160,21 @@ class _Kernels:
             tuner._precompile_worker()
             if key is not None and tuner.is_statically_launchable():
                 TritonBundler.put_static_autotuner(key, tuner)
+        self._bundle_own()
+
+    def _bundle_own(self) -> None:
+        """Store glowplug's own kernels with the piece: Triton, which launches them, finds them in its cache again."""
+        from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
+        from torch._inductor.triton_bundler import TritonBundler
+
+        folders: set[str | None] = set()
+        for launch in self._launches:
+            with contextlib.suppress(Exception):  # whoever needs the kernel compiles it
+                kernel, launcher = launch.compile()
+                folders |= {triton_hash_to_path_key(kernel), launcher}
+        for folder in sorted(filter(None, folders)):
+            TritonBundler.put(folder, torch.cuda.current_device())
+        self._launches.clear()
 
     def take_over(self) -> None:
         """Let Inductor compile kernels in this way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,13 @@ def warm_up(device: int | None) -> None:
     if device is not None:
         hash_triton(device)
     begin_thread(_warm_up_inductor, "glowplug-warm-up")
+
+
+def share_triton_cache() -> None:
+    """Let Triton keep glowplug's own kernels where Inductor makes it keep those of pieces."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(torch.cuda.current_device()))
 
 
 @functools.cache
