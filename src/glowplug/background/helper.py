@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from glowplug.background.job import Job, Say
+
+logger = logging.getLogger("glowplug")
 
 
 class Helper:
@@ -29,7 +32,11 @@ class Helper:
     def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
         """Let the helper do `work(say, prepared, *arguments)`, pickled, once it is ready. None if it has ended, has had
         work before, or is another process's."""
-        if self._writer < 0 or os.getpid() != self._process or self._job.ended():
+        if self._writer < 0 or os.getpid() != self._process:
+            return None
+        if self._job.ended():
+            outcome = self._job.outcome()
+            logger.debug("glowplug: a helper ended: %s", outcome.reason if outcome is not None else None)
             return None
         self._task.write(pickle.dumps((work, arguments)))
         self._task.flush()

@@ -196,7 +196,8 @@ class InductorCompiler:
             piece = merge_linears(piece)
         if _on_gpu(inputs) and self._forks_for_gpu:  # instead of processes of Inductor's, which start for seconds
             patches = {"compile_threads": 1, **patches}
-        if self._gpu_forks.enter(launches_of([piece]) if _on_gpu(inputs) else ()):
+        if self._gpu_forks.enter():
+            self._gpu_forks.begin(launches_of([piece]))
             # It can't run kernels: they are tuned when they first run, and no product is tried with padded matrices.
             patches = {"triton.autotune_at_compile_time": False, "shape_padding": False, **patches}
         patches = {"cpp.threads": self.threads, **self.options, **patches}

@@ -61,12 +61,8 @@ class GpuForks:
             self._stands_in = True
         return True
 
-    def enter(self, launches: Sequence[Launch] = ()) -> bool:
-        """The same before each piece that a process compiles: Inductor and Triton answer from the notes, too.
-
-        Args:
-            launches: those of glowplug's own kernels in the piece, which are stored with it.
-        """
+    def enter(self) -> bool:
+        """The same in a process before it compiles: Inductor and Triton answer from the notes, too."""
         if not self.stand_in():
             return False
         if self._kernels is None:
@@ -74,8 +70,16 @@ class GpuForks:
             self._gpu.stand_in_for_compilers()
             self._kernels = _Kernels()
             self._kernels.take_over()
-        self._kernels.begin(launches)
         return True
+
+    def begin(self, launches: Sequence[Launch]) -> None:
+        """Begin a piece, in a process that has entered.
+
+        Args:
+            launches: those of glowplug's own kernels in the piece, which are stored with it.
+        """
+        if self._kernels is not None:
+            self._kernels.begin(launches)
 
     def load(self) -> bool:
         """Do what each fork would otherwise do by itself. Returns whether forks can compile."""

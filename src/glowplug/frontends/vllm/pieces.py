@@ -157,7 +157,8 @@ class PiecewiseCompiler:
 
     def compile_to_bytes(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> bytes:
         """See `StoringCompiler.compile_to_bytes`."""
-        self._forks.enter()
+        if self._forks.enter():
+            self._forks.begin(())
         return self.compile_and_store(piece, inputs)[1]
 
     def compile_and_store(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Run, bytes]:
