@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from glowplug.background.job import Job, Say
+from glowplug.runtime.forks import await_threads
 
 logger = logging.getLogger("glowplug")
 
@@ -26,6 +27,7 @@ class Helper:
         self._task = tempfile.TemporaryFile(prefix="glowplug-task-")  # noqa: SIM115  (the fork reads it)
         self._reader, self._writer = os.pipe()
         self._process = os.getpid()
+        await_threads()
         self._job = Job.fork(lambda say: self._serve(prepare, say), nice=0)
         os.close(self._reader)
 

@@ -145,14 +145,21 @@ _SOFT = 1
 """`omp_pause_soft`: ends the threads and keeps the settings."""
 
 
+def await_threads(patience_s: float = _PATIENCE_S) -> None:
+    """Wait for glowplug's own threads for a limited time: a module that one of them imports can't be imported in a fork
+    that lacks the thread."""
+    deadline = time.monotonic() + patience_s
+    for thread in list(_threads):
+        if thread is not threading.current_thread() and thread.ident is not None:
+            thread.join(max(deadline - time.monotonic(), 0))
+
+
 def _before() -> None:
     _thread.locks = locks = []
     if getattr(_thread, "plain", False):
         return
     deadline = time.monotonic() + _PATIENCE_S
-    for thread in list(_threads):
-        if thread is not threading.current_thread() and thread.ident is not None:
-            thread.join(max(deadline - time.monotonic(), 0))
+    await_threads()
     for lock in list(_awaited):
         if lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
             locks.append(lock)

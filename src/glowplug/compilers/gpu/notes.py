@@ -93,6 +93,7 @@ class Gpu:
                 self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
                 self.launcher_cls = CudaLauncher
                 self.get_current_device = lambda: notes.current
+                self.set_current_device = lambda device: None
                 self.get_current_stream = lambda device=None: 0
                 self.get_device_capability = lambda device=None: notes.capabilities[notes._index(device)]
 
