@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import families
+import glowplug
 from glowplug.compilers.light import extern_kernels, light_source
 
 HEADER = """import torch
@@ -64,6 +66,17 @@ def test_products_are_those_that_inductor_means() -> None:
 
     for name, function in vars(extern_kernels).items():
         assert getattr(inductors, name) is function
+
+
+def test_a_profiler_names_a_stored_piece(tmp_path: Path) -> None:
+    ids = families.prompt(2, 5)
+    for _ in range(2):
+        model = families.build("qwen3", layers=6)
+        glowplug.compile(model, cache_dir=tmp_path / "store", ends="compiled", inside="eager")
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            model(ids)
+    assert glowplug.report(model).start == "warm"
+    assert any(event.key.startswith("## Call CompiledFxGraph") for event in profile.key_averages())
 
 
 def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:

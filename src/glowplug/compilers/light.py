@@ -64,7 +64,10 @@ def _patch_inductor() -> None:
         """A compiled piece; it notes nothing for Inductor's debugger."""
 
         def __call__(self, inputs: Any) -> Any:
-            return self.current_callable(inputs)
+            if not torch.autograd.profiler._is_profiler_enabled:
+                return self.current_callable(inputs)
+            with torch.autograd.profiler.record_function(f"## Call CompiledFxGraph {self.cache_key} ##"):
+                return self.current_callable(inputs)
 
     own: Any = getattr(FxGraphCache, "cache_hit_post_compile", None)
     if own is None:  # pragma: no cover - depends on the torch installed
