@@ -31,7 +31,7 @@ with torch.no_grad():
     equal = torch.allclose(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
 print(json.dumps([glowplug.report(model).start, equal, sorted(name for name in sys.argv[2:] if name in sys.modules)]))
 """
-COMPILER = ("compile_fx", "select_algorithm", "lowering", "graph", "scheduler", "ir")
+COMPILER = ("compile_fx", "select_algorithm", "lowering", "decomposition", "graph", "scheduler", "ir")
 
 
 def test_imports_that_nothing_uses_are_left_out() -> None:

@@ -20,7 +20,7 @@ from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
 from glowplug.compilers.gpu.warm import hash_triton, share_triton_cache, warm_up
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
-from glowplug.compilers.light import loading_lightly
+from glowplug.compilers.light import lighten, loading_lightly
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
@@ -167,7 +167,7 @@ class InductorCompiler:
         """See `StoringCompiler.compile_and_store`."""
         with noting_kernels() as kernels:
             artifact = self._compile_or_retry(piece, inputs, aot=True, **patches)
-        return _callable(artifact), pickle.dumps((artifact.serialize(), read_kernels(kernels)))
+        return _callable(artifact), pickle.dumps((lighten(artifact.serialize()), read_kernels(kernels)))
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""

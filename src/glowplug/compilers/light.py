@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def light_source(source: str) -> str:
     if all(name in vars(extern_kernels) for name in uses):
         source = source.replace(_EXTERN, f"from {__name__} import extern_kernels\n" if uses else "")
     return source
+
+
+def lighten(artifact: bytes) -> bytes:
+    """A serialised piece without the functions that only compiling it called, which would be imported with it."""
+    try:
+        bundle = pickle.loads(artifact)
+        if bundle[0].compiled_fw.result.fx_kwargs.pop("get_decomp_fn", None) is None:
+            return artifact
+        return pickle.dumps(bundle)
+    except Exception:  # torch serialises it in another way
+        return artifact
 
 
 @functools.cache
