@@ -244,9 +244,14 @@ def run_job(work: Callable[[Say], None], folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def in_fork() -> bool:
+    """Whether this process is a job that is a fork, or one of its own forks."""
+    return _parent != 0
+
+
 def orphaned() -> bool:
     """Whether this process is a job whose owner has ended, so that nobody waits for its results."""
-    return _parent != 0 and os.getppid() != _parent
+    return in_fork() and os.getppid() != _parent
 
 
 def _end(process: Process) -> None:

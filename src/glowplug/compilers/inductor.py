@@ -86,7 +86,7 @@ class InductorCompiler:
     def may_bake(self, device: torch.device) -> bool:
         """Call before forking. Returns whether a fork may trace and compile for a GPU that this process uses: not if it
         is none of NVIDIA's, or if torch lacks something that forks need."""
-        if not self._forks_for_gpu or device.type != "cuda":
+        if not self._forks_for_gpu or device.type != "cuda" or not torch.cuda.is_available():
             return False
         torch.cuda.init()
         with torch.cuda.device(device):

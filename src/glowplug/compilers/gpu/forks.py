@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from glowplug.background.job import Job, Say
+from glowplug.background.job import Job, Say, in_fork
 from glowplug.compilers.gpu.notes import Gpu
 from glowplug.compilers.gpu.warm import share_triton_cache
 from glowplug.runtime.forks import fork_workers
@@ -52,9 +52,9 @@ class GpuForks:
         return self._gpu is not None
 
     def stand_in(self) -> bool:
-        """Call in a process before it traces or compiles. Returns whether it is a fork of the one that noted its GPU;
-        then torch answers from the notes."""
-        if self._gpu is None or os.getpid() == self._process:
+        """Call in a process before it traces or compiles. Returns whether it is a job that is a fork of the one that
+        noted its GPU; then torch answers from the notes."""
+        if self._gpu is None or os.getpid() == self._process or not in_fork():
             return False
         if not self._stands_in:
             self._gpu.stand_in()
