@@ -62,13 +62,16 @@ def piecewise(forks: bool) -> None:
     class Forks:
         """What forks rely on where there is no GPU."""
 
-        def prepare(self) -> bool:
+        def load(self) -> bool:
             """They can compile."""
             return True
 
         def enter(self) -> bool:
             """Nothing to stand in for."""
             return True
+
+        def begin(self, launches: Any) -> None:
+            """No kernels."""
 
     def get(config: Any, prefix: str, ops: Any) -> Any:
         compilation = config.compilation_config
