@@ -125,6 +125,21 @@ def test_a_helper_works_once_and_with_what_it_prepared() -> None:
     assert helper.hand_over(work, "again") is None
 
 
+def test_a_helper_that_cannot_take_work_is_no_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or work that can't be pickled: the process does it by itself."""
+    helper = Helper(lambda: None)
+    assert helper.hand_over(lambda say, prepared: None) is None  # a lambda has no name to pickle
+    assert helper._job.ended(time.monotonic() + 30.0)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glowplug.background.helper.tempfile.TemporaryFile", full)
+    helper = Helper(lambda: None)
+    assert helper.hand_over(print) is None
+    helper.stop()
+
+
 def test_a_helper_that_nobody_needs_ends() -> None:
     ended = []
     for end in (Helper.stop, lambda helper: None):

@@ -55,10 +55,11 @@ def light_source(source: str) -> str:
 
 def lighten(artifact: bytes) -> bytes:
     """A serialised piece without the functions that only compiling it called, which would be imported with it."""
+    if b"get_decomp_fn" not in artifact:
+        return artifact
     try:
         bundle = pickle.loads(artifact)
-        if bundle[0].compiled_fw.result.fx_kwargs.pop("get_decomp_fn", None) is None:
-            return artifact
+        del bundle[0].compiled_fw.result.fx_kwargs["get_decomp_fn"]
         return pickle.dumps(bundle)
     except Exception:  # torch serialises it in another way
         return artifact

@@ -106,16 +106,17 @@ class _Compilation:
         """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
         pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
         handed_over = self._hand_over(pieces)
-        workers = _workers(len(pieces), _cores())
-        channel = handed_over[1] if handed_over is not None else None
-        if handed_over is None and workers > 1:
-            channel = self._channel(pieces, several=True)
-        jobs: list[Job] = []
-        beside: list[Job] = []
+        channel: PieceStore | None
+        jobs: list[Job]
+        beside: list[Job]
         if handed_over is not None:
-            jobs = [handed_over[0]]
-        elif channel is not None:
-            jobs, beside = self.fork([pieces] * (workers - (meanwhile is None)), channel)
+            job, channel = handed_over
+            jobs, beside = [job], []
+        else:
+            workers = _workers(len(pieces), _cores())
+            channel = self._channel(pieces, several=True) if workers > 1 else None
+            shares = [pieces] * (workers - (meanwhile is None))
+            jobs, beside = self.fork(shares, channel) if channel is not None else ([], [])
         self.jobs = list(jobs)
         compile_free = functools.partial(self._compile_free, pieces, channel or self.cache.store)
         with piece_progress(len(pieces)) as advance:

@@ -19,7 +19,7 @@ import torch
 
 from glowplug.background.job import Job, Say, in_fork
 from glowplug.compilers.gpu.notes import Gpu
-from glowplug.compilers.gpu.warm import share_triton_cache
+from glowplug.compilers.gpu.warm import import_inductor, share_triton_cache
 from glowplug.runtime.forks import fork_workers
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ class GpuForks:
 
 def _load_inductor() -> None:
     """Import Inductor and do its one-off work."""
-    for name in ("torch._inductor.compile_fx", "triton.compiler.code_generator", "sympy.physics.units"):
-        importlib.import_module(name)  # sympy imports the last one when it first simplifies
-    from torch._inductor.codecache import CacheBase, torch_key
+    import_inductor()
+    importlib.import_module("triton.compiler.code_generator")
+    from torch._inductor.codecache import CacheBase
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.runtime.hints import DeviceProperties
     from torch.utils._triton import has_triton, triton_hash_with_backend
@@ -123,7 +123,6 @@ def _load_inductor() -> None:
     has_triton()
     triton_hash_with_backend()
     CacheBase.get_system()
-    torch_key()
 
 
 class _Kernels:

@@ -69,10 +69,15 @@ def hash_triton(device: int) -> None:
     begin_thread(work, "glowplug-hash-triton")
 
 
+def import_inductor() -> None:
+    """Import Inductor and hash torch."""
+    import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
+    from torch._inductor import compile_fx  # noqa: F401
+    from torch._inductor.codecache import torch_key
+
+    torch_key()
+
+
 def _warm_up_inductor() -> None:
     with contextlib.suppress(Exception):
-        import sympy.physics.units  # noqa: F401 - sympy imports it when it first simplifies
-        from torch._inductor import compile_fx  # noqa: F401
-        from torch._inductor.codecache import torch_key
-
-        torch_key()
+        import_inductor()
