@@ -24,6 +24,7 @@ from glowplug.errors import (
 from glowplug.front import Call, Rung
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.layers.watch import distinct_reads
 from glowplug.program import Candidate, Traced, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
@@ -305,7 +306,7 @@ def _keep(c: Compilation, address: str, candidate: Candidate) -> Candidate:
             stack=binder.stack if binder is not None else None,
             handles=binder.handles if binder is not None else frozenset(),
             assumptions=candidate.assumptions,
-            reads=tuple(sorted(c.reads)),
+            reads=tuple(sorted(distinct_reads(model, c.reads))),
             globals=globals_of(c.reads),
             sources=sources_of(modules_of(traced.files) - class_modules(model)),
             addresses={piece.digest: known_by for piece, known_by in c.pieces.addresses.items()},

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-FORM = 6
+FORM = 7
 """Version of the stored form; a new one makes everything stored before unreachable."""
 _VOLATILE = ("compile_threads", "worker_", "trace.", "verbose", "debug", "log", "remote_cache", "cache_dir", "_cache")
 """Parts of the names of Inductor options that do not affect the compiled piece."""

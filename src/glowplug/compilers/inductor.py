@@ -18,13 +18,15 @@ from glowplug.compilers.environment import describe_environment
 from glowplug.compilers.gpu.forks import GpuForks
 from glowplug.compilers.gpu.linears import merge_linears
 from glowplug.compilers.gpu.own_kernels import launches_of
-from glowplug.compilers.gpu.warm import hash_triton, share_triton_cache, warm_up
+from glowplug.compilers.gpu.warm import open_driver, share_triton_cache
 from glowplug.compilers.kernels import loading_kernels, noting_kernels, read_kernels
-from glowplug.compilers.light import lighten, loading_lightly
+from glowplug.compilers.light import lighten, loading_lightly, read_torch_key
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
+from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
+from glowplug.runtime.triton_key import TRITON_KEY
 
 try:
     from torch._guards import TracingContext
@@ -73,7 +75,7 @@ class InductorCompiler:
             # In threads of this process the imports and the trace would wait for each other.
             self._helper = Helper(self._load)
             if not self._gpu_forks.stand_in():
-                hash_triton(torch.cuda.current_device())
+                open_driver(torch.cuda.current_device())
         else:  # as torch.compile does: start the processes that compile Triton kernels
             with quiet():
                 importlib.import_module("torch._inductor.async_compile").maybe_warm_pool()
@@ -139,7 +141,7 @@ class InductorCompiler:
         """See `PieceCompiler`: to a process that imported Inductor while this one traced."""
         job = self._helper.hand_over(work, *arguments) if self._helper is not None else None
         if job is not None and not self._gpu_forks.stand_in():
-            warm_up(None)
+            begin_thread(self.warm_up_loading, "glowplug-warm-up")
         return job
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
@@ -167,18 +169,23 @@ class InductorCompiler:
         """See `StoringCompiler.compile_and_store`."""
         with noting_kernels() as kernels:
             artifact = self._compile_or_retry(piece, inputs, aot=True, **patches)
-        return _callable(artifact), pickle.dumps((lighten(artifact.serialize()), read_kernels(kernels)))
+        keys = read_torch_key(), TRITON_KEY.read() if _on_gpu(inputs) else None
+        return _callable(artifact), pickle.dumps((lighten(artifact.serialize()), read_kernels(kernels), *keys))
 
     def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
         """See `StoringCompiler.load`."""
         if self._gpu_forks.stand_in():
             return _only_stored
-        if self._forks_for_gpu and torch.cuda.is_initialized():
+        inductor_artifact, kernels, torch_key, triton_key = pickle.loads(artifact)
+        for_gpu = triton_key is not None and self._forks_for_gpu and torch.cuda.is_initialized()
+        if for_gpu:
             share_triton_cache()
-            hash_triton(torch.cuda.current_device())
-        inductor_artifact, kernels = pickle.loads(artifact)
-        with quiet(), loading_lightly(), loading_kernels(kernels):
-            return _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
+            TRITON_KEY.learn(triton_key)
+        with quiet(), loading_lightly(torch_key), loading_kernels(kernels):
+            run = _callable(AOTCompiledArtifact.deserialize(inductor_artifact))
+        if for_gpu:
+            open_driver(torch.cuda.current_device())  # the piece has brought its helper
+        return run
 
     def _compile_or_retry(
         self, piece: fx.GraphModule, inputs: Sequence[Any], *, aot: bool = False, **patches: Any

@@ -2,8 +2,9 @@
 warm start does.
 
 Inductor's wrappers import its whole compiler for the names of a few functions of torch, and so does the cache by which
-it loads them. Uses `FxGraphCache.cache_hit_post_compile` (private; checked on torch 2.11 and 2.13); without it, pieces
-load as Inductor loads them.
+it loads them. A wrapper with Triton kernels also starts processes that could compile them, and hashes torch to look for
+those that are stored with it. Uses `FxGraphCache.cache_hit_post_compile`, `AsyncCompile.use_process_pool` and
+`torch_key` (private; checked on torch 2.11 and 2.13); without them, pieces load as Inductor loads them.
 """
 
 from __future__ import annotations
@@ -15,16 +16,32 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-_loads: ContextVar[bool] = ContextVar("glowplug_loads", default=False)
+
+@dataclass
+class _Loading:
+    """A piece that is being loaded.
+
+    Attributes:
+        torch_key: Inductor's hash of torch in the process that compiled it.
+        is_whole: whether all of its Triton kernels are stored with it.
+    """
+
+    torch_key: bytes
+    is_whole: bool = False
+
+
+_loading: ContextVar[_Loading | None] = ContextVar("glowplug_loading", default=None)
 
 extern_kernels = SimpleNamespace(mm=torch.mm, bmm=torch.bmm, addmm=torch.addmm, baddbmm=torch.baddbmm)
 """What Inductor's wrappers call by this name: the functions of torch for matrices."""
 _EXTERN = "from torch._inductor.select_algorithm import extern_kernels\n"
+_KERNEL = "= async_compile.triton("
 _MAYBE_UNUSED = {
     "MultiKernelCall": "from torch._inductor.codegen.multi_kernel import MultiKernelCall\n",
     "align": "from torch._inductor.codegen.memory_planning import _align as align\n",
@@ -32,14 +49,26 @@ _MAYBE_UNUSED = {
 
 
 @contextmanager
-def loading_lightly() -> Iterator[None]:
-    """Let this thread load pieces in this way."""
+def loading_lightly(torch_key: bytes) -> Iterator[None]:
+    """Let this thread load a piece in this way.
+
+    Args:
+        torch_key: what `read_torch_key` returned where the piece was compiled. Kernels that are stored with the piece
+            are named by it.
+    """
     _patch_inductor()
-    token = _loads.set(True)
+    token = _loading.set(_Loading(torch_key))
     try:
         yield
     finally:
-        _loads.reset(token)
+        _loading.reset(token)
+
+
+def read_torch_key() -> bytes:
+    """Inductor's hash of torch."""
+    from torch._inductor.codecache import torch_key
+
+    return torch_key()
 
 
 def light_source(source: str) -> str:
@@ -88,11 +117,14 @@ def _patch_inductor() -> None:
 
     @functools.wraps(own)
     def cache_hit_post_compile(graph: Any, info: Any, constants: Any) -> tuple[Any, Any]:
-        if not _loads.get():
+        loading = _loading.get()
+        if loading is None:
             hit: tuple[Any, Any] = own(graph, info, constants)
             return hit
         if graph._triton_bundle:
             TritonBundler.read_and_emit(graph._triton_bundle)
+            stored = len(graph._triton_bundle.static_autotuners)
+            loading.is_whole = stored > 0 and stored >= graph.source_code.count(_KERNEL)
         light = light_source(graph.source_code)
         if light != graph.source_code:
             digest = hashlib.sha256(light.encode()).hexdigest()[:16]  # names the file that it is loaded from
@@ -103,3 +135,27 @@ def _patch_inductor() -> None:
         return graph, info
 
     FxGraphCache.cache_hit_post_compile = staticmethod(cache_hit_post_compile)
+    _patch_kernels()
+
+
+def _patch_kernels() -> None:
+    """The same where wrappers look for their Triton kernels."""
+    from torch._inductor import async_compile, codecache
+
+    own_pool: Any = getattr(async_compile.AsyncCompile, "use_process_pool", None)
+    own_key: Any = getattr(codecache, "torch_key", None)
+    if own_pool is None or own_key is None:  # pragma: no cover - depends on the torch installed
+        return
+
+    @functools.wraps(own_pool.__func__)
+    def use_process_pool(cls: type) -> bool:
+        loading = _loading.get()
+        return bool(own_pool()) if loading is None or not loading.is_whole else False
+
+    @functools.wraps(own_key)
+    def torch_key() -> bytes:
+        loading = _loading.get()
+        return bytes(own_key()) if loading is None else loading.torch_key
+
+    async_compile.AsyncCompile.use_process_pool = classmethod(use_process_pool)
+    codecache.torch_key = async_compile.torch_key = torch_key

@@ -135,7 +135,7 @@ def _last_access(node: ast.expr) -> tuple[ast.expr, Access] | None:
             return owner, Access("attribute", name)
         case ast.Subscript(owner, index) | ast.Call(ast.Attribute(ast.Name("dict"), "__getitem__"), [owner, index]):
             with contextlib.suppress(ValueError, TypeError):
-                key = ast.literal_eval(index)
+                key = index.value if isinstance(index, ast.Constant) else ast.literal_eval(index)
                 hash(key)
                 return owner, Access("item", key)
         case ast.Call(ast.Name(function), [owner], []) if function in _CALLS:

@@ -70,6 +70,57 @@ class _Entry:
         return f"{key} of {self.text} changed"
 
 
+@dataclass(frozen=True)
+class _DistinctRead:
+    """What a trace read.
+
+    Attributes:
+        source: its source.
+        start: the last module of the tree on the way to it, or the Python module that it lies in; None if that is gone.
+        path: the way from there.
+    """
+
+    source: str
+    start: nn.Module | types.ModuleType | None
+    path: Path
+
+
+def distinct_reads(model: nn.Module, reads: Iterable[str]) -> list[str]:
+    """Those of a trace's reads of a model that a `Watch` needs, one for each attribute of a class of modules."""
+    return [read.source for read in _distinct(model, set(map(id, model.modules())), reads)]
+
+
+def _distinct(root: nn.Module, in_tree: set[int], reads: Iterable[str]) -> Iterator[_DistinctRead]:
+    known: set[tuple[type, Path]] = set()
+    for text in dict.fromkeys(reads):
+        source = parse(text)
+        if source is None or not source.path or source.size is not None:
+            continue
+        if source.is_global:
+            if not is_own(source.root):
+                yield _DistinctRead(text, sys.modules.get(source.root), source.path)
+        elif source.root in _ROOTS:
+            module, rest = _last_module(root, in_tree, source.path)
+            unread = rest[0].name in NOT_WATCHED or rest[0].name in MARKS
+            if unread or rest[0].name in _TABLES or (type(module), rest) in known:
+                continue  # `Watch` watches the tables of the model's own modules as a whole
+            known.add((type(module), rest))
+            yield _DistinctRead(text, module, rest)
+
+
+def _last_module(root: nn.Module, in_tree: set[int], path: Path) -> tuple[nn.Module, Path]:
+    """The last module of the tree on a path, and the path from there."""
+    module, start, at = root, 0, root
+    for index, access in enumerate(path[:-1], 1):
+        try:
+            at = access.of(at)
+        except Exception:  # a property may raise anything
+            break
+        if id(at) in in_tree:
+            module, start = at, index
+    return module, path[start:]
+
+
 class ReadWatch:
     """A snapshot of what a trace read of some modules, and of the objects, classes and globals around them.
 
@@ -105,34 +156,12 @@ class ReadWatch:
         of_class: dict[type, list[tuple[str, nn.Module]]] = {}
         for name, module in self._modules.items():
             of_class.setdefault(type(module), []).append((name, module))
-        known: set[tuple[type, Path]] = set()
-        for source in map(parse, dict.fromkeys(reads)):
-            if source is None or not source.path or source.size is not None:
-                continue
-            if source.is_global:
-                start = sys.modules.get(source.root)
-                if start is not None and not is_own(source.root):
-                    self._add_at(f"the module {source.root}", start, source.path)
-            elif source.root in _ROOTS:
-                module, rest = self._last_module(root, source.path)
-                unread = rest[0].name in NOT_WATCHED or rest[0].name in MARKS
-                if unread or rest[0].name in _TABLES or (type(module), rest) in known:
-                    continue  # `Watch` watches the tables of the model's own modules as a whole
-                known.add((type(module), rest))
-                for name, other in of_class.get(type(module), [("", module)]):
-                    self._add_at(name or "the model", other, rest)
-
-    def _last_module(self, root: nn.Module, path: Path) -> tuple[nn.Module, Path]:
-        """The last module of the tree on a path, and the path from there."""
-        module, start, at = root, 0, root
-        for index, access in enumerate(path[:-1], 1):
-            try:
-                at = access.of(at)
-            except Exception:  # a property may raise anything
-                break
-            if id(at) in self._in_tree:
-                module, start = at, index
-        return module, path[start:]
+        for read in _distinct(root, self._in_tree, reads):
+            if isinstance(read.start, nn.Module):
+                for name, other in of_class.get(type(read.start), [("", read.start)]):
+                    self._add_at(name or "the model", other, read.path)
+            elif read.start is not None:
+                self._add_at(f"the module {read.start.__name__}", read.start, read.path)
 
     def _add_at(self, text: str, start: Any, path: Path) -> None:
         """Watch the value at a path: a list or tuple as a whole, a dict only at the item that was read, unless the

@@ -20,6 +20,7 @@ from triton.runtime.driver import driver
 
 from glowplug.ops.expert_linear import Config, config_of
 from glowplug.ops.linears import BLOCK_K, FEW_ROWS, MOST
+from glowplug.runtime.triton_key import TRITON_KEY
 
 _BLOCK_N, _STAGES, _WARPS = 16, 3, 2
 """Of `_linears`, with `BLOCK_K`: among the fastest for every layer of three models (`benchmarks/gpu/linears.py`)."""
@@ -156,7 +157,11 @@ class Launch:
 
     def run(self) -> None:
         """Launch the kernel."""
-        self.kernel[self.grid](*self.arguments, **dict(self.constants))
+        token = TRITON_KEY.give()
+        try:
+            self.kernel[self.grid](*self.arguments, **dict(self.constants))
+        finally:
+            TRITON_KEY.withdraw(token)
 
     def compile(self) -> tuple[str, str | None]:
         """Only compile it and its launcher, into Triton's cache. Takes tensors to lie at multiples of 16 bytes.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glowplug.background.job import Job, Say, in_fork
-from glowplug.compilers.gpu.notes import Gpu
+from glowplug.compilers.gpu.notes import Gpu, driver_folder
 from glowplug.compilers.gpu.warm import import_inductor, share_triton_cache
 from glowplug.runtime.forks import fork_workers
 
@@ -166,13 +166,16 @@ class _Kernels:
         self._bundle_own()
 
     def _bundle_own(self) -> None:
-        """Store glowplug's own kernels with the piece: Triton, which launches them, finds them in its cache again."""
+        """Store glowplug's own kernels with the piece, and what Triton builds in C to launch them and to use the GPU:
+        Triton finds all of it in its cache again."""
         from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
         from torch._inductor.triton_bundler import TritonBundler
 
         folders: set[str | None] = set()
+        with contextlib.suppress(Exception):  # whoever needs it builds it
+            folders.add(driver_folder())
         for launch in self._launches:
-            with contextlib.suppress(Exception):  # whoever needs the kernel compiles it
+            with contextlib.suppress(Exception):
                 kernel, launcher = launch.compile()
                 folders |= {triton_hash_to_path_key(kernel), launcher}
         for folder in sorted(filter(None, folders)):

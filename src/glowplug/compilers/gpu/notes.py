@@ -8,7 +8,9 @@ Triton 3.6.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +111,15 @@ class Gpu:
             return device
         index = torch.device(device).index if device is not None else None
         return self.current if index is None else int(index)
+
+
+@functools.cache
+def driver_folder() -> str:
+    """The name of the folder in Triton's cache with the helper of its driver, which is built if it is missing."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    helper: Any = CudaUtils().load_binary
+    return Path(helper.__self__.__file__).parent.name
 
 
 def _index_without_guard() -> None:

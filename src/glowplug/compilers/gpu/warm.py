@@ -32,15 +32,15 @@ def quick_tuning() -> Iterator[None]:
 
 
 def warm_up(device: int | None) -> None:
-    """Begin the one-off work of Inductor and Triton, in threads: imports, and hashes of both. What is missing is
-    reported by those who need it.
+    """Begin the one-off work of Inductor and Triton in a process that is going to compile, in threads: imports, and
+    hashes of both. What is missing is reported by those who need it.
 
     Args:
         device: the index of the GPU that the calling thread uses; None on a CPU.
     """
     if device is not None:
-        hash_triton(device)
-    begin_thread(_warm_up_inductor, "glowplug-warm-up")
+        open_driver(device)
+    begin_thread(functools.partial(_warm_up_inductor, device), "glowplug-warm-up")
 
 
 def share_triton_cache() -> None:
@@ -51,9 +51,9 @@ def share_triton_cache() -> None:
 
 
 @functools.cache
-def hash_triton(device: int) -> None:
-    """Begin, once, to hash Triton, by which kernels are named, and to compile its driver. A thread does both, and they
-    leave the interpreter to others.
+def open_driver(device: int) -> None:
+    """Begin, once, to let Triton open the GPU's driver, through a helper that it builds in C, and ask its assembler for
+    its version. What is missing is reported by those who need it.
 
     Args:
         device: the index of the GPU that the calling thread uses.
@@ -61,12 +61,11 @@ def hash_triton(device: int) -> None:
 
     def work() -> None:
         with contextlib.suppress(Exception), torch.cuda.device(device):  # each thread has its own
-            from torch.utils._triton import triton_hash_with_backend
-            from triton.compiler import code_generator  # noqa: F401
+            from torch.utils._triton import triton_backend
 
-            triton_hash_with_backend()
+            triton_backend().hash()
 
-    begin_thread(work, "glowplug-hash-triton")
+    begin_thread(work, "glowplug-open-driver")
 
 
 def import_inductor() -> None:
@@ -78,6 +77,11 @@ def import_inductor() -> None:
     torch_key()
 
 
-def _warm_up_inductor() -> None:
+def _warm_up_inductor(device: int | None) -> None:
     with contextlib.suppress(Exception):
         import_inductor()
+        if device is not None:
+            from torch.utils._triton import triton_hash_with_backend
+
+            with torch.cuda.device(device):  # each thread has its own
+                triton_hash_with_backend()
