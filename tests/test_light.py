@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import families
 import glowplug
-from glowplug.compilers.light import extern_kernels, light_source
+from glowplug.compilers.light import extern_kernels, light_source, loading_lightly
 
 HEADER = """import torch
 from torch._inductor.select_algorithm import extern_kernels
@@ -89,3 +92,44 @@ def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
         outputs.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert outputs[0].startswith('["cold", true')
     assert outputs[1].strip() == '["warm", true, []]'
+
+
+def test_a_thread_that_loads_takes_the_hash_of_torch_from_the_piece() -> None:
+    from torch._inductor import codecache
+    from torch._inductor.async_compile import CompiledTritonKernels
+
+    with loading_lightly(b"stored"):
+        assert codecache.torch_key() == b"stored"
+        stored = CompiledTritonKernels.key("source")
+        elsewhere: list[bytes] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(codecache.torch_key()))
+        thread.start()
+        thread.join()
+    assert [codecache.torch_key()] == elsewhere != [b"stored"]
+    assert CompiledTritonKernels.key("source") != stored
+
+
+@pytest.mark.parametrize(("stored", "pool"), [(2, False), (1, True), (0, True)])
+def test_processes_compile_kernels_only_if_some_are_not_stored(
+    stored: int, pool: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.triton_bundler import TritonBundle, TritonBundler
+
+    with loading_lightly(b""):
+        pass  # the patches are in place
+    monkeypatch.setattr(TritonBundler, "read_and_emit", lambda bundle: None)
+    monkeypatch.setattr("torch._inductor.async_compile.get_compile_threads", lambda: 8)
+    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: SimpleNamespace(ready=lambda: True))
+    monkeypatch.setattr(AsyncCompile, "_ready_future", SimpleNamespace(done=lambda: True))
+    answers: list[bool] = []
+    graph: Any = SimpleNamespace(
+        source_code="a = async_compile.triton('a', 1)\nb = async_compile.triton('b', 2)\n",
+        _triton_bundle=TritonBundle([], [None] * stored),
+        after_deserialization=lambda constants: answers.append(AsyncCompile.use_process_pool()),
+    )
+    with loading_lightly(b""):
+        FxGraphCache.cache_hit_post_compile(graph, {}, None)
+    assert answers == [pool]
+    assert AsyncCompile.use_process_pool()

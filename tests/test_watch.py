@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from glowplug.layers.watch import Watch
+import families
+import glowplug
+from glowplug.layers.watch import Watch, distinct_reads
 
 
 class Block(nn.Module):
@@ -81,3 +83,22 @@ def test_a_change_is_told_until_it_is_taken_back(block: Block, change: Any, word
         table.clear()
         table.update(before)
     assert watch.change() is None
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "gpt_oss", "deepseek_v3", "llama4"])
+def test_distinct_reads_watch_all_that_the_trace_read(family: str) -> None:
+    """A record keeps only these."""
+    model = families.build(family, layers=6)
+    glowplug.compile(model, compiler="eager")
+    with torch.no_grad():
+        model(families.prompt(1, 3))
+    reads = model.forward.compilation.reads
+    distinct = distinct_reads(model, reads)
+    assert set(distinct) < reads
+    assert len(distinct) < len(reads) / 2
+
+    def watched(sources: Any) -> list[str]:
+        entries = Watch(model, sources)._entries.values()
+        return sorted(f"{entry.key} of {entry.text}, {entry.read}, {entry.whole}" for entry in entries)
+
+    assert watched(distinct) == watched(reads) != watched([])
