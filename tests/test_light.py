@@ -133,3 +133,35 @@ def test_processes_compile_kernels_only_if_some_are_not_stored(
         FxGraphCache.cache_hit_post_compile(graph, {}, None)
     assert answers == [pool]
     assert AsyncCompile.use_process_pool()
+
+
+def test_a_tuner_copies_what_its_kernel_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor's does, which imports its compiler for that."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    with loading_lightly(b""):
+        pass  # the patches are in place
+    tuner: Any = SimpleNamespace(mutated_arg_names=["b", "d"], fn=SimpleNamespace(arg_names=list("abcde")))
+    a, b, c, d, e = (torch.randn(4, 3).t() for _ in range(5))
+    light: Any = CachingAutotuner.maybe_clone_args
+    for exclude, args, kwargs in (
+        ((), (a, b, c), {"d": d, "e": e}),
+        (("b",), (a, b, 3), {"d": d}),
+        (("d",), (a, b, c, d, e), {}),
+        ((), (a, b, c, d, e, 7), {}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+            cloned, cloned_kwargs = light(tuner, exclude, *args, **kwargs)
+            assert "torch._inductor.compile_fx" not in sys.modules
+        expected, expected_kwargs = light.__wrapped__(tuner, exclude, *args, **kwargs)
+        assert (len(cloned), cloned_kwargs.keys()) == (len(expected), expected_kwargs.keys())
+        for given, ours, theirs in zip(
+            (*args, *kwargs.values()),
+            (*cloned, *cloned_kwargs.values()),
+            (*expected, *expected_kwargs.values()),
+            strict=True,
+        ):
+            assert (ours is given) == (theirs is given)
+            if isinstance(given, torch.Tensor):
+                assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()

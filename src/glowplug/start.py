@@ -306,7 +306,7 @@ def _keep(c: Compilation, address: str, candidate: Candidate) -> Candidate:
             stack=binder.stack if binder is not None else None,
             handles=binder.handles if binder is not None else frozenset(),
             assumptions=candidate.assumptions,
-            reads=tuple(sorted(distinct_reads(model, c.reads))),
+            reads=tuple(distinct_reads(model, sorted(c.reads))),
             globals=globals_of(c.reads),
             sources=sources_of(modules_of(traced.files) - class_modules(model)),
             addresses={piece.digest: known_by for piece, known_by in c.pieces.addresses.items()},

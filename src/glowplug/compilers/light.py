@@ -4,7 +4,8 @@ warm start does.
 Inductor's wrappers import its whole compiler for the names of a few functions of torch, and so does the cache by which
 it loads them. A wrapper with Triton kernels also starts processes that could compile them, and hashes torch to look for
 those that are stored with it. Uses `FxGraphCache.cache_hit_post_compile`, `AsyncCompile.use_process_pool` and
-`torch_key` (private; checked on torch 2.11 and 2.13); without them, pieces load as Inductor loads them.
+`torch_key` (private; checked on torch 2.11 and 2.13); without them, pieces load as Inductor loads them. The tuner of
+kernels, in the first run of a piece, also imports the compiler for one function: `CachingAutotuner.maybe_clone_args`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import pickle
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -136,6 +138,7 @@ def _patch_inductor() -> None:
 
     FxGraphCache.cache_hit_post_compile = staticmethod(cache_hit_post_compile)
     _patch_kernels()
+    _patch_tuner()
 
 
 def _patch_kernels() -> None:
@@ -159,3 +162,28 @@ def _patch_kernels() -> None:
 
     async_compile.AsyncCompile.use_process_pool = classmethod(use_process_pool)
     codecache.torch_key = async_compile.torch_key = torch_key
+
+
+def _patch_tuner() -> None:
+    """Let the tuner of a kernel copy the arguments that the kernel writes to without Inductor's compiler, for as long
+    as nothing else has imported that."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    own: Any = getattr(CachingAutotuner, "maybe_clone_args", None)
+    if own is None:  # pragma: no cover - depends on the torch installed
+        return
+
+    @functools.wraps(own)
+    def maybe_clone_args(tuner: Any, exclude: Any, *args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        if "torch._inductor.compile_fx" in sys.modules:
+            cloned: tuple[list[Any], dict[str, Any]] = own(tuner, exclude, *args, **kwargs)
+            return cloned
+        from torch._inductor.utils import clone_preserve_strides
+
+        written = {name for name in tuner.mutated_arg_names if name not in exclude}
+        named = {**dict(zip(tuner.fn.arg_names, args, strict=False)), **kwargs}
+        copies = {name: clone_preserve_strides(named[name]) for name in written if name in named}
+        in_order = [copies.get(name, value) for name, value in zip(tuner.fn.arg_names, args, strict=False)]
+        return [*in_order, *args[len(in_order) :]], {name: copies.get(name, value) for name, value in kwargs.items()}
+
+    CachingAutotuner.maybe_clone_args = maybe_clone_args

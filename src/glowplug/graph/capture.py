@@ -190,10 +190,6 @@ def _check_names() -> None:
     model.check([entry.source for entry in inputs], reads)
 
 
-_NO_COLLECTION = {"run_gc_after_compile": False} if hasattr(torch._dynamo.config, "run_gc_after_compile") else {}
-"""Else Dynamo makes Python's collector scan all objects of the trace, see `glowplug.runtime.collector`."""
-
-
 def _capture(
     fn: Any,
     args: Sequence[Any],
@@ -209,7 +205,7 @@ def _capture(
     with (
         tracing_lock,
         _settings(specialise),
-        torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False, **_NO_COLLECTION),
+        torch._dynamo.config.patch(error_on_recompile=False, suppress_errors=False),
     ):
         try:
             compiled(*args)
