@@ -78,11 +78,13 @@ class _DistinctRead:
         source: its source.
         start: the last module of the tree on the way to it, or the Python module that it lies in; None if that is gone.
         path: the way from there.
+        python_module: the name of the Python module; empty below the root.
     """
 
     source: str
-    start: nn.Module | types.ModuleType | None
+    start: Any
     path: Path
+    python_module: str = ""
 
 
 def distinct_reads(model: nn.Module, reads: Iterable[str]) -> list[str]:
@@ -98,7 +100,7 @@ def _distinct(root: nn.Module, in_tree: set[int], reads: Iterable[str]) -> Itera
             continue
         if source.is_global:
             if not is_own(source.root):
-                yield _DistinctRead(text, sys.modules.get(source.root), source.path)
+                yield _DistinctRead(text, sys.modules.get(source.root), source.path, source.root)
         elif source.root in _ROOTS:
             module, rest = _last_module(root, in_tree, source.path)
             unread = rest[0].name in NOT_WATCHED or rest[0].name in MARKS
@@ -157,11 +159,11 @@ class ReadWatch:
         for name, module in self._modules.items():
             of_class.setdefault(type(module), []).append((name, module))
         for read in _distinct(root, self._in_tree, reads):
-            if isinstance(read.start, nn.Module):
+            if not read.python_module:
                 for name, other in of_class.get(type(read.start), [("", read.start)]):
                     self._add_at(name or "the model", other, read.path)
             elif read.start is not None:
-                self._add_at(f"the module {read.start.__name__}", read.start, read.path)
+                self._add_at(f"the module {read.python_module}", read.start, read.path)
 
     def _add_at(self, text: str, start: Any, path: Path) -> None:
         """Watch the value at a path: a list or tuple as a whole, a dict only at the item that was read, unless the

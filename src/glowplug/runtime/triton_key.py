@@ -32,11 +32,11 @@ class TritonKey:
         """See `give`."""
         self._given.reset(token)
 
-    def read(self) -> str:
-        """Triton's own answer, for pieces that are compiled here."""
-        from torch._inductor.runtime.triton_compat import triton_key
+    def read(self) -> str | None:
+        """Triton's own answer, for pieces that are compiled here; None if there is no Triton."""
+        from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
 
-        return str(triton_key())
+        return str(triton_key()) if HAS_TRITON else None
 
     def _patch_triton(self) -> None:
         """The patch is permanent, so that no thread or fork sees it half applied."""
