@@ -109,6 +109,14 @@ def test_a_thread_that_loads_takes_the_hash_of_torch_from_the_piece() -> None:
     assert CompiledTritonKernels.key("source") != stored
 
 
+@pytest.fixture
+def patched() -> None:
+    """The patches, which are permanent, are in place."""
+    with loading_lightly(b""):
+        pass
+
+
+@pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize(("stored", "pool"), [(2, False), (1, True), (0, True)])
 def test_processes_compile_kernels_only_if_some_are_not_stored(
     stored: int, pool: bool, monkeypatch: pytest.MonkeyPatch
@@ -117,8 +125,6 @@ def test_processes_compile_kernels_only_if_some_are_not_stored(
     from torch._inductor.codecache import FxGraphCache
     from torch._inductor.triton_bundler import TritonBundle, TritonBundler
 
-    with loading_lightly(b""):
-        pass  # the patches are in place
     monkeypatch.setattr(TritonBundler, "read_and_emit", lambda bundle: None)
     monkeypatch.setattr("torch._inductor.async_compile.get_compile_threads", lambda: 8)
     monkeypatch.setattr(AsyncCompile, "process_pool", lambda: SimpleNamespace(ready=lambda: True))
@@ -135,12 +141,11 @@ def test_processes_compile_kernels_only_if_some_are_not_stored(
     assert AsyncCompile.use_process_pool()
 
 
+@pytest.mark.usefixtures("patched")
 def test_a_tuner_copies_what_its_kernel_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Inductor's does, which imports its compiler for that."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    with loading_lightly(b""):
-        pass  # the patches are in place
     tuner: Any = SimpleNamespace(mutated_arg_names=["b", "d"], fn=SimpleNamespace(arg_names=list("abcde")))
     a, b, c, d, e = (torch.randn(4, 3).t() for _ in range(5))
     light: Any = CachingAutotuner.maybe_clone_args

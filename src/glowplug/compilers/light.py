@@ -14,11 +14,11 @@ import functools
 import hashlib
 import pickle
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain, repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,9 +165,9 @@ def _patch_kernels() -> None:
 
 
 def _patch_tuner() -> None:
-    """Let the tuner of a kernel copy the arguments that the kernel writes to without Inductor's compiler, for as long
-    as nothing else has imported that."""
+    """Let the tuner of a kernel copy the arguments that the kernel writes to without Inductor's compiler."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.utils import clone_preserve_strides
 
     own: Any = getattr(CachingAutotuner, "maybe_clone_args", None)
     if own is None:  # pragma: no cover - depends on the torch installed
@@ -175,15 +175,11 @@ def _patch_tuner() -> None:
 
     @functools.wraps(own)
     def maybe_clone_args(tuner: Any, exclude: Any, *args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-        if "torch._inductor.compile_fx" in sys.modules:
-            cloned: tuple[list[Any], dict[str, Any]] = own(tuner, exclude, *args, **kwargs)
-            return cloned
-        from torch._inductor.utils import clone_preserve_strides
+        def passed(name: str, value: Any) -> Any:
+            is_written = name in tuner.mutated_arg_names and name not in exclude
+            return clone_preserve_strides(value) if is_written else value
 
-        written = {name for name in tuner.mutated_arg_names if name not in exclude}
-        named = {**dict(zip(tuner.fn.arg_names, args, strict=False)), **kwargs}
-        copies = {name: clone_preserve_strides(named[name]) for name in written if name in named}
-        in_order = [copies.get(name, value) for name, value in zip(tuner.fn.arg_names, args, strict=False)]
-        return [*in_order, *args[len(in_order) :]], {name: copies.get(name, value) for name, value in kwargs.items()}
+        names = chain(tuner.fn.arg_names, repeat(""))
+        return list(map(passed, names, args)), {name: passed(name, value) for name, value in kwargs.items()}
 
     CachingAutotuner.maybe_clone_args = maybe_clone_args
