@@ -3,13 +3,13 @@ is no reason not to use it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 import families
 import glowplug
@@ -22,34 +22,8 @@ from glowplug.verify import check
 from glowplug.verify.check import Case, why_wrong
 from glowplug.verify.closeness import COMPILED, EXACT, Tolerance, difference, distance
 from glowplug.verify.slots import run_both
-from storing import PickleCompiler
+from storing import Rounds
 from test_changes import eager, quiet
-
-
-class Rounds(PickleCompiler):
-    """Compiled pieces give a little more than uncompiled ones.
-
-    Args:
-        error: how much, relatively.
-    """
-
-    name = "rounds"
-
-    def __init__(self, error: float) -> None:
-        super().__init__()
-        self.error = error
-
-    def compile(self, piece: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Sequence[Any]]:
-        return self._rounding(super().compile(piece, inputs))
-
-    def load(self, artifact: bytes) -> Callable[..., Sequence[Any]]:
-        return self._rounding(super().load(artifact))
-
-    def _rounding(self, run: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-        def rounding(*args: Any) -> Sequence[Any]:
-            return tuple(value * (1 + self.error) if value.is_floating_point() else value for value in run(*args))
-
-        return rounding
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,7 @@ class Compilation:
             return outcome
         eager = self.front.guarded is None
         watches = not for_good and (eager or self._stepped_down)
-        refusal = Refusal(outcome, self._new_watch() if watches else None, eager=eager)
+        refusal = Refusal(outcome, self.begin_watch() if watches else None, eager=eager)
         if not eager:
             self._watch = refusal.watch or self._watch  # once the module is another one, it is tried again
         else:
@@ -141,12 +141,13 @@ class Compilation:
         """How the model differs from what was compiled; None when it does not, or was changed back."""
         return self.front.changed(self._watch) if self._watch is not None else None
 
-    def watch(self) -> Watch:
-        """Find changes from here on: they make programs stale."""
-        self._watch = self._new_watch()
+    def watch(self, begun: Watch | None = None) -> Watch:
+        """Find changes from here on, or since a watch was begun: they make programs stale."""
+        self._watch = begun or self.begin_watch()
         return self._watch
 
-    def _new_watch(self) -> Watch:
+    def begin_watch(self) -> Watch:
+        """What finds changes from here on."""
         return Watch(self.front.model, self.reads, followed=self.front.followed())
 
     # -- what is compiled in the background ------------------------------------------------------------------

@@ -17,7 +17,7 @@ from glowplug.graph.split import Step
 from glowplug.layers.registry import LayerRegistry
 from glowplug.layers.watch import Watch
 from glowplug.options import Options
-from glowplug.program import Candidate
+from glowplug.program import Candidate, Program
 from glowplug.program.template import Template
 from glowplug.report import Report
 from glowplug.verify.check import Agree
@@ -74,7 +74,6 @@ class Target:
         check: may refuse the traced steps by raising.
         cut_at_layers: whether to cut the graph at the layers of the stack, too.
         is_unread: whether a source stands for a size in the trace, and is read by no run.
-        meanwhile: what this process does while forks compile the pieces, if they do.
     """
 
     function: Callable[..., Any]
@@ -84,7 +83,6 @@ class Target:
     check: Callable[[Sequence[Step], Captured], None]
     cut_at_layers: bool = False
     is_unread: Callable[[str], bool] = lambda source: False
-    meanwhile: Callable[[], None] | None = None
 
     def sort(self, captured: Captured) -> tuple[dict[str, str], dict[str, Any]]:
         """Tell what is handed in at each call (graph value -> source) from what is bound (graph value -> object)."""
@@ -262,6 +260,11 @@ class FrontEnd(Protocol):
 
     def returns(self) -> Any:
         """What `wrap` needs to know, as far as it is known before the model was compared."""
+        ...
+
+    def rehearsal(self, call: Any, registry: LayerRegistry, *, check_order: bool) -> Callable[[Program], None] | None:
+        """Begins the next comparison while forks compile the pieces of a program, given the program with uncompiled
+        pieces; None if that is not worth it. Raises nothing: the comparison will."""
         ...
 
     def compare(

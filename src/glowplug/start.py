@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 from glowplug.compilation import Compilation
@@ -24,8 +25,8 @@ from glowplug.errors import (
 from glowplug.front import Call, Rung
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
-from glowplug.layers.watch import distinct_reads
-from glowplug.program import Candidate, Traced, build_program
+from glowplug.layers.watch import Watch, distinct_reads
+from glowplug.program import Candidate, Program, Traced, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import Ready
@@ -227,16 +228,19 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
     model = c.front.model
     target = c.front.target(call, templates.short_model(model, template) if template is not None else model, rung)
     reads: set[str] = set()
+    watch: Watch | None = None
 
     def consume(captured: Captured) -> tuple[Traced, ShapeAssumptions]:
         if template is not None:
             templates.check_reads(model, template, reads)
+        c.reads |= reads
         arguments, bound = target.sort(captured)
         c.forms |= c.front.read_forms(captured, c.registry, call)
         stamping = layer_of = None
         if template is not None:
             stamping = templates.stamping(model, template, captured, arguments, c.registry)
             layer_of = templates.layer_of(template, captured) if target.cut_at_layers else None
+        rehearsal = c.front.rehearsal(call, c.registry, check_order=c.check_order) if c.compares else None
         built = build_program(
             captured,
             compiler=c.compiler,
@@ -249,14 +253,18 @@ def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) ->
             drop_unused=True,
             defer=c.defers,
             layer_of=layer_of,
-            meanwhile=target.meanwhile,
+            meanwhile=functools.partial(rehearse, rehearsal) if rehearsal is not None else None,
         )
         unread = frozenset(entry.node for entry in captured.inputs if target.is_unread(entry.source))
-        return Traced(built, traced_files(), unread), read_assumptions(captured, set(target.varying))
+        return Traced(built, traced_files(), unread, watch), read_assumptions(captured, set(target.varying))
+
+    def rehearse(rehearsal: Callable[[Program], None], uncompiled: Program) -> None:
+        nonlocal watch
+        watch = c.begin_watch()
+        rehearsal(uncompiled)
 
     with c.report.phase("trace", apart=("split", "fingerprint", "stamp", "compile", "bind")):
         traced, assumptions = capture(target.function, target.examples, consume, reads)
-    c.reads |= reads
     built = traced.built
     graphs = functools.partial(built.program.with_slots, built.graphs)
     return Candidate(built.program, assumptions, c.front.returns(), graphs, traced)
@@ -277,7 +285,8 @@ def check(c: Compilation, candidate: Candidate, call: Call) -> Candidate | str:
 
 def _compare(c: Compilation, candidate: Candidate, call: Call, agree: Agree | None) -> Candidate | str:
     for attempt in range(2):
-        watch = c.watch()
+        begun = candidate.traced.watch if candidate.traced is not None and attempt == 0 else None
+        watch = c.watch(begun)
         with c.report.phase("verify") if c.options.verify == "once" else contextlib.nullcontext(), quick_tuning():
             reason, returns = c.front.compare(candidate, call, c.registry, agree, check_order=c.check_order)
         if reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def build_program(
     drop_unused: bool = False,
     defer: bool = False,
     layer_of: LayerOf | None = None,
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Callable[[Program], None] | None = None,
 ) -> Built:
     """Build the program of a captured graph, inside its capture.
 
@@ -101,7 +102,7 @@ def build_program(
         drop_unused: leave out arguments that no step reads.
         defer: let pieces that run seldom start uncompiled, see `glowplug.program.slots`.
         layer_of: also cut at the boundaries of layers.
-        meanwhile: see `compile_pieces`.
+        meanwhile: see `compile_pieces`; gets the program with uncompiled pieces.
 
     Raises:
         CaptureError: the graph can't be cut.
@@ -132,15 +133,16 @@ def build_program(
     pairs = zip(steps, prints, strict=True)
     distinct = {slot: step for step, slot in pairs if isinstance(step, Piece) and slot is not None}
     graphs: Slots = {slot: piece.gm.forward for slot, piece in distinct.items()}
+    with report.phase("bind"):
+        binder = stamping.binder if stamping is not None else None
+        uncompiled = plan.write(graphs, bound, binder)
     with report.phase("compile"), cache.lock:
         uses = Counter(step.slot for step in plan.deep if step.slot is not None) if defer else None
         before = cache.count
-        slots = compile_pieces(distinct, compiler, cache, captured, uses, meanwhile)
+        beside = functools.partial(meanwhile, uncompiled) if meanwhile is not None else None
+        program = uncompiled.with_slots(compile_pieces(distinct, compiler, cache, captured, uses, beside))
         report.compiled_pieces += cache.count - before
-    with report.phase("bind"):
-        binder = stamping.binder if stamping is not None else None
-        program = plan.write(slots, bound, binder)
-        report.pending_pieces = len(cache.pending)
+    report.pending_pieces = len(cache.pending)
     report.pieces += sum(step.fingerprint is not None for step in program.outline)
     report.distinct_pieces = len(set(cache.order))
     report.programs += 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glowplug.graph.shapes import ShapeAssumptions
+from glowplug.layers.watch import Watch
 from glowplug.program.build import Built
 from glowplug.program.program import Program
 
@@ -19,11 +20,14 @@ class Traced:
         built: its program, and what that was made of.
         files: of all code that was traced.
         unread: graph values that stood for sizes in the trace, and that no run reads.
+        watch: finds changes of the model since a part of the comparison was done, if that was done while pieces were
+            compiled.
     """
 
     built: Built
     files: frozenset[str]
     unread: frozenset[str]
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import functools
 import logging
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,34 +20,31 @@ from transformers.utils import ModelOutput
 from glowplug.bodies import CallForm, Forms, Group, read_forms
 from glowplug.compilers import get_compiler
 from glowplug.compilers.base import StoringCompiler
-from glowplug.errors import ArtifactError, NotServableError, NotStampableError
+from glowplug.errors import ArtifactError, NotStampableError
 from glowplug.front import Rung, Target
-from glowplug.frontends.hf import cases, discover, trace
+from glowplug.frontends.hf import discover, trace
 from glowplug.frontends.hf.bodies import body_groups
 from glowplug.frontends.hf.builds import Builds
-from glowplug.frontends.hf.caches import new_cache
 from glowplug.frontends.hf.calls import HfCall, cache_argument, first_call, output_type, read_call
-from glowplug.frontends.hf.entries import rotary_layers, rotary_state_kept
+from glowplug.frontends.hf.comparison import Comparison
+from glowplug.frontends.hf.entries import rotary_layers
 from glowplug.frontends.hf.positions import Positions
 from glowplug.frontends.hf.sharding import Processes, processes_of, world_text
-from glowplug.frontends.hf.steps.attention import CheckedAttention, step_attention, without_plans
+from glowplug.frontends.hf.steps.attention import step_attention
 from glowplug.frontends.hf.steps.decode import GrowingStep, StaticStep, decode_step
 from glowplug.graph.capture import Captured, weightless
-from glowplug.layers.context import ForwardContext
 from glowplug.layers.reads import LOADING
 from glowplug.layers.registry import LayerRegistry, register_layers
 from glowplug.layers.structure import structure_of
 from glowplug.layers.watch import Watch
-from glowplug.ops.expert_linear import without_kernel
 from glowplug.options import Options
 from glowplug.program import Candidate, Program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
-from glowplug.ready import run_program
 from glowplug.report import Report
 from glowplug.runtime.fitness import unfit
 from glowplug.store.address import class_modules, sources_of
-from glowplug.verify.check import Agree, Case, why_wrong
+from glowplug.verify.check import Agree
 
 _FAST_STEPS = ("cuda",)
 """Devices on which attention of one token is not left to the layers' own functions."""
@@ -78,7 +75,7 @@ class HfFrontEnd:
         self.own = own
         self._settings: tuple[Any, ...] = ()
         self._attends = True
-        self._own_steps: dict[Any, list[tuple[PreTrainedModel, list[cases.Step]]]] = {}
+        self._rehearsal: Comparison | None = None
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -247,19 +244,7 @@ class HfFrontEnd:
         """See `FrontEnd.target`."""
         if rung.way == trace.CUT:
             discover.give_attention_functions(self.model)
-        self._own_steps.clear()
-        target = trace.target(model, call, rung, self.plan)
-        alone = call.device.type == "cuda" and self.processes is None and not weightless(self.model)
-        return replace(target, meanwhile=functools.partial(self._run_own, call)) if alone else target
-
-    def _run_own(self, call: HfCall) -> None:
-        """While forks compile, run the model's own forward where a comparison needs it. What fails here fails again
-        there, and is reported there."""
-        if torch.compiler.is_compiling():
-            return
-        with contextlib.suppress(Exception), rotary_state_kept(self.model), without_plans():
-            bare = not call.signature.position_lead and self.positions.rules.unmasked is not None
-            self._own_steps[call.signature, bare] = list(cases.sequences(self.model, call, bare=bare))
+        return trace.target(model, call, rung, self.plan)
 
     def read_forms(self, captured: Captured, registry: LayerRegistry, call: HfCall) -> Forms:
         """See `FrontEnd.read_forms`."""
@@ -275,45 +260,34 @@ class HfFrontEnd:
 
     # -- checking ---------------------------------------------------------------------------------------------
 
+    def rehearsal(
+        self, call: HfCall, registry: LayerRegistry, *, check_order: bool
+    ) -> Callable[[Program], None] | None:
+        """See `FrontEnd.rehearsal`: on a GPU, where a helper compiles the pieces."""
+        self._rehearsal = None
+        alone = call.device.type == "cuda" and self.processes is None and not weightless(self.model)
+        if not alone or self.options.verify == "off":
+            return None
+        self._rehearsal = Comparison(self, call, registry, self.returns(), check_order=check_order)
+        return self._rehearsal.rehearse
+
     def compare(
         self, candidate: Candidate, call: HfCall, registry: LayerRegistry, agree: Agree | None, *, check_order: bool
     ) -> tuple[str | None, type[ModelOutput]]:
         """See `FrontEnd.compare`."""
-        outputs: list[type[ModelOutput]] = [candidate.returns]
         if self.options.verify == "off":
-            return None, outputs[-1]
-        graphs = candidate.graphs()
-        if graphs is not None and self.plan.implementation == discover.BY_EXPERT:
-            # A deep model of half precision amplifies the smallest difference in rounding.
-            graphs = graphs.with_slots({slot: without_kernel()(run) for slot, run in graphs.slots.items()})
-        classes = cases.GLANCE if candidate.proved else cases.CLASSES
-        # Positions of several axes are given; what a model makes of a call without them, it is asked beforehand.
-        asks = not candidate.proved and not call.signature.position_lead
-
-        def compared() -> Iterator[Case]:
-            bare = asks and self.positions.rules.unmasked is not None
-            ran = self._own_steps.pop((call.signature, bare), None) if not candidate.proved else None
-            for model, steps in ran or cases.sequences(self.model, call, classes, bare=bare):
-                cache = new_cache(model)
-                for step in steps:
-                    outputs.append(type(step.output))
-                    one = replace(step.call, cache=cache)
-                    run = functools.partial(self._logits, one, registry, check_order, attend)
-                    yield Case(step.what, step.output.logits, run)
-
-        attend = CheckedAttention() if self.attend is not None and not candidate.proved else None
-        with rotary_state_kept(self.model), without_plans():
-            reason = why_wrong(candidate.program, graphs, compared(), agree, once=candidate.proved)
-        if attend is not None and attend.problem is not None:
+            return None, candidate.returns
+        comparison = self._rehearsal if candidate.traced is not None else None
+        self._rehearsal = None
+        if comparison is None:
+            returns, proved = candidate.returns, candidate.proved
+            comparison = Comparison(self, call, registry, returns, check_order=check_order, proved=proved)
+        reason = comparison.why_wrong(candidate, agree)
+        if comparison.attend is not None and comparison.attend.problem is not None:
             self._attends = False
-            logger.warning("glowplug: attention of one token runs the layers' own functions: %s", attend.problem)
-        return reason, outputs[-1]
-
-    def _logits(self, call: HfCall, registry: LayerRegistry, check_order: bool, attend: Any, program: Program) -> Any:
-        missing = self.missing(program.arguments, call)
-        if missing is not None:
-            raise NotServableError(missing)
-        return run_program(self, program, call, ForwardContext(registry, call.cache, check_order, attend=attend))[0]
+            problem = comparison.attend.problem
+            logger.warning("glowplug: attention of one token runs the layers' own functions: %s", problem)
+        return reason, comparison.returns
 
     # -- the store --------------------------------------------------------------------------------------------
 

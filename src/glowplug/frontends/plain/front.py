@@ -213,6 +213,9 @@ class PlainFrontEnd:
 
     # -- checking ---------------------------------------------------------------------------------------------
 
+    def rehearsal(self, call: PlainCall, registry: LayerRegistry, *, check_order: bool) -> None:
+        """See `FrontEnd.rehearsal`: the comparison needs twins of the module."""
+
     def compare(
         self, candidate: Candidate, call: PlainCall, registry: LayerRegistry, agree: Agree | None, *, check_order: bool
     ) -> tuple[str | None, Returns]:
