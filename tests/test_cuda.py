@@ -25,7 +25,7 @@ from glowplug.frontends.hf import front
 from glowplug.ops.grouped_attention import attention_in_products
 from glowplug.ops.linears import linears
 from glowplug.ops.moe import moe_forward_shared
-from glowplug.program import compiling
+from glowplug.program import build, compiling
 from test_step_attention import Calls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -92,7 +92,11 @@ def nothing_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forks_compile_every_piece(
     family: str, helped: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of them calls the driver, for which this process would have to compile its piece."""
+    """None of them calls the driver, for which this process would have to compile its piece. A helper compiles all
+    pieces of most models ahead of their trace."""
+    ahead: set[Any] = set()
+    own = build.compile_ahead
+    monkeypatch.setattr(build, "compile_ahead", lambda pieces, *args: (ahead.update(pieces), own(pieces, *args)))
     if not helped:
         monkeypatch.setattr(InductorCompiler, "hand_over", lambda *_: None)
     model = families.build(family, layers=12).to("cuda", torch.bfloat16)
@@ -102,6 +106,8 @@ def test_forks_compile_every_piece(
     assert glowplug.report(model).strategy == "stamped"
     assert "not compiled in a fork" not in caplog.text
     assert "a helper" not in caplog.text
+    pieces = {step.fingerprint for step in glowplug.report(model).outlines[-1]} - {None}
+    assert ahead == (pieces if family != "deepseek_v3" else set())
 
 
 @pytest.mark.usefixtures("nothing_compiled_here")

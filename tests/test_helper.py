@@ -16,13 +16,16 @@ from torch import Tensor, fx
 
 import families
 import glowplug
+from glowplug import start
 from glowplug.background.helper import Helper
 from glowplug.background.job import Job, Say
-from glowplug.errors import NotCarriableError
+from glowplug.errors import CaptureError, CompileError, NotCarriableError
 from glowplug.graph.capture import Captured, capture
 from glowplug.graph.carried import carry, unpack
-from glowplug.graph.fingerprint import fingerprint
-from glowplug.program import compiling
+from glowplug.graph.fingerprint import Fingerprint, fingerprint
+from glowplug.graph.shapes import symbolic_sizes
+from glowplug.layers.stack import choose_preview
+from glowplug.program import build, compiling
 from storing import PickleCompiler
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -34,12 +37,14 @@ class HelpedCompiler(PickleCompiler):
     Args:
         log: a file that gets a line for each piece compiled, by whichever process.
         fault: what the helper does: `"raises"` or `"dies"` when it gets ready, or nothing.
+        ahead: whether it may compile pieces before the template is traced.
     """
 
     name = "helped"
 
-    def __init__(self, log: Path, fault: str = "") -> None:
+    def __init__(self, log: Path, fault: str = "", *, ahead: bool = False) -> None:
         super().__init__(log)
+        self.ahead = ahead
         self.fault = fault
         self.helper: Helper | None = None
         self.cooled = 0
@@ -53,6 +58,10 @@ class HelpedCompiler(PickleCompiler):
         if self.fault == "dies":
             os._exit(3)
         return self
+
+    @property
+    def can_hand_over(self) -> bool:
+        return self.ahead and self.helper is not None and self.helper.waits
 
     def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
         assert self.helper is not None
@@ -216,3 +225,139 @@ def test_inputs_that_share_memory_may_be_carried_if_none_is_written_to() -> None
     base = torch.randn(4, 4)
     _, graph, _, _ = carried(lambda x, y: x * 2 + y, base, base.view(16)[:4])
     assert len([node for node in graph.graph.nodes if node.op == "placeholder"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers"),
+    [
+        ([0] * 4, (0, 3)),
+        ([0, 1] * 3, (0, 1, 5)),
+        ([0, 0, 0, 1, 1, 1], (0, 3, 5)),
+        ([0, 1, 0, 2] * 3, (0, 1, 3, 11)),
+        ([0, 1, 1, 1], None),
+        ([0, 0, 0], None),
+        (list(range(6)), None),
+    ],
+)
+def test_the_layers_that_are_traced_first(kinds: list[int], layers: tuple[int, ...] | None) -> None:
+    assert choose_preview(kinds) == layers
+
+
+class Steps:
+    """Notes, in order, what captures and helpers do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.noted: list[str] = []
+        self.pieces: set[Fingerprint] = set()
+        own_ahead, own_build = build.compile_ahead, start.build_program
+
+        def ahead(pieces: Any, *args: Any) -> None:
+            self.noted.append("ahead")
+            self.pieces |= set(pieces)
+            own_ahead(pieces, *args)
+
+        def build_program(*args: Any, **kwargs: Any) -> Any:
+            self.noted.append("program")
+            return own_build(*args, **kwargs)
+
+        monkeypatch.setattr(build, "compile_ahead", ahead)
+        monkeypatch.setattr(start, "build_program", build_program)
+
+
+def helped(family: str, log: Path, **options: Any) -> tuple[Any, Any, HelpedCompiler]:
+    """A deep model, the same compiled with a helper that may compile ahead, and the compiler."""
+    eager, model = families.build(family, layers=24), families.build(family, layers=24)
+    compiler = HelpedCompiler(log, ahead=True)
+    glowplug.compile(model, compiler=compiler, cache_dir="off", experts="inline", inside="eager", **options)
+    return eager, model, compiler
+
+
+def same_tokens(eager: Any, model: Any) -> bool:
+    ids = families.prompt(2, 5)
+    return torch.equal(*(each.generate(ids, max_new_tokens=6, do_sample=False) for each in (eager, model)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "qwen3_moe", "mixtral"])
+def test_pieces_are_compiled_while_the_template_is_traced(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    eager, model, compiler = helped(family, tmp_path / "log", strict=True)
+    assert same_tokens(eager, model)
+    report = glowplug.report(model)
+    assert steps.noted == ["ahead", "program"]
+    assert report.strategy == "stamped"
+    assert len(steps.pieces) == len(compiled_by(tmp_path / "log")) == report.distinct_pieces == report.compiled_pieces
+    assert os.getpid() not in compiled_by(tmp_path / "log")
+    assert compiler.loaded == report.distinct_pieces
+
+
+def test_what_was_not_compiled_ahead_is_compiled_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    eager, model, _ = helped("llama4", tmp_path / "log", strict=True)
+    assert same_tokens(eager, model)
+    report = glowplug.report(model)
+    pieces = {step.fingerprint for step in report.outlines[-1]} - {None}
+    assert report.strategy == "stamped"
+    assert pieces & steps.pieces and pieces - steps.pieces
+    assert report.compiled_pieces == report.distinct_pieces
+
+
+def test_pieces_of_other_sizes_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guards of a piece speak of symbols by name."""
+    own, calls = compiling.symbolic_sizes, []
+
+    def sizes(captured: Captured) -> dict[str, Any]:
+        calls.append(1)
+        return {**own(captured), "L['inputs']": (len(calls),)}
+
+    monkeypatch.setattr(compiling, "symbolic_sizes", sizes)
+    eager, model, _ = helped("gpt_oss", tmp_path / "log", strict=True)
+    assert same_tokens(eager, model)
+    assert compiled_by(tmp_path / "log").count(os.getpid()) == glowplug.report(model).distinct_pieces == 3
+
+
+@pytest.mark.parametrize("fault", ["the trace fails", "the helper dies"])
+def test_a_fault_ahead_costs_time_alone(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CaptureError("not today")
+
+    eager, model, compiler = helped("gpt_oss", tmp_path / "log", strict=True)
+    if fault == "the trace fails":
+        monkeypatch.setattr(start, "begin_pieces", fail)
+    else:
+        compiler.fault = "dies"
+    assert same_tokens(eager, model)
+    report = glowplug.report(model)
+    assert (report.strategy, report.distinct_pieces, report.fallbacks) == ("stamped", 3, [])
+    assert (os.getpid() in compiled_by(tmp_path / "log")) == (fault == "the helper dies")
+
+
+def test_nothing_is_left_of_a_program_that_was_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CompileError("not today")
+
+    monkeypatch.setattr(start, "build_program", fail)
+    eager, model, compiler = helped("gpt_oss", tmp_path / "log")
+    assert same_tokens(eager, model)
+    assert glowplug.report(model).strategy == "eager"
+    assert compiler.helper is not None and not compiler.helper.waits
+    monkeypatch.undo()
+    compiled = glowplug.compile(model, compiler="eager", cache_dir="off", strict=True)
+    assert same_tokens(eager, compiled)
+
+
+def test_symbolic_sizes() -> None:
+    def add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return x + y + z
+
+    def inputs(*sizes: int) -> tuple[Tensor, ...]:
+        tensors = torch.ones(sizes[0], 3), torch.ones(sizes[1], 3), torch.ones(3)
+        for tensor in tensors[:2]:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        return tensors
+
+    first, again = (capture(add, inputs(5, 5), symbolic_sizes) for _ in range(2))
+    assert first == again and set(first) >= {"L['x']", "L['y']"} and "L['z']" not in first
+    other = capture(lambda x, y, z: x.sum() + y + z, inputs(5, 7), symbolic_sizes)
+    assert other != first

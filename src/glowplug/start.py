@@ -25,8 +25,9 @@ from glowplug.errors import (
 from glowplug.front import Call, Rung
 from glowplug.graph.capture import Captured, capture, traced_files
 from glowplug.graph.shapes import ShapeAssumptions, read_assumptions
+from glowplug.layers.stack import choose_preview
 from glowplug.layers.watch import Watch, distinct_reads
-from glowplug.program import Candidate, Program, Traced, build_program
+from glowplug.program import Candidate, Program, Traced, begin_pieces, build_program
 from glowplug.program import template as templates
 from glowplug.program.template import Template
 from glowplug.ready import Ready
@@ -167,6 +168,7 @@ def _make(c: Compilation, call: Call, address: str | None) -> Candidate | str:
         return _climb(c, call, address)
     finally:
         cool_down(c.compiler)
+        c.pieces.end_ahead()
 
 
 def _climb(c: Compilation, call: Call, address: str | None) -> Candidate | str:
@@ -204,6 +206,7 @@ def _make_stamped(c: Compilation, call: Call, rung: Rung) -> Candidate | None:
         template = c.front.choose(c.read_attributes)
         if template is None:
             return None
+        _compile_ahead(c, call, rung, template)
         checked = check(c, _trace(c, call, rung, template), call)
     except AttributesReadError as exc:
         c.read_attributes |= exc.places
@@ -216,6 +219,23 @@ def _make_stamped(c: Compilation, call: Call, rung: Rung) -> Candidate | None:
         return None
     c.report.strategy, c.report.template_layers = "stamped", template.length
     return checked
+
+
+def _compile_ahead(c: Compilation, call: Call, rung: Rung, template: Template) -> None:
+    """Let a helper compile the pieces of a trace of even fewer layers than the template's while that is traced.
+    A piece of the program that this did not give is compiled later."""
+    layers = choose_preview(template.kinds) if getattr(c.compiler, "can_hand_over", False) else None
+    if layers is None:
+        return
+    with contextlib.suppress(Exception), c.report.phase("trace"):  # what fails here fails again, and is reported there
+        target = c.front.target(call, templates.short_model(c.front.model, template, layers), rung)
+
+        def consume(captured: Captured) -> None:
+            arguments, _ = target.sort(captured)
+            begin_pieces(captured, compiler=c.compiler, cache=c.pieces, arguments=arguments)
+
+        if not target.cut_at_layers:
+            capture(target.function, target.examples, consume)
 
 
 def _trace(c: Compilation, call: Call, rung: Rung, template: Template | None) -> Candidate:

@@ -36,10 +36,15 @@ class Helper:
         self._job = Job.fork(lambda say: self._serve(prepare, say), nice=0)
         os.close(self._reader)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has had no work yet, as far as this process knows."""
+        return self._writer >= 0 and os.getpid() == self._process
+
     def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
         """Let the helper do `work(say, prepared, *arguments)`, pickled, once it is ready. None if it can't take it, has
         ended, has had work before, or is another process's."""
-        if self._writer < 0 or os.getpid() != self._process:
+        if not self.waits:
             return None
         if self._job.ended():
             outcome = self._job.outcome()

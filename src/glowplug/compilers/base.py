@@ -17,7 +17,7 @@ class PieceCompiler(Protocol):
     returns None. `warm_up(device_type)` is called before the trace, starts one-off work and returns at once;
     `cool_down()` is called when pieces are compiled, or the trace has failed, and ends what is left of it.
     `hand_over(work, *arguments)` lets a process that `warm_up` began do picklable work, `work(say, compiler,
-    *arguments)`, and returns its job, or None if there is no such process.
+    *arguments)`, and returns its job, or None if there is no such process; `can_hand_over` says whether there is one.
     `may_defer(inputs)` tells, before anything is compiled, whether forks may compile such pieces beside serving.
     `beside_forks(pieces)` is called while forks compile pieces. It begins jobs that compile what no piece contains.
     `drops_guards`, if true, says that what compilations assume of sizes is ignored.

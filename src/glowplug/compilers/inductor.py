@@ -137,6 +137,11 @@ class InductorCompiler:
         merged = [merge_linears(piece) if self.merges else piece for piece in pieces]
         return self._gpu_forks.compile(launches_of(merged))
 
+    @property
+    def can_hand_over(self) -> bool:
+        """See `PieceCompiler`."""
+        return self._helper is not None and self._helper.waits
+
     def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
         """See `PieceCompiler`: to a process that imported Inductor while this one traced."""
         job = self._helper.hand_over(work, *arguments) if self._helper is not None else None

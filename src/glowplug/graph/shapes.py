@@ -88,6 +88,21 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
     return ShapeAssumptions(dims, tuple(r for r in relations if r.free_symbols <= symbols))
 
 
+def symbolic_sizes(captured: Captured) -> dict[str, Any]:
+    """Source -> size, or shape, of each input whose size is symbolic. Where two captures agree in it, a symbol of one
+    means what the symbol of that name means in the other."""
+    found: dict[str, Any] = {}
+    placeholders = {node.name: node for node in captured.gm.graph.nodes if node.op == "placeholder"}
+    for entry in captured.inputs:
+        fake = placeholders[entry.node].meta.get("example_value")
+        dims = tuple(map(_dim, fake.shape)) if isinstance(fake, torch.Tensor) else ()
+        if isinstance(fake, torch.SymInt):
+            found[entry.source] = _dim(fake)
+        elif not all(isinstance(dim, int) for dim in dims):
+            found[entry.source] = dims
+    return found
+
+
 def pickled_guards(guards: Sequence[Any]) -> list[str]:
     """Guards that a fork's compilation added, for `add_guards` in its parent."""
     return [base64.b64encode(pickle.dumps(guard.expr)).decode() for guard in guards]

@@ -214,6 +214,19 @@ def choose_template(kinds: Sequence[Hashable]) -> int | None:
     return None
 
 
+def choose_preview(kinds: Sequence[Hashable]) -> tuple[int, ...] | None:
+    """The layers of a template that a trace needs to find most of its distinct pieces: the first of each kind, and the
+    last layer. None if they are not fewer by two.
+
+    Example:
+        >>> choose_preview([0, 0, 0, 1, 1, 1])
+        (0, 3, 5)
+    """
+    first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    layers = tuple(sorted({*first.values(), len(kinds) - 1}))
+    return layers if len(layers) + 2 <= len(kinds) else None
+
+
 def _runs(kinds: Sequence[Hashable], size: int) -> set[tuple[Hashable, ...]]:
     return {tuple(kinds[start : start + size]) for start in range(len(kinds) - size + 1)}
 

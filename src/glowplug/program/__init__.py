@@ -1,6 +1,6 @@
 """The program: the flat list of steps that runs a model, bound to its weights."""
 
-from glowplug.program.build import Built, build_program
+from glowplug.program.build import Built, begin_pieces, build_program
 from glowplug.program.candidate import Candidate, Traced
 from glowplug.program.piece_store import PieceStore
 from glowplug.program.pieces import PieceCache
@@ -17,6 +17,7 @@ __all__ = [
     "Plan",
     "Program",
     "Traced",
+    "begin_pieces",
     "build_program",
     "with_arrived",
 ]

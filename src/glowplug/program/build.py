@@ -18,7 +18,7 @@ from glowplug.graph.stamp import Locations, Stamped, reads, stamp
 from glowplug.layers.handle import LayerHandle
 from glowplug.layers.registry import LayerRegistry
 from glowplug.ops.layer_op import check_traced_order
-from glowplug.program.compiling import compile_pieces
+from glowplug.program.compiling import compile_ahead, compile_pieces
 from glowplug.program.pieces import PieceCache
 from glowplug.program.plan import Binder, Plan, outline_of
 from glowplug.program.program import Program
@@ -73,6 +73,22 @@ class Built:
         return self.plan.write(self.program.slots, values, binder)
 
 
+def begin_pieces(
+    captured: Captured, *, compiler: PieceCompiler, cache: PieceCache, arguments: Mapping[str, str]
+) -> None:
+    """Let a helper begin to compile the pieces of a captured graph, for a program that is expected to have them; see
+    `build_program`."""
+    steps, _ = split(captured, _fixed(captured, arguments))
+    pieces = {fingerprint(step.gm): step for step in steps if isinstance(step, Piece)}
+    with cache.lock:
+        compile_ahead(pieces, compiler, cache, captured)
+
+
+def _fixed(captured: Captured, arguments: Mapping[str, str]) -> set[str] | None:
+    """The inputs that are the same at each call."""
+    return {e.node for e in captured.inputs if e.node not in arguments and e.type != "symint"} or None
+
+
 def build_program(
     captured: Captured,
     *,
@@ -110,8 +126,7 @@ def build_program(
         CompileError: the compiler failed.
     """
     with report.phase("split"):
-        fixed = {entry.node for entry in captured.inputs if entry.node not in arguments and entry.type != "symint"}
-        steps, outputs = split(captured, fixed or None, layer_of)
+        steps, outputs = split(captured, _fixed(captured, arguments), layer_of)
         check_traced_order(captured.gm)
         if check is not None:
             check(steps, captured)

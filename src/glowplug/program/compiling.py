@@ -20,10 +20,10 @@ from glowplug.errors import CompileError, NotCarriableError
 from glowplug.graph.capture import Captured, is_restart, outside_trace, resumed, specialises
 from glowplug.graph.carried import carry, unpack
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.shapes import add_guards, pickled_guards
+from glowplug.graph.shapes import add_guards, pickled_guards, symbolic_sizes
 from glowplug.graph.split import Piece
 from glowplug.program.piece_store import PieceStore, Run
-from glowplug.program.pieces import PieceCache
+from glowplug.program.pieces import HandedOver, PieceCache
 from glowplug.program.slots import PieceSlot, choose_deferred
 from glowplug.reasons import why
 from glowplug.runtime.progress import piece_progress
@@ -83,6 +83,15 @@ def compile_pieces(
     return {key: runners[key] for key in pieces}
 
 
+def compile_ahead(
+    pieces: Mapping[Fingerprint, Piece], compiler: PieceCompiler, cache: PieceCache, captured: Captured
+) -> None:
+    """Let a helper compile pieces that a later capture is expected to have, if the compiler has one. Then
+    `compile_pieces` takes over those that it has."""
+    wanted = {key: piece for key, piece in pieces.items() if key not in cache.compiled and not cache.load(key)}
+    cache.ahead = _Compilation(compiler, cache, captured).hand_over(_largest_first(wanted))
+
+
 class _Compilation:
     """Compiles the pieces of one capture into a cache; each piece is compiled by one of the processes using the store.
 
@@ -104,14 +113,18 @@ class _Compilation:
 
     def compile(self, pieces: Mapping[Fingerprint, Piece], meanwhile: Callable[[], None] | None = None) -> None:
         """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
-        pieces = dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))  # the largest first
-        handed_over = self._hand_over(pieces)
+        pieces = _largest_first(pieces)
+        handed_over = self._handed_over_ahead(pieces) or self.hand_over(pieces)
+        self.cache.ahead = None
         channel: PieceStore | None
         jobs: list[Job]
         beside: list[Job]
         if handed_over is not None:
-            job, channel = handed_over
-            jobs, beside = [job], []
+            channel = handed_over.channel
+            missing = {key: piece for key, piece in pieces.items() if key not in handed_over.pieces}
+            forks = bool(missing) and self._channel(missing, several=True) is not None
+            jobs, beside = self.fork([missing], channel) if forks else ([], [])
+            jobs.append(handed_over.job)
         else:
             workers = _workers(len(pieces), _cores())
             channel = self._channel(pieces, several=True) if workers > 1 else None
@@ -147,9 +160,16 @@ class _Compilation:
         pieces = {fingerprint: piece.gm for share in shares for fingerprint, piece in share.items()}
         return jobs, [] if beside_forks is None else beside_forks(list(pieces.values()))
 
-    def _hand_over(self, pieces: Mapping[Fingerprint, Piece]) -> tuple[Job, PieceStore] | None:
-        """Let a helper of the compiler compile pieces. Returns the helper, and the store through which it hands them
-        over; None if there is no helper, or it can't take them."""
+    def _handed_over_ahead(self, pieces: Mapping[Fingerprint, Piece]) -> HandedOver | None:
+        """What `compile_ahead` began, if that has any of these pieces."""
+        ahead = self.cache.ahead
+        if ahead is None or ahead.pieces.isdisjoint(pieces) or ahead.sizes != symbolic_sizes(self.captured):
+            return None
+        outcome = ahead.job.outcome()
+        return ahead if outcome is None or outcome.reason is None else None
+
+    def hand_over(self, pieces: Mapping[Fingerprint, Piece]) -> HandedOver | None:
+        """Let a helper of the compiler compile pieces; None if there is no helper, or it can't take them."""
         hand_over = getattr(self.compiler, "hand_over", None)
         channel = self.cache.channel(self.compiler) if hand_over is not None and pieces else None
         if hand_over is None or channel is None or not all(map(channel.takes, pieces)):
@@ -161,7 +181,7 @@ class _Compilation:
             return None
         digests = [fingerprint.digest for fingerprint in pieces]
         job = hand_over(compile_carried, graphs, digests, specialises(), channel.store, channel.environment)
-        return (job, channel) if job is not None else None
+        return HandedOver(job, channel, frozenset(pieces), symbolic_sizes(self.captured)) if job is not None else None
 
     def _take_over(self, pieces: Mapping[Fingerprint, Piece], store: PieceStore, advance: Callable[[], None]) -> None:
         """Note what forks have done, and load what they compiled with guards, which this capture takes over."""
@@ -173,7 +193,8 @@ class _Compilation:
             if outcome.reason is not None:
                 logger.debug("glowplug: pieces were not compiled in a fork: %s", outcome.reason)
             guarded = outcome.facts.get("guarded", {})
-            ours = len(outcome.facts.get("compiled", ())) + len(guarded)
+            done = {*outcome.facts.get("compiled", ()), *guarded}
+            ours = sum(fingerprint.digest in done for fingerprint in pieces)
             self.cache.count += ours
             store.store.counts.update({"piece stored": ours, "piece hits": -ours})
             for fingerprint in pieces:
@@ -358,6 +379,10 @@ def compile_carried(
     )
     for job in beside:
         job.outcome(math.inf)
+
+
+def _largest_first(pieces: Mapping[Fingerprint, Piece]) -> dict[Fingerprint, Piece]:
+    return dict(sorted(pieces.items(), key=lambda pair: -len(pair[1].gm.graph.nodes)))
 
 
 def _inputs(piece: Piece) -> list[Any]:

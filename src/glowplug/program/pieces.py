@@ -20,6 +20,23 @@ _LOCKED_S = 30.0
 """How long to wait for a job to lock its pieces."""
 
 
+@dataclass(frozen=True)
+class HandedOver:
+    """Pieces that a helper compiles.
+
+    Attributes:
+        job: the helper's.
+        channel: where it stores them.
+        pieces: the pieces.
+        sizes: the symbolic sizes of their capture, see `glowplug.graph.shapes.symbolic_sizes`.
+    """
+
+    job: Job
+    channel: PieceStore
+    pieces: frozenset[Fingerprint]
+    sizes: Mapping[str, Any]
+
+
 @dataclass
 class PieceCache:
     """Compiled pieces of one model by fingerprint, shared by its programs.
@@ -32,6 +49,7 @@ class PieceCache:
         addresses: store addresses of pieces whose compilation added guards on sizes. Such a piece is valid only for a
             program with the same guards, so its address is not just its digest.
         count: how many pieces were compiled by this process and its jobs.
+        ahead: the pieces that a helper compiles since before the trace whose pieces they may be.
     """
 
     compiled: dict[Fingerprint, Run] = field(default_factory=dict)
@@ -40,6 +58,7 @@ class PieceCache:
     store: PieceStore | None = None
     addresses: dict[Fingerprint, str] = field(default_factory=dict)
     count: int = 0
+    ahead: HandedOver | None = None
     lock: Any = field(default_factory=make_lock)
 
     def channel(self, compiler: PieceCompiler) -> PieceStore | None:
@@ -83,6 +102,10 @@ class PieceCache:
     def pending(self) -> dict[Fingerprint, PieceSlot]:
         """The slot of each piece that still runs uncompiled."""
         return {slot.fingerprint: slot for slot in self.slots}
+
+    def end_ahead(self) -> None:
+        """Forget what a helper was to compile for a program that was not made after all."""
+        self.ahead = None
 
     def wait_until_locked(self) -> None:
         """Wait until other processes can see which pieces this process's jobs are compiling."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ def choose(stack: LayerStack, deep: int = _DEEP) -> Template | None:
     return None
 
 
-def short_model(model: nn.Module, template: Template) -> nn.Module:
-    """A copy of a model with only the template's layers. It shares modules and weights with `model`, unchanged."""
+def short_model(model: nn.Module, template: Template, layers: Sequence[int] | None = None) -> nn.Module:
+    """A copy of a model with only the template's layers, or some of them. It shares modules and weights with `model`,
+    unchanged."""
     short = at = shallow_copy(model)
     for part in filter(None, template.stack.path.split(".")):
         at._modules[part] = at = shallow_copy(at._modules[part])  # type: ignore[arg-type]
-    at._modules = {str(index): layer for index, layer in enumerate(template.stack.layers[: template.length])}
+    kept = range(template.length) if layers is None else layers
+    at._modules = {str(place): template.stack.layers[index] for place, index in enumerate(kept)}
     return short
 
 
