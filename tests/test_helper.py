@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from glowplug.graph.carried import carry, unpack
 from glowplug.graph.fingerprint import Fingerprint, fingerprint
 from glowplug.graph.shapes import symbolic_sizes
 from glowplug.layers.stack import choose_preview
-from glowplug.program import build, compiling
+from glowplug.program import build, handing_over
 from storing import PickleCompiler
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -110,7 +111,7 @@ def test_pieces_that_cannot_be_carried_are_compiled_here(
     def refuse(graphs: Sequence[fx.GraphModule]) -> bytes:
         raise NotCarriableError("no way")
 
-    monkeypatch.setattr(compiling, "carry", refuse)
+    monkeypatch.setattr(handing_over, "carry", refuse)
     model = families.build("qwen3_moe")
     compiler = HelpedCompiler(tmp_path / "log")
     glowplug.compile(model, compiler=compiler, cache_dir="off", experts="inline", inside="eager", strict=True)
@@ -292,6 +293,27 @@ def test_pieces_are_compiled_while_the_template_is_traced(
     assert compiler.loaded == report.distinct_pieces
 
 
+def test_each_piece_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that has some pieces gives them, and the helper compiles the others."""
+    steps = Steps(monkeypatch)
+    for missing in (3, 1):
+        model = families.build("gpt_oss", layers=24)
+        compiler = HelpedCompiler(tmp_path / "log", ahead=True)
+        glowplug.compile(
+            model, compiler=compiler, cache_dir=tmp_path / "store", experts="inline", inside="eager", strict=True
+        )
+        model.generate(families.prompt(2, 5), max_new_tokens=2, do_sample=False)
+        report = glowplug.report(model)
+        counts = report.store.counts if report.store is not None else {}
+        assert (counts["piece misses"], counts["piece stored"], report.compiled_pieces) == (missing, missing, missing)
+        assert steps.noted == ["ahead", "program"]
+        steps.noted.clear()
+        shutil.rmtree(tmp_path / "store" / "manifests")
+        next(iter((tmp_path / "store" / "pieces").rglob("*.glow"))).unlink()
+    assert len(compiled_by(tmp_path / "log")) == 4
+    assert os.getpid() not in compiled_by(tmp_path / "log")
+
+
 def test_what_was_not_compiled_ahead_is_compiled_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
     eager, model, _ = helped("llama4", tmp_path / "log", strict=True)
@@ -305,13 +327,13 @@ def test_what_was_not_compiled_ahead_is_compiled_later(tmp_path: Path, monkeypat
 
 def test_pieces_of_other_sizes_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guards of a piece speak of symbols by name."""
-    own, calls = compiling.symbolic_sizes, []
+    own, calls = handing_over.symbolic_sizes, []
 
     def sizes(captured: Captured) -> dict[str, Any]:
         calls.append(1)
         return {**own(captured), "L['inputs']": (len(calls),)}
 
-    monkeypatch.setattr(compiling, "symbolic_sizes", sizes)
+    monkeypatch.setattr(handing_over, "symbolic_sizes", sizes)
     eager, model, _ = helped("gpt_oss", tmp_path / "log", strict=True)
     assert same_tokens(eager, model)
     assert compiled_by(tmp_path / "log").count(os.getpid()) == glowplug.report(model).distinct_pieces == 3

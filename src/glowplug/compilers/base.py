@@ -21,7 +21,8 @@ class PieceCompiler(Protocol):
     `may_defer(inputs)` tells, before anything is compiled, whether forks may compile such pieces beside serving.
     `beside_forks(pieces)` is called while forks compile pieces. It begins jobs that compile what no piece contains.
     `drops_guards`, if true, says that what compilations assume of sizes is ignored.
-    `warm_up_loading()` runs in a thread of its own while the weights load, before stored pieces are loaded.
+    `warm_up_loading()` does one-off work for loading stored pieces: while the weights load, in a thread of its own, or
+    while a helper compiles.
     """
 
     @property

@@ -24,7 +24,6 @@ from glowplug.compilers.light import lighten, loading_lightly, read_torch_key
 from glowplug.compilers.toolchain import cpu_toolchain, toolchain_begun, why_no_cpp_compiler, why_no_folder
 from glowplug.errors import UnsupportedTorchError
 from glowplug.graph.capture import is_restart
-from glowplug.runtime.forks import begin_thread
 from glowplug.runtime.quiet import quiet
 from glowplug.runtime.triton_key import TRITON_KEY
 
@@ -144,10 +143,7 @@ class InductorCompiler:
 
     def hand_over(self, work: Callable[..., None], *arguments: Any) -> Job | None:
         """See `PieceCompiler`: to a process that imported Inductor while this one traced."""
-        job = self._helper.hand_over(work, *arguments) if self._helper is not None else None
-        if job is not None and not self._gpu_forks.stand_in():
-            begin_thread(self.warm_up_loading, "glowplug-warm-up")
-        return job
+        return self._helper.hand_over(work, *arguments) if self._helper is not None else None
 
     def may_defer(self, inputs: Sequence[Sequence[Any]]) -> bool:
         """See `PieceCompiler`: of a process that uses a GPU no fork compiles beside serving."""

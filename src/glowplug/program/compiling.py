@@ -16,12 +16,13 @@ from typing import Any
 
 from glowplug.background.job import Job, Say, orphaned
 from glowplug.compilers.base import PieceCompiler, StoringCompiler
-from glowplug.errors import CompileError, NotCarriableError
-from glowplug.graph.capture import Captured, is_restart, outside_trace, resumed, specialises
-from glowplug.graph.carried import carry, unpack
+from glowplug.errors import CompileError
+from glowplug.graph.capture import Captured, is_restart, outside_trace, resumed
+from glowplug.graph.carried import unpack
 from glowplug.graph.fingerprint import Fingerprint
-from glowplug.graph.shapes import add_guards, pickled_guards, symbolic_sizes
+from glowplug.graph.shapes import add_guards, pickled_guards
 from glowplug.graph.split import Piece
+from glowplug.program.handing_over import hand_over, taken_ahead
 from glowplug.program.piece_store import PieceStore, Run
 from glowplug.program.pieces import HandedOver, PieceCache
 from glowplug.program.slots import PieceSlot, choose_deferred
@@ -65,7 +66,9 @@ def compile_pieces(
     """
     new = {key: piece for key, piece in pieces.items() if key not in cache.compiled}
     cache.order += new
-    wanted = {key: piece for key, piece in new.items() if key not in cache.pending and not cache.load(key)}
+    asked = cache.ahead.pieces if cache.ahead is not None else frozenset()
+    found = {key for key in new if key in cache.pending or (key not in asked and cache.load(key))}
+    wanted = {key: piece for key, piece in new.items() if key not in found}
     compilation = _Compilation(compiler, cache, captured)
     deferred: dict[Fingerprint, Piece] = {}
     if uses is not None and isinstance(compiler, StoringCompiler):
@@ -89,7 +92,7 @@ def compile_ahead(
     """Let a helper compile pieces that a later capture is expected to have, if the compiler has one. Then
     `compile_pieces` takes over those that it has."""
     wanted = {key: piece for key, piece in pieces.items() if key not in cache.compiled and not cache.load(key)}
-    cache.ahead = _Compilation(compiler, cache, captured).hand_over(_largest_first(wanted))
+    cache.ahead = hand_over(compile_carried, _largest_first(wanted), compiler, cache, captured)
 
 
 class _Compilation:
@@ -114,22 +117,11 @@ class _Compilation:
     def compile(self, pieces: Mapping[Fingerprint, Piece], meanwhile: Callable[[], None] | None = None) -> None:
         """Compile pieces, in several processes if that is worth it. Then this one does `meanwhile` first."""
         pieces = _largest_first(pieces)
-        handed_over = self._handed_over_ahead(pieces) or self.hand_over(pieces)
-        self.cache.ahead = None
-        channel: PieceStore | None
-        jobs: list[Job]
-        beside: list[Job]
-        if handed_over is not None:
-            channel = handed_over.channel
-            missing = {key: piece for key, piece in pieces.items() if key not in handed_over.pieces}
-            forks = bool(missing) and self._channel(missing, several=True) is not None
-            jobs, beside = self.fork([missing], channel) if forks else ([], [])
-            jobs.append(handed_over.job)
-        else:
-            workers = _workers(len(pieces), _cores())
-            channel = self._channel(pieces, several=True) if workers > 1 else None
-            shares = [pieces] * (workers - (meanwhile is None))
-            jobs, beside = self.fork(shares, channel) if channel is not None else ([], [])
+        handed_over = taken_ahead(pieces, self.cache, self.captured)
+        if handed_over is None:
+            handed_over = hand_over(compile_carried, pieces, self.compiler, self.cache, self.captured)
+        self.cache.end_ahead()
+        jobs, beside, channel = self._begin(pieces, handed_over, alone=meanwhile is not None)
         self.jobs = list(jobs)
         compile_free = functools.partial(self._compile_free, pieces, channel or self.cache.store)
         with piece_progress(len(pieces)) as advance:
@@ -140,6 +132,8 @@ class _Compilation:
                         meanwhile()
                 if handed_over is None:
                     compile_free(0, advance)
+                else:
+                    self._warm_up_loading()
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
                 # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.
                 while time.monotonic() < deadline and not all(job.ended() for job in jobs):
@@ -152,6 +146,30 @@ class _Compilation:
         if channel is not None:
             self._take_over(pieces, channel, advance)
 
+    def _begin(
+        self, pieces: Mapping[Fingerprint, Piece], handed_over: HandedOver | None, *, alone: bool
+    ) -> tuple[list[Job], list[Job], PieceStore | None]:
+        """Begin to compile pieces in other processes, `alone` without this one. Returns the jobs, those that compile
+        what no piece contains, and the store that gets the pieces."""
+        if handed_over is not None:
+            channel: PieceStore | None = handed_over.channel
+            shares: list[Mapping[Fingerprint, Piece]] = []
+            missing = {key: piece for key, piece in pieces.items() if key not in handed_over.pieces}
+            if missing and self._channel(missing, several=True) is not None:
+                shares = [missing]
+        else:
+            workers = _workers(len(pieces), _cores())
+            channel = self._channel(pieces, several=True) if workers > 1 else None
+            shares = [pieces] * (workers - (not alone))
+        jobs, beside = self.fork(shares, channel) if channel is not None and shares else ([], [])
+        return ([*jobs, handed_over.job] if handed_over is not None else jobs), beside, channel
+
+    def _warm_up_loading(self) -> None:
+        """Import what loading needs. In a thread, during the trace, both would wait for each other."""
+        load = getattr(self.compiler, "warm_up_loading", None)
+        if load is not None:
+            load()
+
     def fork(self, shares: Sequence[Mapping[Fingerprint, Piece]], channel: PieceStore) -> tuple[list[Job], list[Job]]:
         """Begin to compile pieces, one fork of this process for each share, which may overlap. Returns the forks, and
         those that compile what no piece contains."""
@@ -159,29 +177,6 @@ class _Compilation:
         beside_forks = getattr(self.compiler, "beside_forks", None)
         pieces = {fingerprint: piece.gm for share in shares for fingerprint, piece in share.items()}
         return jobs, [] if beside_forks is None else beside_forks(list(pieces.values()))
-
-    def _handed_over_ahead(self, pieces: Mapping[Fingerprint, Piece]) -> HandedOver | None:
-        """What `compile_ahead` began, if that has any of these pieces."""
-        ahead = self.cache.ahead
-        if ahead is None or ahead.pieces.isdisjoint(pieces) or ahead.sizes != symbolic_sizes(self.captured):
-            return None
-        outcome = ahead.job.outcome()
-        return ahead if outcome is None or outcome.reason is None else None
-
-    def hand_over(self, pieces: Mapping[Fingerprint, Piece]) -> HandedOver | None:
-        """Let a helper of the compiler compile pieces; None if there is no helper, or it can't take them."""
-        hand_over = getattr(self.compiler, "hand_over", None)
-        channel = self.cache.channel(self.compiler) if hand_over is not None and pieces else None
-        if hand_over is None or channel is None or not all(map(channel.takes, pieces)):
-            return None
-        try:
-            graphs = carry([piece.gm for piece in pieces.values()])
-        except NotCarriableError as exc:
-            logger.debug("glowplug: pieces can't be compiled by a helper: %s", exc)
-            return None
-        digests = [fingerprint.digest for fingerprint in pieces]
-        job = hand_over(compile_carried, graphs, digests, specialises(), channel.store, channel.environment)
-        return HandedOver(job, channel, frozenset(pieces), symbolic_sizes(self.captured)) if job is not None else None
 
     def _take_over(self, pieces: Mapping[Fingerprint, Piece], store: PieceStore, advance: Callable[[], None]) -> None:
         """Note what forks have done, and load what they compiled with guards, which this capture takes over."""
