@@ -99,7 +99,8 @@ def test_what_was_run_before_does_not_change_afterwards() -> None:
         return (x.add_(1),)
 
     given = torch.zeros(2)
-    outputs, run = run_graph(adding, [given])
+    outputs, ran = run_graph(adding, [given])
+    run = ran.kept()
     outputs[0].mul_(5)
     assert run.problem_of(adding) is None
     assert run.problem_of(adding) is None

@@ -168,7 +168,7 @@ def _make(c: Compilation, call: Call, address: str | None) -> Candidate | str:
         return _climb(c, call, address)
     finally:
         cool_down(c.compiler)
-        c.pieces.end_ahead()
+        c.pieces.take_ahead()  # nobody does if no program was made
 
 
 def _climb(c: Compilation, call: Call, address: str | None) -> Candidate | str:

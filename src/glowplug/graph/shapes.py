@@ -64,12 +64,8 @@ def read_assumptions(captured: Captured, varying: set[str]) -> ShapeAssumptions:
         captured: the graph.
         varying: sources of the inputs that change from call to call.
     """
-    dims: dict[str, tuple[Any, ...]] = {}
-    placeholders = {node.name: node for node in captured.gm.graph.nodes if node.op == "placeholder"}
-    for entry in captured.inputs:
-        fake = placeholders[entry.node].meta.get("example_value")
-        if entry.source in varying and isinstance(fake, torch.Tensor):
-            dims[entry.source] = tuple(_dim(size) for size in fake.shape)
+    tensors = {source: fake for source, fake in _values(captured) if isinstance(fake, torch.Tensor)}
+    dims = {source: tuple(map(_dim, fake.shape)) for source, fake in tensors.items() if source in varying}
     environment = captured.fake_mode.shape_env
     symbols = {dim for shape in dims.values() for dim in shape if isinstance(dim, sympy.Symbol)}
     relations = [guard.expr for guard in environment.guards]
@@ -92,15 +88,19 @@ def symbolic_sizes(captured: Captured) -> dict[str, Any]:
     """Source -> size, or shape, of each input whose size is symbolic. Where two captures agree in it, a symbol of one
     means what the symbol of that name means in the other."""
     found: dict[str, Any] = {}
-    placeholders = {node.name: node for node in captured.gm.graph.nodes if node.op == "placeholder"}
-    for entry in captured.inputs:
-        fake = placeholders[entry.node].meta.get("example_value")
+    for source, fake in _values(captured):
         dims = tuple(map(_dim, fake.shape)) if isinstance(fake, torch.Tensor) else ()
         if isinstance(fake, torch.SymInt):
-            found[entry.source] = _dim(fake)
+            found[source] = _dim(fake)
         elif not all(isinstance(dim, int) for dim in dims):
-            found[entry.source] = dims
+            found[source] = dims
     return found
+
+
+def _values(captured: Captured) -> list[tuple[str, Any]]:
+    """The source of each input, and the fake tensor or size that stands for it."""
+    placeholders = {node.name: node for node in captured.gm.graph.nodes if node.op == "placeholder"}
+    return [(entry.source, placeholders[entry.node].meta.get("example_value")) for entry in captured.inputs]
 
 
 def pickled_guards(guards: Sequence[Any]) -> list[str]:

@@ -120,7 +120,6 @@ class _Compilation:
         handed_over = taken_ahead(pieces, self.cache, self.captured)
         if handed_over is None:
             handed_over = hand_over(compile_carried, pieces, self.compiler, self.cache, self.captured)
-        self.cache.end_ahead()
         jobs, beside, channel = self._begin(pieces, handed_over, alone=meanwhile is not None)
         self.jobs = list(jobs)
         compile_free = functools.partial(self._compile_free, pieces, channel or self.cache.store)
@@ -132,8 +131,8 @@ class _Compilation:
                         meanwhile()
                 if handed_over is None:
                     compile_free(0, advance)
-                else:
-                    self._warm_up_loading()
+                else:  # in a thread, during the trace, both would wait for each other
+                    getattr(self.compiler, "warm_up_loading", lambda: None)()
                 deadline = time.monotonic() + (time.monotonic() - start) + _PATIENCE_S
                 # Loading a piece may take as long as a third of its compilation: load each as soon as it is there.
                 while time.monotonic() < deadline and not all(job.ended() for job in jobs):
@@ -153,22 +152,15 @@ class _Compilation:
         what no piece contains, and the store that gets the pieces."""
         if handed_over is not None:
             channel: PieceStore | None = handed_over.channel
-            shares: list[Mapping[Fingerprint, Piece]] = []
             missing = {key: piece for key, piece in pieces.items() if key not in handed_over.pieces}
-            if missing and self._channel(missing, several=True) is not None:
-                shares = [missing]
+            forks = bool(missing) and self._channel(missing, several=True, given=channel) is not None
+            shares: list[Mapping[Fingerprint, Piece]] = [missing] * forks
         else:
             workers = _workers(len(pieces), _cores())
             channel = self._channel(pieces, several=True) if workers > 1 else None
             shares = [pieces] * (workers - (not alone))
         jobs, beside = self.fork(shares, channel) if channel is not None and shares else ([], [])
         return ([*jobs, handed_over.job] if handed_over is not None else jobs), beside, channel
-
-    def _warm_up_loading(self) -> None:
-        """Import what loading needs. In a thread, during the trace, both would wait for each other."""
-        load = getattr(self.compiler, "warm_up_loading", None)
-        if load is not None:
-            load()
 
     def fork(self, shares: Sequence[Mapping[Fingerprint, Piece]], channel: PieceStore) -> tuple[list[Job], list[Job]]:
         """Begin to compile pieces, one fork of this process for each share, which may overlap. Returns the forks, and
@@ -217,14 +209,17 @@ class _Compilation:
         self.cache.slots += [PieceSlot(key, piece.gm.forward, channel, job) for key, piece in pieces.items()]
         return True
 
-    def _channel(self, pieces: Mapping[Fingerprint, Piece], *, several: bool) -> PieceStore | None:
-        """The store through which forks hand over pieces; None if the pieces must be compiled in this process."""
+    def _channel(
+        self, pieces: Mapping[Fingerprint, Piece], *, several: bool, given: PieceStore | None = None
+    ) -> PieceStore | None:
+        """The store through which forks hand over pieces, the given one if there is one; None if the pieces must be
+        compiled in this process."""
         compiler = self.compiler
         if sys.platform != "linux" or not isinstance(compiler, StoringCompiler):
             return None
         if not compiler.forks([_inputs(piece) for piece in pieces.values()], several=several):
             return None
-        channel = self.cache.channel(compiler)
+        channel = given or self.cache.channel(compiler)
         return channel if channel is not None and all(map(channel.takes, pieces)) else None
 
     def _compile_free(

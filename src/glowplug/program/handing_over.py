@@ -41,8 +41,8 @@ def hand_over(
 
 
 def taken_ahead(pieces: Mapping[Fingerprint, Piece], cache: PieceCache, captured: Captured) -> HandedOver | None:
-    """What was handed over before a capture, if it has pieces of that, whose guards on sizes it can take over."""
-    ahead = cache.ahead
+    """Take what was handed over before a capture, if it has pieces of that, whose guards on sizes it can take over."""
+    ahead = cache.take_ahead()
     if ahead is None or ahead.pieces.isdisjoint(pieces) or ahead.sizes != symbolic_sizes(captured):
         return None
     outcome = ahead.job.outcome()

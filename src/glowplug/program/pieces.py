@@ -103,9 +103,10 @@ class PieceCache:
         """The slot of each piece that still runs uncompiled."""
         return {slot.fingerprint: slot for slot in self.slots}
 
-    def end_ahead(self) -> None:
-        """Forget what a helper was to compile for a program that was not made after all."""
-        self.ahead = None
+    def take_ahead(self) -> HandedOver | None:
+        """What a helper compiles ahead, which is forgotten here."""
+        ahead, self.ahead = self.ahead, None
+        return ahead
 
     def wait_until_locked(self) -> None:
         """Wait until other processes can see which pieces this process's jobs are compiling."""

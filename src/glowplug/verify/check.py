@@ -97,19 +97,24 @@ class Rehearsal:
     """All of a comparison that needs no compiled piece: the uncompiled program equals the model's own forward.
 
     Attributes:
+        graphs: the uncompiled program.
         runs: every run of a graph in it, with its slot.
     """
 
+    graphs: Program
     runs: tuple[tuple[Fingerprint, GraphRun], ...]
+
+    def is_of(self, program: Program) -> bool:
+        """Whether a program differs from the uncompiled one in its slots alone."""
+        return program.code is self.graphs.code
 
     def why_wrong(self, program: Program) -> str | None:
         """The rest: why a program with compiled pieces must not serve; None if it may."""
-        names = {slot: piece_name(number) for number, slot in enumerate(program.slots)}
+        names = _compiled(program, self.graphs)
         for slot, run in self.runs:
-            compiled = program.slots[slot]
-            problem = run.problem_of(compiled) if compiled != run.own else None
+            problem = run.problem_of(program.slots[slot]) if slot in names else None
             if problem is not None:
-                return f"{names[slot]} differs from eager: {problem}"
+                return _differs(names[slot], problem)
         return None
 
 
@@ -133,10 +138,11 @@ def rehearse(graphs: Program, cases: Iterable[Case]) -> Rehearsal | None:
         def run(*args: Any) -> Any:
             nonlocal held
             outputs, ran = run_graph(graph, args)
-            held += ran.nbytes
+            kept = ran.kept()
+            held += kept.nbytes
             if held > _MOST_HELD:
                 raise MemoryError(f"a rehearsal holds more than {_MOST_HELD >> 20} MiB")
-            runs.append((slot, ran))
+            runs.append((slot, kept))
             return outputs
 
         return run
@@ -145,7 +151,7 @@ def rehearse(graphs: Program, cases: Iterable[Case]) -> Rehearsal | None:
     for case in cases:
         if _why_different(program, case, EXACT, raises=True) is not None:
             return None
-    return Rehearsal(tuple(runs))
+    return Rehearsal(graphs, tuple(runs))
 
 
 class _Pair:
@@ -163,16 +169,23 @@ class _Pair:
         if self._ended:
             return self.graph(*args)
         outputs, problem = run_both(self.graph, self.compiled, args)
-        self.problem = f"{self.name} differs from eager: {problem}" if problem is not None else None
+        self.problem = _differs(self.name, problem) if problem is not None else None
         self._ended = self.once or problem is not None
         return outputs
 
 
 def _paired(program: Program, graphs: Program, once: bool) -> tuple[Program, list[_Pair]]:
     """A program in which each graph also runs its compiled form; and these pairs."""
-    pairs = {
-        slot: _Pair(piece_name(number), graph, program.slots[slot], once)
-        for number, (slot, graph) in enumerate(graphs.slots.items())
-        if program.slots[slot] != graph
-    }
+    names = _compiled(program, graphs)
+    pairs = {slot: _Pair(name, graphs.slots[slot], program.slots[slot], once) for slot, name in names.items()}
     return graphs.with_slots(pairs), list(pairs.values())
+
+
+def _compiled(program: Program, graphs: Program) -> dict[Fingerprint, str]:
+    """The slots in which a program has something else than the graphs -> their names."""
+    numbered = enumerate(graphs.slots.items())
+    return {slot: piece_name(number) for number, (slot, graph) in numbered if program.slots[slot] != graph}
+
+
+def _differs(name: str, problem: str) -> str:
+    return f"{name} differs from eager: {problem}"

@@ -5,7 +5,7 @@ compiling changes only the rounding, however much later layers amplify it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class GraphRun:
         own: the graph.
         args: its inputs as they were before the run. Tensors are copies, except parameters.
         tape: the layer ops that it called.
-        effects: copies of everything that it changed or passed on.
+        effects: everything that it changed or passed on, until other code writes to that.
     """
 
     own: Run
@@ -43,6 +43,11 @@ class GraphRun:
         """Bytes of the copies that it holds."""
         held = [leaf for leaf in tree_leaves((self.args, self.effects)) if isinstance(leaf, Tensor)]
         return sum(tensor.nbytes for tensor in held if not isinstance(tensor, nn.Parameter))
+
+    def kept(self) -> GraphRun:
+        """The same, with copies of the effects that other code may write to."""
+        copies = {name: tuple(map(_copy, self.effects[name])) for name in ("output", "inputs afterwards")}
+        return replace(self, effects={**self.effects, **copies})
 
     def problem_of(self, compiled: Run) -> str | None:
         """How the compiled form differs by more than rounding, in words, or None.
@@ -74,8 +79,7 @@ def run_graph(own: Run, args: Sequence[Any]) -> tuple[Any, GraphRun]:
     before = tuple(map(_copy, args))  # code may write to its inputs
     with tape.recording():
         outputs = own(*args)
-    effects = _effects(copy_of(outputs), tuple(map(_copy, args)), tape.given)  # later code may write to them
-    return outputs, GraphRun(own, before, tape, effects)
+    return outputs, GraphRun(own, before, tape, _effects(outputs, args, tape.given))
 
 
 def run_both(own: Run, compiled: Run, args: Sequence[Any]) -> tuple[Any, str | None]:

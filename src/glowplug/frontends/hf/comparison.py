@@ -61,22 +61,20 @@ class Comparison:
         self._registry = registry
         self._check_order = check_order
         self._proved = proved
-        self._rehearsed: tuple[Any, Rehearsal] | None = None
+        self._rehearsal: Rehearsal | None = None
 
     def rehearse(self, uncompiled: Program) -> None:
         """Do all that needs no compiled piece. What fails here fails again in `why_wrong`, and is reported there."""
         if torch.compiler.is_compiling():
             return
         with contextlib.suppress(Exception), self._undisturbed():
-            rehearsal = rehearse(self._as_eager(uncompiled), self._cases())
-            self._rehearsed = (uncompiled.code, rehearsal) if rehearsal is not None else None
+            self._rehearsal = rehearse(self._as_eager(uncompiled), self._cases())
 
     def why_wrong(self, candidate: Candidate, agree: Agree | None) -> str | None:
         """Why a program must not serve; None if it may. See `glowplug.verify.check.why_wrong`."""
         program = candidate.program
-        code, rehearsal = self._rehearsed or (None, None)
-        if rehearsal is not None and code is program.code and agree is None:
-            return rehearsal.why_wrong(program)
+        if self._rehearsal is not None and self._rehearsal.is_of(program) and agree is None:
+            return self._rehearsal.why_wrong(program)
         graphs = candidate.graphs()
         uncompiled = self._as_eager(graphs) if graphs is not None else None
         with self._undisturbed():
